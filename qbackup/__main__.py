@@ -1,0 +1,5 @@
+"""`python -m qbackup` is the command `qbackup`."""
+
+from qbackup.cli.main import main
+
+main()

@@ -1,0 +1,151 @@
+"""The arguments of every command. Kept free of slow imports, so that `--help` is quick."""
+
+import argparse
+from collections.abc import Callable
+from typing import NoReturn
+
+from qbackup import __version__
+from qbackup.errors import UsageError
+from qbackup.model.quantities import parse_duration_s, parse_size_bytes
+
+_EXIT_CODES = """\
+exit codes:
+  0 done   1 failed   2 usage   3 done, but degraded   4 refused (--no-fallback)
+  10 no repository   11 locked   12 QEMU cannot be reached   13 verification failed
+  130 interrupted
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as every other error is reported, with `--json` too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"see {self.prog} --help")
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line.
+
+    Raises:
+        UsageError: it is wrong.
+    """
+    return _make_parser().parse_args(argv)
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="qbackup",
+        description="Back up the disks of running QEMU virtual machines: in full, "
+        "then only what changed.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"qbackup {__version__}")
+    _add_common(parser, defaults=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(
+        name: str, text: str, *, module: str = "", aliases: tuple[str, ...] = ()
+    ) -> _Parser:
+        sub: _Parser = commands.add_parser(
+            name, help=text, description=text, aliases=list(aliases), allow_abbrev=False
+        )
+        _add_common(sub, defaults=False)
+        sub.set_defaults(module=module or name, name=name)
+        return sub
+
+    init = command("init", "create the repository and state directories, and a configuration")
+    init.add_argument("--repository", metavar="DIR", help="where backups go (new configuration)")
+    init.add_argument("--state", metavar="DIR", help="where bitmap files go (new configuration)")
+
+    full = command("full", "back up every disk in full; starts a new chain", module="backup")
+    _add_backup_arguments(full)
+    incremental = command(
+        "incremental", "back up what changed since the last backup", module="backup",
+        aliases=("inc",),
+    )  # fmt: skip
+    _add_backup_arguments(incremental)
+    incremental.add_argument(
+        "--no-fallback", action="store_true",
+        help="fail with exit code 4 where a disk would need a full backup",
+    )  # fmt: skip
+    incremental.add_argument(
+        "--strict", action="store_true", help="exit with 3 if a disk got a full backup instead"
+    )
+
+    listing = command("list", "list backups, the newest last")
+    listing.add_argument("vm", nargs="?", metavar="VM")
+
+    show = command("show", "show one backup")
+    show.add_argument("vm", metavar="VM")
+    show.add_argument("id", metavar="ID", help="a backup id, or the beginning of one")
+
+    restore = command("restore", "restore disks into a directory or onto a block device")
+    restore.add_argument("vm", metavar="VM")
+    restore.add_argument("--to", required=True, metavar="DIR", help="directory or block device")
+    restore.add_argument(
+        "--at", metavar="ID|TIME", help="this backup, or the newest not after a time"
+    )
+    restore.add_argument("--disk", action="append", default=[], metavar="NAME")
+    restore.add_argument("--format", choices=("raw", "qcow2"), help="default: as the source was")
+    restore.add_argument("--force", action="store_true", help="replace what is there")
+
+    verify = command("verify", "compare every byte of the backups with what was written")
+    verify.add_argument("vm", nargs="?", metavar="VM")
+    verify.add_argument("--at", metavar="ID|TIME", help="only this backup and what it needs")
+
+    status = command("status", "show bitmaps, changes and what interrupted runs left")
+    status.add_argument("vm", nargs="?", metavar="VM")
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, *, defaults: bool) -> None:
+    """Add what is understood before and after the command; only one place sets defaults."""
+
+    def default(value: object) -> object:
+        return value if defaults else argparse.SUPPRESS
+
+    parser.add_argument(
+        "-c", "--config", metavar="FILE", default=default(None), help="configuration file"
+    )
+    parser.add_argument(
+        "--json", action="store_true", default=default(False), help="JSON on stdout"
+    )
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument(
+        "-q", "--quiet", action="store_true", default=default(False), help="only warnings"
+    )
+    loudness.add_argument(
+        "-v", "--verbose", action="store_true", default=default(False), help="more about errors"
+    )
+
+
+def _add_backup_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("vm", metavar="VM")
+    parser.add_argument(
+        "--disk", action="append", default=[], metavar="NAME", help="only this disk (repeatable)"
+    )
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="NAME", help="not this disk"
+    )
+    parser.add_argument("--label", metavar="TEXT", help="shown by list")
+    parser.add_argument(
+        "--speed-limit", type=_argument(parse_size_bytes), default=0, metavar="50M",
+        help="bytes per second, for all disks together",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lock-wait", type=_argument(parse_duration_s), default=0, metavar="10m",
+        help="wait for another run to end",
+    )  # fmt: skip
+    parser.add_argument("--compress", action="store_true", help="compress with zstd")
+
+
+def _argument(parse: Callable[[str], int]) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            return parse(text)
+        except ValueError as err:
+            raise argparse.ArgumentTypeError(str(err)) from err
+
+    return convert

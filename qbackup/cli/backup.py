@@ -1,0 +1,71 @@
+"""`qbackup full` and `qbackup incremental`."""
+
+import argparse
+
+from qbackup.cli.context import make_context
+from qbackup.cli.output import summary
+from qbackup.jobs.backup import Outcome, back_up
+from qbackup.jobs.plan import BackupOptions
+from qbackup.model.backup import Backup
+from qbackup.model.quantities import format_duration, format_size
+from qbackup.ui.reporters import make_reporter
+from qbackup.ui.tables import table
+
+EXIT_DEGRADED = 3
+
+_CONSISTENCY_TEXT = {
+    "crash": "as after a power cut",
+    "filesystem": "file systems frozen",
+    "paused": "the guest was paused",
+}
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    """Back up, print the summary, and return 0, or 3 if something is not as asked."""
+    context = make_context(arguments)
+    vm = context.vm(arguments.vm)
+    repository = context.open_repository()
+    incremental = arguments.name == "incremental"
+    options = BackupOptions(
+        kind="incremental" if incremental else "full",
+        disks=tuple(arguments.disk),
+        exclude=tuple(arguments.exclude),
+        label=arguments.label,
+        speed_limit_bytes_per_s=arguments.speed_limit,
+        lock_wait_s=arguments.lock_wait,
+        fallback=not (incremental and arguments.no_fallback),
+        compress=arguments.compress,
+    )
+    with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
+        outcome = await back_up(repository, vm, options, reporter)
+    summary(
+        outcome.backup.summary(),
+        text=_text(outcome.backup),
+        json_output=context.json_output,
+        quiet=context.quiet,
+    )
+    return EXIT_DEGRADED if _is_degraded(outcome, arguments, incremental=incremental) else 0
+
+
+def _is_degraded(outcome: Outcome, arguments: argparse.Namespace, *, incremental: bool) -> bool:
+    fell_back = incremental and any(disk.kind == "full" for disk in outcome.backup.disks)
+    return bool(outcome.degraded) or (fell_back and arguments.strict)
+
+
+def _text(backup: Backup) -> str:
+    rows = [
+        (
+            f"  {disk.name}",
+            disk.kind,
+            format_size(disk.virtual_size_bytes),
+            format_size(disk.copied_bytes),
+            format_size(disk.stored_bytes),
+            disk.reason or "",
+        )
+        for disk in backup.disks
+    ]
+    head = ("  DISK", "KIND", "SIZE", "COPIED", "STORED", "REASON")
+    return (
+        f"{backup.vm}: backup {backup.id} in {format_duration(backup.seconds)} "
+        f"({_CONSISTENCY_TEXT[backup.consistency]})\n{table(head, rows, right=(2, 3, 4))}"
+    )

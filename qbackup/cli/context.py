@@ -1,0 +1,130 @@
+"""What the commands share: the configuration file found and read, the repository opened."""
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from qbackup.errors import ConfigurationError, UsageError
+from qbackup.formats.configuration import (
+    MAX_CONFIGURATION_BYTES,
+    Configuration,
+    Vm,
+    parse_configuration,
+)
+from qbackup.model.names import check_name
+from qbackup.repository.repository import Repository
+
+_SYSTEM_CONFIGURATION = Path("/etc/qbackup/config.toml")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """One invocation: how to speak, and what to work on."""
+
+    json_output: bool
+    quiet: bool
+    configuration: Configuration
+
+    def open_repository(self) -> Repository:
+        """Open the configured repository.
+
+        Raises:
+            RepositoryError: there is none that can be used.
+        """
+        return Repository.open(self.configuration.repository)
+
+    def vm(self, name: str) -> Vm:
+        """Return a configured VM.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        return self.configuration.vm(name)
+
+    def vm_name(self, repository: Repository, name: str) -> str:
+        """Return the name of a VM that is configured or has backups.
+
+        Raises:
+            UsageError: it is neither.
+        """
+        check_name("VM", name)
+        known = {*self.configuration.vms, *repository.vms()}
+        if name not in known:
+            raise UsageError(
+                f"VM {name!r} is neither in {self.configuration.path} nor in the repository",
+                hint=f"known: {', '.join(sorted(known)) or 'none'}",
+            )
+        return name
+
+
+def make_context(arguments: argparse.Namespace) -> Context:
+    """Read the configuration that the command line or the environment names.
+
+    Raises:
+        ConfigurationError: there is none, or it is wrong.
+    """
+    return Context(
+        json_output=arguments.json,
+        quiet=arguments.quiet,
+        configuration=read_configuration(find_configuration(arguments.config)),
+    )
+
+
+def find_configuration(given: str | None) -> Path:
+    """Return the file to read.
+
+    Raises:
+        ConfigurationError: none was given and none is where it is looked for.
+    """
+    named = given or os.environ.get("QBACKUP_CONFIG")
+    if named:
+        return Path(named)
+    places = (user_configuration(), _SYSTEM_CONFIGURATION)
+    for path in places:
+        if path.exists():
+            return path
+    raise ConfigurationError(
+        f"no configuration file: neither {places[0]} nor {places[1]} exists",
+        hint="make one with: qbackup init; or name one with -c FILE",
+    )
+
+
+def new_configuration_path(given: str | None) -> Path:
+    """Return where `init` writes a configuration if there is none."""
+    named = given or os.environ.get("QBACKUP_CONFIG")
+    if named:
+        return Path(named)
+    for path in (user_configuration(), _SYSTEM_CONFIGURATION):
+        if path.exists():
+            return path
+    return _SYSTEM_CONFIGURATION if os.geteuid() == 0 else user_configuration()
+
+
+def user_configuration() -> Path:
+    """Return the user's own configuration file (XDG base directory specification)."""
+    base = os.environ.get("XDG_CONFIG_HOME")
+    folder = Path(base) if base else Path("~/.config").expanduser()
+    return folder / "qbackup" / "config.toml"
+
+
+def read_configuration(path: Path) -> Configuration:
+    """Read and check a configuration file.
+
+    Raises:
+        ConfigurationError: it cannot be read, or something in it is wrong.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIGURATION_BYTES + 1)
+    except OSError as err:
+        raise ConfigurationError(
+            f"{path}: {err.strerror}", hint="name the configuration file with -c FILE"
+        ) from err
+    if len(data) > MAX_CONFIGURATION_BYTES:
+        raise ConfigurationError(f"{path}: larger than {MAX_CONFIGURATION_BYTES} bytes")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as err:
+        raise ConfigurationError(f"{path}: not UTF-8 text ({err.reason})") from err
+    return parse_configuration(text, path=path)

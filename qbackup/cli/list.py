@@ -1,0 +1,47 @@
+"""`qbackup list`: the backups, newest last."""
+
+import argparse
+
+from qbackup.cli.context import make_context
+from qbackup.cli.output import answer
+from qbackup.model.backup import Backup
+from qbackup.model.quantities import format_size
+from qbackup.repository.repository import DamagedBackup
+from qbackup.ui.reporters import print_line
+from qbackup.ui.tables import printable, table
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    """Print every readable backup; name the others on stderr."""
+    context = make_context(arguments)
+    repository = context.open_repository()
+    names = [context.vm_name(repository, arguments.vm)] if arguments.vm else repository.vms()
+    backups: list[Backup] = []
+    for name in names:
+        for backup in reversed(list(repository.newest_first(name))):
+            if isinstance(backup, DamagedBackup):
+                print_line(f"warning: {printable(backup.error.message)}")
+            else:
+                backups.append(backup)
+    backups.sort(key=lambda backup: backup.id)
+    head = ("VM", "ID", "TIME", "KIND", "DISKS", "SIZE", "STORED", "CHAIN", "LABEL")
+    rows = [
+        (
+            backup.vm,
+            backup.id,
+            backup.time[:19].replace("T", " "),
+            backup.kind,
+            str(len(backup.disks)),
+            format_size(backup.virtual_size_bytes),
+            format_size(backup.stored_bytes),
+            backup.chain,
+            backup.label or "",
+        )
+        for backup in backups
+    ]
+    answer(
+        [backup.summary() for backup in backups],
+        text=table(head, rows, right=(4, 5, 6)) if rows else "no backups yet",
+        json_output=context.json_output,
+    )
+    return 0

@@ -1,0 +1,104 @@
+"""The entry point: runs one command and turns what becomes of it into an exit code."""
+
+import importlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Coroutine
+from typing import Any, NoReturn
+
+from qbackup.cli.arguments import parse_arguments
+from qbackup.errors import InterruptedByUserError, QbackupError
+
+_BUG_HINT = "this is a bug in qbackup; run it again with -v and report what it prints"
+
+
+def main() -> NoReturn:
+    """Run the command of `sys.argv` and exit."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: list[str]) -> int:
+    """Run a command and return its exit code; every error is reported here, once."""
+    json_output = "--json" in argv
+    verbose = "-v" in argv or "--verbose" in argv
+    try:
+        arguments = parse_arguments(argv)
+        module = importlib.import_module(f"qbackup.cli.{arguments.module}")
+        return _run_interruptible(module.run(arguments))
+    except BrokenPipeError:
+        # The reader of our output has gone; nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except QbackupError as err:
+        _report(err, json_output=json_output, verbose=verbose)
+        return err.exit_code
+    except OSError as err:
+        where = f"{err.filename}: " if err.filename else ""
+        failure = QbackupError(f"{where}{err.strerror or err}")
+        failure.__cause__ = err
+        _report(failure, json_output=json_output, verbose=verbose)
+        return failure.exit_code
+    except Exception as err:
+        failure = QbackupError(f"internal error: {type(err).__name__}: {err}", hint=_BUG_HINT)
+        failure.__cause__ = err
+        _report(failure, json_output=json_output, verbose=verbose)
+        return failure.exit_code
+
+
+def _run_interruptible(command: Coroutine[Any, Any, int]) -> int:
+    """Run a command to its end; SIGINT, SIGTERM and SIGHUP cancel it, and it cleans up.
+
+    Raises:
+        InterruptedByUserError: a signal came. A second one changes nothing: clean-up has
+            deadlines of its own.
+    """
+    import asyncio  # noqa: PLC0415 - `--help` must not wait for it
+
+    async def cancellable() -> int:
+        task = asyncio.ensure_future(command)
+        interrupted = False
+
+        def interrupt() -> None:
+            nonlocal interrupted
+            if not interrupted:
+                interrupted = True
+                task.cancel()
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, interrupt)
+        try:
+            return await task
+        except asyncio.CancelledError as err:
+            raise InterruptedByUserError("interrupted; everything is cleaned up") from err
+
+    return asyncio.run(cancellable())
+
+
+def _report(err: QbackupError, *, json_output: bool, verbose: bool) -> None:
+    notes = [str(note) for note in getattr(err, "__notes__", [])]
+    if json_output:
+        document: dict[str, Any] = {
+            "type": "error",
+            "code": err.exit_code,
+            "class": type(err).__name__,
+            "message": err.message,
+            "hint": err.hint,
+        }
+        if problems := getattr(err, "problems", ()):
+            document["problems"] = list(problems)
+        if notes:
+            document["notes"] = notes
+        print(json.dumps(document), flush=True)
+    else:
+        lines = [f"qbackup: {err.message}", *(f"  {p}" for p in getattr(err, "problems", ()))]
+        lines += [f"note: {note}" for note in notes]
+        if err.hint:
+            lines.append(f"hint: {err.hint}")
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    if verbose:
+        import traceback  # noqa: PLC0415 - only when asked for
+
+        traceback.print_exception(err)

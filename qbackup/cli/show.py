@@ -1,0 +1,65 @@
+"""`qbackup show`: everything that is known of one backup."""
+
+import argparse
+import shlex
+from dataclasses import asdict
+
+from qbackup.cli.context import make_context
+from qbackup.cli.output import answer
+from qbackup.model.backup import REASON_TEXT, Backup
+from qbackup.model.quantities import format_duration, format_size
+from qbackup.ui.tables import facts
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    """Print one backup's manifest, for people or as it is."""
+    context = make_context(arguments)
+    repository = context.open_repository()
+    vm = context.vm_name(repository, arguments.vm)
+    backup = repository.backup(vm, repository.resolve(vm, arguments.id))
+    answer(
+        {**backup.summary(), "manifest": asdict(backup)},
+        text=_text(backup, str(repository.path)),
+        json_output=context.json_output,
+    )
+    return 0
+
+
+def _text(backup: Backup, repository: str) -> str:
+    command_line = backup.vm_configuration.command_line
+    lines = [
+        facts(
+            [
+                ("backup", f"{backup.id} of {backup.vm}"),
+                ("time", backup.time),
+                ("label", backup.label or "-"),
+                ("chain", backup.chain),
+                ("parent", backup.parent or "-"),
+                ("consistency", backup.consistency),
+                ("took", format_duration(backup.seconds)),
+                ("QEMU", backup.qemu_version),
+                ("machine", backup.vm_configuration.machine or "-"),
+                ("command line", shlex.join(command_line) if command_line else "-"),
+            ]
+        )
+    ]
+    for disk in backup.disks:
+        why = f" ({REASON_TEXT[disk.reason]})" if disk.reason else ""
+        lines += [
+            "",
+            facts(
+                [
+                    (f"disk {disk.name}", f"{disk.kind}{why}"),
+                    ("  size", f"{format_size(disk.virtual_size_bytes)} as the guest sees it"),
+                    ("  copied", format_size(disk.copied_bytes)),
+                    ("  stored", format_size(disk.stored_bytes)),
+                    ("  file", f"{repository}/{disk.file}"),
+                    ("  parent", disk.parent or "-"),
+                    ("  BLAKE3", disk.blake3),
+                    ("  source", f"{disk.source.filename} ({disk.source.format})"),
+                ]
+            ),
+        ]
+    for name, why in backup.left_out.items():
+        lines += ["", f"left out: {name}: {why}"]
+    return "\n".join(lines)

@@ -1,0 +1,81 @@
+"""`qbackup status`: what the next backup of each VM would find."""
+
+import argparse
+import asyncio
+from typing import Any
+
+from qbackup.cli.context import make_context
+from qbackup.cli.output import answer
+from qbackup.jobs.status import DiskStatus, VmStatus, query_status
+from qbackup.model.backup import REASON_TEXT
+from qbackup.model.quantities import format_size
+from qbackup.ui.tables import table
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    """Print the state of one VM, or of all that are configured."""
+    context = make_context(arguments)
+    repository = context.open_repository()
+    vms = [context.vm(arguments.vm)] if arguments.vm else list(context.configuration.vms.values())
+    found = await asyncio.gather(*(query_status(repository, vm) for vm in vms))
+    answer(
+        [_document(status) for status in found],
+        text="\n\n".join(_text(status) for status in found) or "no VMs are configured",
+        json_output=context.json_output,
+    )
+    return 0
+
+
+def _document(status: VmStatus) -> dict[str, Any]:
+    return {
+        "vm": status.vm,
+        "state": status.state,
+        "detail": status.detail,
+        "backup_running": status.running_backup,
+        "last_backup": status.last_backup.summary() if status.last_backup else None,
+        "disks": [
+            {
+                "name": disk.name,
+                "virtual_size_bytes": disk.virtual_size_bytes,
+                "last_backup": disk.last_backup,
+                "bitmap": {
+                    "trusted": disk.bitmap.trusted,
+                    "reason": disk.bitmap.reason,
+                    "dirty_bytes": disk.bitmap.dirty_bytes,
+                    "granularity_bytes": disk.bitmap.granularity_bytes,
+                    "where": disk.bitmap.where,
+                },
+            }
+            for disk in status.disks
+        ],
+        "left_out": status.left_out,
+        "leftovers": list(status.leftovers),
+    }
+
+
+def _text(status: VmStatus) -> str:
+    detail = f" ({status.detail})" if status.detail else ""
+    lines = [f"{status.vm}: {status.state}{detail}"]
+    if status.running_backup:
+        lines.append("  a backup is running")
+    last = status.last_backup
+    lines.append(f"  last backup: {last.id}, {last.kind}" if last else "  last backup: none yet")
+    if status.disks:
+        head = ("  DISK", "SIZE", "CHANGED", "NEXT INCREMENTAL")
+        rows = [_row(disk) for disk in status.disks]
+        lines.append(table(head, rows, right=(1, 2)))
+    lines += [f"  left out: {name}: {why}" for name, why in status.left_out.items()]
+    if status.leftovers:
+        lines.append("  left by an interrupted run (the next backup removes it):")
+        lines += [f"    {what}" for what in status.leftovers]
+    return "\n".join(lines)
+
+
+def _row(disk: DiskStatus) -> tuple[str, str, str, str]:
+    bitmap = disk.bitmap
+    changed = "?" if bitmap.dirty_bytes is None else format_size(bitmap.dirty_bytes)
+    if bitmap.reason is None:
+        following = "incremental"
+    else:
+        following = f"full ({bitmap.reason}: {REASON_TEXT[bitmap.reason]})"
+    return f"  {disk.name}", format_size(disk.virtual_size_bytes), changed, following

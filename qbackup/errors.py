@@ -1,0 +1,162 @@
+"""Every error that qbackup reports, with its exit code.
+
+The tree, and the exit codes that other programs rely on:
+
+    QbackupError                       1  failed
+    ├── UsageError                     2  the command line makes no sense
+    │   └── ConfigurationError         2  the configuration file makes no sense
+    ├── RefusedError                   4  --no-fallback, and a full backup would be needed
+    ├── RepositoryError               10  no repository, or not one that we can use
+    ├── LockedError                   11  another run holds the VM's lock
+    ├── MonitorError                  12  QEMU cannot be reached, or it went away
+    │   ├── MonitorBusyError          12  another client has the monitor
+    │   └── MonitorLostError          12  the connection ended in the middle
+    ├── VerificationError             13  what is stored is not what was written
+    ├── InterruptedByUserError       130  Ctrl-C or SIGTERM
+    ├── QmpCommandError                1  QEMU refused a command
+    ├── DiskError                      1  a disk is missing, or not as it has to be
+    ├── JobFailedError                 1  a backup job ended with an error
+    ├── NoSpaceError                   1  the repository's file system is too small
+    ├── ManifestDamagedError           1  a manifest cannot be trusted
+    ├── ChainBrokenError               1  a backup needs another one that is not there
+    ├── BackupNotFoundError            1  no backup, or several, by that name
+    └── RestoreError                   1  a restore cannot start, or failed
+
+The exit code 3 (done, but degraded) is no error: the command's result carries it.
+This module imports nothing of qbackup.
+"""
+
+from collections.abc import Sequence
+
+
+class QbackupError(Exception):
+    """A failure with a message for people, an exit code for programs, and often a hint."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(QbackupError):
+    """The command line asks for something that makes no sense."""
+
+    exit_code = 2
+
+
+class ConfigurationError(UsageError):
+    """The configuration file cannot be read, or a key in it is wrong."""
+
+
+class RefusedError(QbackupError):
+    """`--no-fallback` was given and at least one disk would need a full backup."""
+
+    exit_code = 4
+
+    def __init__(self, vm: str, reasons: Sequence[tuple[str, str]]) -> None:
+        listed = ", ".join(f"{disk} ({reason})" for disk, reason in reasons)
+        super().__init__(
+            f"{vm}: an incremental backup is not possible for: {listed}",
+            hint=f"run qbackup full {vm}, or leave out --no-fallback",
+        )
+        self.vm, self.reasons = vm, tuple(reasons)
+
+
+class RepositoryError(QbackupError):
+    """There is no repository, or not one that this version can use."""
+
+    exit_code = 10
+
+
+class LockedError(QbackupError):
+    """Another qbackup works on the same VM in the same repository."""
+
+    exit_code = 11
+
+
+class MonitorError(QbackupError):
+    """QEMU cannot be reached."""
+
+    exit_code = 12
+
+
+class MonitorBusyError(MonitorError):
+    """The monitor accepts the connection but does not answer: it serves another client."""
+
+
+class MonitorLostError(MonitorError):
+    """QEMU went away, or the connection to it ended, while it was needed."""
+
+
+class VerificationError(QbackupError):
+    """What is stored is not what was written."""
+
+    exit_code = 13
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        count = len(problems)
+        super().__init__(
+            f"verification found {count} problem{'s' if count != 1 else ''}",
+            hint="the backups that need a damaged file cannot be restored; "
+            "start a new chain with: qbackup full VM",
+        )
+        self.problems = tuple(problems)
+
+
+class InterruptedByUserError(QbackupError):
+    """Ctrl-C or SIGTERM ended the command after it cleaned up."""
+
+    exit_code = 130
+
+
+class QmpCommandError(QbackupError):
+    """QEMU answered a command with an error."""
+
+    def __init__(self, command: str, error_class: str, description: str) -> None:
+        super().__init__(f"QEMU refused {command}: {description}")
+        self.command, self.error_class, self.description = command, error_class, description
+
+
+class DiskError(QbackupError):
+    """A disk is not there, or not as it has to be."""
+
+
+class JobFailedError(QbackupError):
+    """A backup job in QEMU ended with an error; nothing of the backup remains."""
+
+    def __init__(self, disk: str, description: str, *, hint: str | None = None) -> None:
+        super().__init__(f"disk {disk}: the backup job failed: {description}", hint=hint)
+        self.disk, self.description = disk, description
+
+
+class NoSpaceError(QbackupError):
+    """The repository's file system has less room than the backup is expected to need."""
+
+
+class ManifestDamagedError(QbackupError):
+    """A manifest cannot be read, or is not what was written."""
+
+    def __init__(self, path: str, fact: str) -> None:
+        super().__init__(
+            f"{path}: {fact}",
+            hint="the backup cannot be trusted; run qbackup verify to see what else is damaged",
+        )
+        self.path = path
+
+
+class ChainBrokenError(QbackupError):
+    """A backup needs another one that is not in the repository."""
+
+    def __init__(self, backup_id: str, disk: str, fact: str) -> None:
+        super().__init__(f"backup {backup_id}, disk {disk}: {fact}")
+        self.backup_id, self.disk = backup_id, disk
+
+
+class BackupNotFoundError(QbackupError):
+    """No backup, or more than one, goes by the name or time that was given."""
+
+
+class RestoreError(QbackupError):
+    """A restore cannot start, or it failed; what it had written is removed."""

@@ -1,0 +1,1 @@
+"""Bytes and documents: qcow2 headers, manifests, configuration. Pure; knows no QEMU process."""

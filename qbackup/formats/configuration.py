@@ -1,0 +1,210 @@
+"""The configuration file: TOML in, checked values out.
+
+Every mistake is told with the file, the key and what is allowed there. This module does not
+open files: it is given the text, and the folder that relative paths are relative to.
+"""
+
+import tomllib
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from qbackup.errors import ConfigurationError, UsageError
+from qbackup.formats.documents import DocumentError, convert
+from qbackup.model.backup import (
+    DEFAULT_GRANULARITY_BYTES,
+    MAX_GRANULARITY_BYTES,
+    MIN_GRANULARITY_BYTES,
+)
+from qbackup.model.names import check_name
+from qbackup.model.quantities import parse_size_bytes
+
+Engine = Literal["blockdev-backup", "drive-backup"]
+
+MAX_CONFIGURATION_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vm:
+    """One `[vm.NAME]` table.
+
+    `qmp` is a path or (host, port); `disks` None means every writable disk.
+    """
+
+    name: str
+    qmp: Path | tuple[str, int]
+    agent: Path | None
+    disks: tuple[str, ...] | None
+    granularity_bytes: int
+    engine: Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """The whole file."""
+
+    path: Path
+    repository: Path
+    state: Path
+    vms: dict[str, Vm]
+
+    def vm(self, name: str) -> Vm:
+        """Return the VM of that name.
+
+        Raises:
+            UsageError: the file has no such VM.
+        """
+        check_name("VM", name)
+        if name not in self.vms:
+            known = ", ".join(sorted(self.vms)) or "none"
+            raise UsageError(
+                f"VM {name!r} is not in {self.path} (there: {known})",
+                hint=f"add a table [vm.{name}] with its qmp socket",
+            )
+        return self.vms[name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _VmTable:
+    qmp: str
+    agent: str | None = None
+    disks: list[str] | None = None
+    granularity: str | int = "64K"
+    engine: Engine = "blockdev-backup"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _File:
+    repository: str
+    state: str
+    vm: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_configuration(text: str, *, path: Path) -> Configuration:
+    """Read a configuration. Relative paths in it are relative to the folder of `path`.
+
+    Raises:
+        ConfigurationError: something in it is wrong.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as err:
+        raise ConfigurationError(f"{path}: not TOML: {err}") from err
+    top = _table(document, _File, path=path, where="")
+    folder = path.absolute().parent
+    vms = {}
+    for name, table in top.vm.items():
+        where = f"vm.{name}"
+        try:
+            check_name("VM", name)
+        except UsageError as err:
+            raise ConfigurationError(f"{path}: {where}: {err.message}", hint=err.hint) from err
+        if not isinstance(table, dict):
+            raise ConfigurationError(f"{path}: {where}: expected a table [{where}]")
+        parsed = _table(table, _VmTable, path=path, where=where)
+        vms[name] = _vm(name, parsed, path=path, folder=folder)
+    return Configuration(
+        path=path, repository=folder / top.repository, state=folder / top.state, vms=vms
+    )
+
+
+def _vm(name: str, table: _VmTable, *, path: Path, folder: Path) -> Vm:
+    where = f"{path}: vm.{name}"
+    if table.disks is not None:
+        if not table.disks:
+            raise ConfigurationError(
+                f"{where}.disks: the list is empty", hint="leave the key out to mean every disk"
+            )
+        for disk in table.disks:
+            if table.disks.count(disk) > 1:
+                raise ConfigurationError(f"{where}.disks: {disk!r} is there twice")
+    return Vm(
+        name=name,
+        qmp=_qmp_address(table.qmp, where=f"{where}.qmp", folder=folder),
+        agent=None if table.agent is None else folder / table.agent,
+        disks=None if table.disks is None else tuple(table.disks),
+        granularity_bytes=_granularity(table.granularity, where=f"{where}.granularity"),
+        engine=table.engine,
+    )
+
+
+def _table(document: dict[str, Any], target: type[Any], *, path: Path, where: str) -> Any:
+    """Check a table's keys and types against the dataclass `target`."""
+    allowed = [entry.name for entry in fields(target)]
+    prefix = f"{where}." if where else ""
+    for key in document:
+        if key not in allowed:
+            raise ConfigurationError(
+                f"{path}: unknown key {prefix}{key}", hint=f"allowed here: {', '.join(allowed)}"
+            )
+    _require(document, target, path=path, prefix=prefix)
+    for key, value in document.items():
+        try:
+            convert(value, _key_type(target, key))
+        except DocumentError as err:
+            raise ConfigurationError(f"{path}: {prefix}{key}: {err}") from err
+    return target(**document)
+
+
+def _require(document: dict[str, Any], target: type[Any], *, path: Path, prefix: str) -> None:
+    for entry in fields(target):
+        required = entry.default is MISSING and entry.default_factory is MISSING
+        if required and entry.name not in document:
+            raise ConfigurationError(f"{path}: the key {prefix}{entry.name} is missing")
+
+
+def _key_type(target: type[Any], key: str) -> Any:
+    annotations: Iterable[Any] = (entry.type for entry in fields(target) if entry.name == key)
+    return next(iter(annotations))
+
+
+def _qmp_address(text: str, *, where: str, folder: Path) -> Path | tuple[str, int]:
+    if not text.startswith("tcp:"):
+        if not text:
+            raise ConfigurationError(f"{where}: expected a socket's path or tcp:HOST:PORT")
+        return folder / text.removeprefix("unix:")
+    host, separator, port = text.removeprefix("tcp:").rpartition(":")
+    if not (separator and host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise ConfigurationError(
+            f"{where}: {text!r} is not an address", hint='write for example "tcp:127.0.0.1:4444"'
+        )
+    return host.strip("[]"), int(port)
+
+
+def _granularity(value: str | int, *, where: str) -> int:
+    allowed = "a power of two from 4K to 2M"
+    try:
+        size = parse_size_bytes(value) if isinstance(value, str) else value
+    except ValueError as err:
+        raise ConfigurationError(f"{where}: {err}", hint=f"allowed is {allowed}") from err
+    if not MIN_GRANULARITY_BYTES <= size <= MAX_GRANULARITY_BYTES or size & (size - 1):
+        raise ConfigurationError(f"{where}: {value!r} is not {allowed}")
+    return size
+
+
+def example_configuration(*, repository: Path, state: Path) -> str:
+    """Return the commented file that `qbackup init` writes."""
+    granularity = f"{DEFAULT_GRANULARITY_BYTES // 1024}K"
+    return f"""\
+# qbackup configuration (TOML). Relative paths are relative to this file's folder.
+
+repository = {_quoted(repository)}
+state = {_quoted(state)}
+
+# One table for each VM. Start QEMU with for example
+#   -qmp unix:/run/vm1/qmp.sock,server=on,wait=off
+# and give every disk a name: -blockdev node-name=… or -drive id=…
+#
+# [vm.vm1]
+# qmp = "/run/vm1/qmp.sock"           # or "tcp:127.0.0.1:4444"
+# agent = "/run/vm1/qga.sock"         # guest agent: freeze file systems for the instant
+# disks = ["system", "data"]          # default: every writable disk
+# granularity = "{granularity}"                 # bytes per bit of the dirty bitmap, 4K to 2M
+# engine = "blockdev-backup"          # or "drive-backup"
+"""
+
+
+def _quoted(path: Path) -> str:
+    text = str(path).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{text}"'

@@ -1,0 +1,60 @@
+"""The manifest of one backup: `manifest.json`, written last.
+
+Decoding checks everything that later becomes a path or a size: a manifest is a file, and
+files are damaged and forged.
+"""
+
+from dataclasses import asdict
+
+from qbackup.formats.documents import DocumentError, convert, decode_document, encode_document
+from qbackup.model.backup import MAX_DISK_BYTES, Backup
+from qbackup.model.names import is_backup_id, is_safe_name
+
+FORMAT_NAME = "qbackup-manifest"
+VERSION = 1
+MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+
+
+def encode_manifest(backup: Backup, *, repository_id: str) -> bytes:
+    """Write a backup's manifest."""
+    content = {"repository": repository_id, **asdict(backup)}
+    return encode_document(format_name=FORMAT_NAME, version=VERSION, content=content)
+
+
+def decode_manifest(data: bytes, *, repository_id: str, vm: str, backup_id: str) -> Backup:
+    """Read the manifest that stands in the directory of `vm` and `backup_id`.
+
+    Raises:
+        DocumentError: it is damaged, or it is the manifest of something else.
+    """
+    content = decode_document(data, format_name=FORMAT_NAME, version=VERSION)
+    if content.pop("repository", None) != repository_id:
+        raise DocumentError("it belongs to another repository")
+    backup = convert(content, Backup)
+    if (backup.vm, backup.id) != (vm, backup_id):
+        raise DocumentError(f"it is the manifest of {backup.vm} {backup.id}")
+    for reference in (backup.chain, backup.parent, *(disk.parent for disk in backup.disks)):
+        if reference is not None and not is_backup_id(reference):
+            raise DocumentError(f"{reference!r} is not a backup id")
+    seen: set[str] = set()
+    for disk in backup.disks:
+        if not is_safe_name(disk.name) or disk.name in seen:
+            raise DocumentError(f"disk name {disk.name!r} is not allowed, or there twice")
+        seen.add(disk.name)
+        if disk.file != disk_file(vm, backup_id, disk.name):
+            raise DocumentError(f"disk {disk.name}: file {disk.file!r} is not where it belongs")
+        if not 0 <= disk.virtual_size_bytes <= MAX_DISK_BYTES:
+            raise DocumentError(f"disk {disk.name}: size {disk.virtual_size_bytes} is impossible")
+        if (disk.kind == "full") != (disk.parent is None):
+            raise DocumentError(f"disk {disk.name}: {disk.kind} with parent {disk.parent}")
+    return backup
+
+
+def disk_file(vm: str, backup_id: str, disk: str) -> str:
+    """Return where a disk's image stands, relative to the repository."""
+    return f"{vm}/{backup_id}/{disk}.qcow2"
+
+
+def backing_file(parent: str, disk: str) -> str:
+    """Return the backing file of an incremental's image, relative to the image."""
+    return f"../{parent}/{disk}.qcow2"

@@ -1,0 +1,164 @@
+"""qcow2 images as far as qbackup writes and reads them itself.
+
+It makes the empty image that QEMU fills, gives the finished image its backing file, and reads
+the header back. Everything between (clusters, refcounts) is QEMU's.
+
+All numbers are big-endian (qcow2 spec, "Header"). An image made here begins with
+
+    cluster 0   header, header extensions, backing file name
+    cluster 1   refcount table
+    cluster 2   refcount block for the first 2 GiB of the file
+    cluster 3…  L1 table, all zero
+"""
+
+import os
+import struct
+from dataclasses import dataclass
+from typing import Literal
+
+from qbackup.model.backup import MAX_DISK_BYTES
+
+Compression = Literal["zlib", "zstd"]
+
+MAGIC = b"QFI\xfb"
+CLUSTER_BITS = 16
+CLUSTER_BYTES = 1 << CLUSTER_BITS
+HEADER_BYTES = 112
+MAX_BACKING_NAME_BYTES = 1023
+
+_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQIIB7x")
+_BACKING_FIELDS = struct.Struct(">QI")
+_BACKING_FIELDS_OFFSET = 8
+_EXTENSION = struct.Struct(">II")
+_EXTENSION_BACKING_FORMAT = 0xE2792ACA
+_EXTENSION_END = 0
+_INCOMPATIBLE_DIRTY = 1 << 0
+_INCOMPATIBLE_CORRUPT = 1 << 1
+_INCOMPATIBLE_DATA_FILE = 1 << 2
+_INCOMPATIBLE_COMPRESSION = 1 << 3
+_COMPRESSION_TYPES: dict[Compression, int] = {"zlib": 0, "zstd": 1}
+_REFCOUNT_ORDER = 4  # 16-bit refcounts
+_L2_ENTRIES = CLUSTER_BYTES // 8
+_BACKING_FORMAT = b"qcow2"
+
+
+class Qcow2Error(ValueError):
+    """The bytes are not a qcow2 header that we accept. The message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qcow2Header:
+    """The facts of a header that matter to a backup's image."""
+
+    version: int
+    virtual_size_bytes: int
+    backing_file: str | None
+    backing_format: str | None
+    corrupt: bool
+    has_data_file: bool
+
+
+def write_empty_image(fd: int, *, virtual_size_bytes: int, compression: Compression) -> None:
+    """Write an empty qcow2 v3 image without a backing file into the empty file `fd`.
+
+    The backing file's format is in the header from the start; its name comes when the image
+    is complete (`write_backing_file`), so that QEMU never opens it.
+    """
+    if not 0 <= virtual_size_bytes <= MAX_DISK_BYTES:
+        raise Qcow2Error(f"size {virtual_size_bytes} is not supported")
+    l1_entries = -(-virtual_size_bytes // (CLUSTER_BYTES * _L2_ENTRIES))
+    l1_clusters = max(1, -(-l1_entries * 8 // CLUSTER_BYTES))
+    first_l1_cluster = 3
+    cluster_count = first_l1_cluster + l1_clusters
+    features = 0 if compression == "zlib" else _INCOMPATIBLE_COMPRESSION
+    header = _HEADER.pack(
+        MAGIC, 3, 0, 0, CLUSTER_BITS, virtual_size_bytes, 0, l1_entries,
+        first_l1_cluster * CLUSTER_BYTES, CLUSTER_BYTES, 1, 0, 0,
+        features, 0, 0, _REFCOUNT_ORDER, HEADER_BYTES, _COMPRESSION_TYPES[compression],
+    )  # fmt: skip
+    extensions = (
+        _EXTENSION.pack(_EXTENSION_BACKING_FORMAT, len(_BACKING_FORMAT))
+        + _BACKING_FORMAT.ljust(8, b"\0")
+        + _EXTENSION.pack(_EXTENSION_END, 0)
+    )
+    os.ftruncate(fd, cluster_count * CLUSTER_BYTES)
+    os.pwrite(fd, header + extensions, 0)
+    os.pwrite(fd, struct.pack(">Q", 2 * CLUSTER_BYTES), CLUSTER_BYTES)
+    os.pwrite(fd, struct.pack(">H", 1) * cluster_count, 2 * CLUSTER_BYTES)
+
+
+def write_backing_file(fd: int, backing_file: str) -> None:
+    """Give an image made by `write_empty_image`, now filled and closed, its backing file.
+
+    Raises:
+        Qcow2Error: the name is too long, or `fd` holds no such image.
+    """
+    name = backing_file.encode()
+    if len(name) > MAX_BACKING_NAME_BYTES:
+        raise Qcow2Error("the backing file name is longer than 1023 bytes")
+    end = _end_of_extensions(os.pread(fd, CLUSTER_BYTES, 0))
+    if end + len(name) > CLUSTER_BYTES:
+        raise Qcow2Error("the header leaves no room for the backing file name")
+    os.pwrite(fd, name, end)
+    os.pwrite(fd, _BACKING_FIELDS.pack(end, len(name)), _BACKING_FIELDS_OFFSET)
+
+
+def read_header(data: bytes) -> Qcow2Header:
+    """Read the header in the first cluster of an image.
+
+    Raises:
+        Qcow2Error: it is not one, or it points outside of `data`.
+    """
+    if len(data) < HEADER_BYTES or data[:4] != MAGIC:
+        raise Qcow2Error("not a qcow2 image")
+    fields = _HEADER.unpack_from(data)
+    version, backing_offset, backing_length, size = fields[1], fields[2], fields[3], fields[5]
+    features = fields[13]
+    if version != 3:
+        raise Qcow2Error(f"qcow2 version {version}; backups are version 3")
+    backing_file = None
+    if backing_offset:
+        if backing_length > MAX_BACKING_NAME_BYTES or backing_offset + backing_length > len(data):
+            raise Qcow2Error("the backing file name lies outside of the header")
+        backing_file = _text(data[backing_offset : backing_offset + backing_length])
+    return Qcow2Header(
+        version=version,
+        virtual_size_bytes=size,
+        backing_file=backing_file,
+        backing_format=_backing_format(data),
+        corrupt=bool(features & (_INCOMPATIBLE_DIRTY | _INCOMPATIBLE_CORRUPT)),
+        has_data_file=bool(features & _INCOMPATIBLE_DATA_FILE),
+    )
+
+
+def _extensions(data: bytes) -> list[tuple[int, int, int]]:
+    """Return (type, offset of the data, length) of every header extension, the end one too."""
+    if len(data) < HEADER_BYTES or data[:4] != MAGIC:
+        raise Qcow2Error("not a qcow2 image")
+    (offset,) = struct.unpack_from(">I", data, 100)
+    found = []
+    while offset + _EXTENSION.size <= len(data):
+        kind, length = _EXTENSION.unpack_from(data, offset)
+        offset += _EXTENSION.size
+        if offset + length > len(data):
+            raise Qcow2Error("a header extension lies outside of the header")
+        found.append((kind, offset, length))
+        if kind == _EXTENSION_END:
+            return found
+        offset += -(-length // 8) * 8
+    raise Qcow2Error("the header extensions have no end")
+
+
+def _end_of_extensions(data: bytes) -> int:
+    return _extensions(data)[-1][1]
+
+
+def _backing_format(data: bytes) -> str | None:
+    for kind, offset, length in _extensions(data):
+        if kind == _EXTENSION_BACKING_FORMAT:
+            return _text(data[offset : offset + length])
+    return None
+
+
+def _text(data: bytes) -> str:
+    return data.decode(errors="backslashreplace")

@@ -1,0 +1,1 @@
+"""Image files: hashing them, converting them with qemu-img. Knows no repository and no QMP."""

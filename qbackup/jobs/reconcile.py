@@ -1,0 +1,87 @@
+"""Find and remove what an earlier run left in QEMU and in the repository, or adopt it.
+
+Bitmaps are special: what was recorded must not be lost. A run that starts an incremental
+stops the bitmap of checkpoint N and records in that of N+1; if N+1 was never committed, its
+bits go back into N, which then records again. This is the only place that does so, whether
+the run failed a moment ago or was killed last week.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from qbackup.model.names import bitmap_name, checkpoint_of_bitmap
+from qbackup.model.progress import Reporter
+from qbackup.qmp import commands
+from qbackup.qmp.commands import Command
+from qbackup.qmp.disks import Disk, query_inventory
+from qbackup.qmp.jobs import end_jobs
+from qbackup.qmp.monitor import Monitor
+from qbackup.qmp.targets import remove_leftovers
+from qbackup.repository.repository import Repository
+
+
+async def remove_partials(repository: Repository, vm: str, reporter: Reporter) -> None:
+    """Remove what unfinished runs left in the repository. The VM's lock must be held."""
+    for directory in repository.partials(vm):
+        await repository.remove_partial(directory)
+        reporter.notice(f"{vm}: removed {directory.name}, left by an interrupted run")
+
+
+async def clear_jobs(monitor: Monitor, *, vm: str, prefix: str, reporter: Reporter) -> None:
+    """End jobs and remove nodes and fd sets that an interrupted run left in QEMU."""
+    left = await end_jobs(monitor, prefix=prefix)
+    left += await remove_leftovers(monitor, prefix=prefix)
+    if left:
+        reporter.notice(f"{vm}: removed {left} jobs and nodes left in QEMU by an interrupted run")
+
+
+async def roll_back_bitmaps(
+    monitor: Monitor, *, prefix: str, checkpoints: Mapping[str, str], uncommitted: str | None
+) -> None:
+    """Give the newest committed bitmap of every disk all bits recorded since.
+
+    `checkpoints` maps a disk's name to its newest committed checkpoint. `uncommitted` is the
+    checkpoint that the caller itself began and could not finish, if any: its bitmaps go even
+    from disks that have no committed one.
+    """
+    inventory = await query_inventory(monitor)
+    actions: list[Command] = []
+    for disk in inventory.disks:
+        actions += _roll_back(disk, prefix, checkpoints.get(disk.name), uncommitted)
+    if actions:
+        await monitor.execute(commands.transaction(actions))
+
+
+async def prune_bitmaps(monitor: Monitor, *, prefix: str, checkpoints: Mapping[str, str]) -> None:
+    """Remove our bitmaps that no disk needs any more: call after the commit."""
+    inventory = await query_inventory(monitor)
+    needed = {
+        (disk.node, bitmap_name(prefix, checkpoints[disk.name]))
+        for disk in inventory.disks
+        if disk.name in checkpoints
+    }
+    for node, bitmap in inventory.bitmaps:
+        ours = checkpoint_of_bitmap(prefix, bitmap.name) is not None
+        if ours and (node, bitmap.name) not in needed:
+            await monitor.execute(commands.bitmap_remove(node=node, name=bitmap.name))
+
+
+def _roll_back(
+    disk: Disk, prefix: str, checkpoint: str | None, uncommitted: str | None
+) -> Iterable[Command]:
+    base = disk.bitmap(bitmap_name(prefix, checkpoint)) if checkpoint else None
+    if base is None:
+        own = disk.bitmap(bitmap_name(prefix, uncommitted)) if uncommitted else None
+        return [commands.bitmap_remove(node=disk.node, name=own.name)] if own else []
+    newer = [
+        bitmap.name
+        for bitmap in disk.bitmaps
+        if (other := checkpoint_of_bitmap(prefix, bitmap.name)) and other > (checkpoint or "")
+    ]
+    actions: list[Command] = []
+    if newer and not base.recording:
+        actions.append(commands.bitmap_enable(node=disk.node, name=base.name))
+        actions += [
+            commands.bitmap_merge(node=disk.node, target=base.name, source=name) for name in newer
+        ]
+    actions += [commands.bitmap_remove(node=disk.node, name=name) for name in newer]
+    return actions

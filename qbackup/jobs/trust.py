@@ -1,0 +1,89 @@
+"""Which disks can be backed up incrementally, and why the others cannot.
+
+The rule behind every line: a bitmap is used only if it recorded every write since the newest
+backup that holds the disk. Pure: it is given what QEMU and the repository say.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from qbackup.model.backup import Backup, DiskBackup, Reason
+from qbackup.model.names import bitmap_name, checkpoint_of_bitmap
+from qbackup.qmp.disks import Bitmap, Disk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """The newest backup that holds a disk."""
+
+    backup: Backup
+    disk: DiskBackup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a disk's next backup is based on; `reason` says why it must be a full one.
+
+    `bitmap` is the base's bitmap in QEMU where there is one, trusted or not.
+    """
+
+    disk: Disk
+    base: Base | None
+    bitmap: Bitmap | None
+    reason: Reason | None
+
+
+def newest_bases(newest_first: Iterable[Backup], disks: Iterable[Disk]) -> dict[str, Base]:
+    """Return, for each disk that any backup holds, the newest one that does."""
+    missing = {disk.name for disk in disks}
+    bases: dict[str, Base] = {}
+    for backup in newest_first:
+        for stored in backup.disks:
+            if stored.name in missing:
+                bases[stored.name] = Base(backup=backup, disk=stored)
+                missing.remove(stored.name)
+        if not missing:
+            break
+    return bases
+
+
+def checkpoints(bases: Mapping[str, Base]) -> dict[str, str]:
+    """Return the newest committed checkpoint of each disk."""
+    return {name: base.backup.id for name, base in bases.items()}
+
+
+def judge(
+    disk: Disk,
+    *,
+    bases: Mapping[str, Base],
+    any_backup: bool,
+    prefix: str,
+    granularity_bytes: int,
+) -> Verdict:
+    """Decide whether the bitmap of a disk's newest backup can be trusted."""
+    base = bases.get(disk.name)
+    if base is None:
+        reason: Reason = "new-disk" if any_backup else "no-parent"
+        return Verdict(disk=disk, base=None, bitmap=None, reason=reason)
+    bitmap = disk.bitmap(bitmap_name(prefix, base.backup.id))
+    return Verdict(
+        disk=disk,
+        base=base,
+        bitmap=bitmap,
+        reason=_distrust(disk, base, bitmap, prefix=prefix, granularity_bytes=granularity_bytes),
+    )
+
+
+def _distrust(
+    disk: Disk, base: Base, bitmap: Bitmap | None, *, prefix: str, granularity_bytes: int
+) -> Reason | None:
+    if bitmap is None:
+        others = any(checkpoint_of_bitmap(prefix, other.name) for other in disk.bitmaps)
+        return "wrong-checkpoint" if others else "missing"
+    if bitmap.inconsistent or bitmap.busy or not bitmap.recording:
+        return "unclean"
+    if disk.virtual_size_bytes != base.disk.virtual_size_bytes:
+        return "size-changed"
+    if bitmap.granularity_bytes != granularity_bytes:
+        return "granularity-changed"
+    return None

@@ -1,0 +1,91 @@
+"""Names that end up in paths or in QEMU: what they may look like.
+
+A name comes from a configuration, a command line, a manifest or QEMU itself. Each is checked
+here before it becomes part of a path. This module must not touch the file system.
+"""
+
+import hashlib
+import re
+from datetime import UTC, datetime, timedelta
+
+from qbackup.errors import UsageError
+
+_SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
+_BACKUP_ID = re.compile(r"(\d{8}-\d{6}\.\d{3})-([0-9a-f]{4})\Z")
+_TIME_FORMAT = "%Y%m%d-%H%M%S.%f"
+
+PARTIAL_SUFFIX = ".partial"
+
+RESERVED_PREFIX = "qbackup-"
+"""Jobs, nodes, fd sets and bitmaps in QEMU whose name starts so are ours."""
+
+
+def is_safe_name(name: str) -> bool:
+    """Tell whether `name` may become one component of a path."""
+    return _SAFE.match(name) is not None and not name.endswith(PARTIAL_SUFFIX)
+
+
+def check_name(what: str, name: str) -> str:
+    """Return `name` if it may become one component of a path.
+
+    Raises:
+        UsageError: it may not; the message says what is allowed.
+    """
+    if not is_safe_name(name):
+        raise UsageError(
+            f"{what} {name!r} cannot be used as a name",
+            hint="letters, digits, '.', '_' and '-', at most 100, beginning with a letter "
+            f"or digit, not ending in {PARTIAL_SUFFIX}",
+        )
+    return name
+
+
+def is_backup_id(text: str) -> bool:
+    """Tell whether `text` has the form of a backup id."""
+    return _BACKUP_ID.match(text) is not None
+
+
+def new_backup_id(*, now: datetime, newest: str | None, random_bits: int) -> tuple[str, datetime]:
+    """Make the id of a new backup, and the time that goes with it.
+
+    Ids sort by time as text. If the clock went back since `newest` was made, the new id
+    is one millisecond after it: the order of a VM's backups must never depend on the clock.
+    `random_bits` (16 bits are used) keeps the ids of different VMs apart.
+    """
+    moment = now.astimezone(UTC)
+    moment = moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+    if newest is not None:
+        earliest = backup_time(newest) + timedelta(milliseconds=1)
+        moment = max(moment, earliest)
+    stamp = moment.strftime(_TIME_FORMAT)[:-3]
+    return f"{stamp}-{random_bits & 0xFFFF:04x}", moment
+
+
+def backup_time(backup_id: str) -> datetime:
+    """Return the instant in a backup id (UTC, milliseconds)."""
+    match = _BACKUP_ID.match(backup_id)
+    if match is None:
+        raise UsageError(f"{backup_id!r} is not a backup id")
+    return datetime.strptime(match.group(1), _TIME_FORMAT).replace(tzinfo=UTC)
+
+
+def owner_prefix(repository_id: str, vm: str) -> str:
+    """Return the prefix of everything that backups of `vm` into this repository leave in QEMU.
+
+    QEMU's node names hold 31 bytes (QAPI block-core, "node-name"): the 12 hexadecimal digits
+    stand for the repository and the VM, so that two repositories can back up one VM without
+    touching each other's bitmaps.
+    """
+    digest = hashlib.sha256(f"{repository_id}/{vm}".encode()).hexdigest()[:12]
+    return f"{RESERVED_PREFIX}{digest}-"
+
+
+def bitmap_name(prefix: str, checkpoint: str) -> str:
+    """Return the name of the bitmap that records what changed since `checkpoint`."""
+    return prefix + checkpoint
+
+
+def checkpoint_of_bitmap(prefix: str, name: str) -> str | None:
+    """Return the checkpoint in a bitmap's name, None if the bitmap is not ours."""
+    checkpoint = name.removeprefix(prefix)
+    return checkpoint if name.startswith(prefix) and is_backup_id(checkpoint) else None

@@ -1,0 +1,1 @@
+"""Everything that speaks to QEMU. No raw QMP dictionary leaves this package."""

@@ -1,0 +1,179 @@
+"""One builder for each QMP command and transaction action that qbackup sends.
+
+The names and arguments are QAPI's (QAPI block-core, transaction, job, misc). Nothing here
+talks to QEMU.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qbackup.formats.configuration import Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """A QMP command. The same name and arguments make a transaction's action."""
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def as_action(self) -> dict[str, Any]:
+        """Return it as a TransactionAction."""
+        return {"type": self.name, "data": self.arguments}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobTuning:
+    """BackupPerf: how many requests of which size a job has in flight."""
+
+    workers: int
+    chunk_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupRequest:
+    """One disk's job. `bitmap` None copies everything.
+
+    `target` is the target's node name for blockdev-backup, its file name for drive-backup.
+    """
+
+    job: str
+    node: str
+    target: str
+    bitmap: str | None
+    speed_bytes_per_s: int
+    compress: bool
+    tuning: JobTuning
+
+
+def transaction(actions: Sequence[Command]) -> Command:
+    """Do all of `actions` at one instant, or none."""
+    return Command(
+        name="transaction", arguments={"actions": [action.as_action() for action in actions]}
+    )
+
+
+def bitmap_add(*, node: str, name: str, granularity_bytes: int) -> Command:
+    """Start recording writes to `node`."""
+    return Command(
+        name="block-dirty-bitmap-add",
+        arguments={"node": node, "name": name, "granularity": granularity_bytes},
+    )
+
+
+def bitmap_remove(*, node: str, name: str) -> Command:
+    """Forget a bitmap."""
+    return Command(name="block-dirty-bitmap-remove", arguments={"node": node, "name": name})
+
+
+def bitmap_disable(*, node: str, name: str) -> Command:
+    """Stop recording; the bits stay."""
+    return Command(name="block-dirty-bitmap-disable", arguments={"node": node, "name": name})
+
+
+def bitmap_enable(*, node: str, name: str) -> Command:
+    """Record again."""
+    return Command(name="block-dirty-bitmap-enable", arguments={"node": node, "name": name})
+
+
+def bitmap_merge(*, node: str, target: str, source: str) -> Command:
+    """Add the bits of `source` to `target`, both on `node`."""
+    return Command(
+        name="block-dirty-bitmap-merge",
+        arguments={"node": node, "target": target, "bitmaps": [source]},
+    )
+
+
+def backup(request: BackupRequest, *, engine: Engine) -> Command:
+    """Start a job that ends `concluded` and stays until it is dismissed.
+
+    The bitmap is left as it is (`bitmap-mode=never`): what becomes of it is decided when the
+    backup is durable. An error on the target ends the job and lets the guest go on.
+    """
+    arguments: dict[str, Any] = {
+        "job-id": request.job,
+        "device": request.node,
+        "target": request.target,
+        "sync": "full",
+        "speed": request.speed_bytes_per_s,
+        "compress": request.compress,
+        "on-source-error": "report",
+        "on-target-error": "report",
+        "auto-finalize": True,
+        "auto-dismiss": False,
+        "x-perf": {
+            "max-workers": request.tuning.workers,
+            "max-chunk": request.tuning.chunk_bytes,
+        },
+    }
+    if request.bitmap is not None:
+        arguments |= {"sync": "bitmap", "bitmap": request.bitmap, "bitmap-mode": "never"}
+    if engine == "drive-backup":
+        arguments |= {"format": "qcow2", "mode": "existing"}
+    return Command(name=engine, arguments=arguments)
+
+
+def job_cancel(job: str) -> Command:
+    """Ask a job to end; it then becomes `concluded`."""
+    return Command(name="job-cancel", arguments={"id": job})
+
+
+def job_dismiss(job: str) -> Command:
+    """Forget a concluded job."""
+    return Command(name="job-dismiss", arguments={"id": job})
+
+
+def job_set_speed(job: str, speed_bytes_per_s: int) -> Command:
+    """Change a running job's limit; 0 means none."""
+    return Command(
+        name="block-job-set-speed", arguments={"device": job, "speed": speed_bytes_per_s}
+    )
+
+
+def target_add(*, node: str, filename: str, aio: str) -> Command:
+    """Open a backup's image for writing.
+
+    `backing: null`: a write never reads the parent. `detect-zeroes=unmap` stores written
+    zeroes as nothing. `no-flush`: closing the image would otherwise make QEMU's main loop
+    wait for the disk; qbackup syncs the file itself, from outside.
+    """
+    no_flush = {"direct": False, "no-flush": True}
+    return Command(
+        name="blockdev-add",
+        arguments={
+            "driver": "qcow2",
+            "node-name": node,
+            "read-only": False,
+            "discard": "unmap",
+            "detect-zeroes": "unmap",
+            "cache": no_flush,
+            "backing": None,
+            "file": {"driver": "file", "filename": filename, "aio": aio, "cache": no_flush},
+        },
+    )
+
+
+def node_delete(node: str) -> Command:
+    """Close a node that nothing uses."""
+    return Command(name="blockdev-del", arguments={"node-name": node})
+
+
+def add_fd(*, opaque: str) -> Command:
+    """Put the descriptor that was just sent into a new fd set."""
+    return Command(name="add-fd", arguments={"opaque": opaque})
+
+
+def remove_fd(fdset_id: int) -> Command:
+    """Drop an fd set; QEMU closes the descriptors when no node uses them."""
+    return Command(name="remove-fd", arguments={"fdset-id": fdset_id})
+
+
+def query(what: str, **arguments: Any) -> Command:
+    """Ask for something; `what` is the name after `query-`."""
+    return Command(name=f"query-{what}", arguments=arguments)
+
+
+def qom_get(path: str, prop: str) -> Command:
+    """Read one property of QEMU's object tree."""
+    return Command(name="qom-get", arguments={"path": path, "property": prop})

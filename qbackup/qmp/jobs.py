@@ -1,0 +1,133 @@
+"""Jobs in QEMU: ask for them, wait for them, end them.
+
+A job that QEMU was told not to dismiss stays `concluded` until it is dismissed; one that is
+concluded without an error has succeeded (QAPI job, `JobStatus`).
+"""
+
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from qbackup.errors import MonitorLostError, QmpCommandError
+from qbackup.qmp import commands
+from qbackup.qmp.monitor import Events, Monitor
+
+EVENTS = ("JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR")
+POLL_S = 0.25
+"""How often progress is asked for; the end of a job is an event and comes at once."""
+
+CANCEL_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobState:
+    """One job. `error` is None unless it failed or was cancelled."""
+
+    job: str
+    concluded: bool
+    done_bytes: int
+    total_bytes: int
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobError:
+    """An I/O error inside a job: which job, and whether it was reading or writing."""
+
+    job: str
+    operation: str
+
+
+class _Job(msgspec.Struct, rename="kebab"):
+    id: str
+    status: str
+    current_progress: int = 0
+    total_progress: int = 0
+    error: str | None = None
+
+
+async def query_jobs(monitor: Monitor, *, prefix: str) -> list[JobState]:
+    """Return the jobs whose id begins with `prefix`."""
+    jobs = await monitor.query(commands.query("jobs"), list[_Job])
+    return [
+        JobState(
+            job=job.id,
+            concluded=job.status == "concluded",
+            done_bytes=job.current_progress,
+            total_bytes=job.total_progress,
+            error=job.error,
+        )
+        for job in jobs
+        if job.id.startswith(prefix)
+    ]
+
+
+def is_event_of(prefix: str, event: dict[str, Any]) -> bool:
+    """Tell whether an event is about a job whose id begins with `prefix`."""
+    return job_of_event(event).startswith(prefix)
+
+
+def job_of_event(event: dict[str, Any]) -> str:
+    """Return the id of the job that an event is about."""
+    return str(event.get("id", event.get("device", "")))
+
+
+async def follow(
+    monitor: Monitor, events: Events, *, prefix: str
+) -> AsyncIterator[list[JobState] | JobError]:
+    """Yield the states of the jobs of this prefix whenever they changed, and their I/O errors.
+
+    Never ends by itself. `events` must have been listening for `EVENTS` since before the
+    jobs started.
+    """
+    while True:
+        event = await events.next(timeout_s=POLL_S)
+        if event is not None and event["event"] == "BLOCK_JOB_ERROR":
+            yield JobError(job=job_of_event(event), operation=str(event.get("operation", "")))
+        elif event is None or event.get("status") == "concluded":
+            yield await query_jobs(monitor, prefix=prefix)
+
+
+async def end_jobs(monitor: Monitor, *, prefix: str) -> int:
+    """Cancel and dismiss every job of this prefix; return how many there were.
+
+    Raises:
+        MonitorLostError: a job did not end in time, or QEMU went away.
+    """
+    with monitor.listen(EVENTS, lambda event: is_event_of(prefix, event)) as events:
+        jobs = await query_jobs(monitor, prefix=prefix)
+        for job in jobs:
+            if not job.concluded:
+                await cancel(monitor, job.job)
+        await _until_concluded(monitor, events, {job.job for job in jobs})
+    for job in jobs:
+        await monitor.execute(commands.job_dismiss(job.job))
+    return len(jobs)
+
+
+async def cancel(monitor: Monitor, job: str) -> None:
+    """Ask a job to end; it may have ended meanwhile."""
+    try:
+        await monitor.execute(commands.job_cancel(job))
+    except QmpCommandError:
+        # Concluded in the meantime: nothing to cancel. Anything else shows when waiting.
+        return
+
+
+async def _until_concluded(monitor: Monitor, events: Events, jobs: Iterable[str]) -> None:
+    waiting = set(jobs)
+    waited_s = 0.0
+    while waiting:
+        concluded = {s.job for s in await query_jobs(monitor, prefix="") if s.concluded}
+        waiting -= concluded
+        if not waiting:
+            return
+        if waited_s >= CANCEL_TIMEOUT_S:
+            raise MonitorLostError(
+                f"jobs did not end within {CANCEL_TIMEOUT_S:.0f} s: {', '.join(sorted(waiting))}",
+                hint="their target may hang; the next run will try to remove them again",
+            )
+        if await events.next(timeout_s=1.0) is None:
+            waited_s += 1.0

@@ -1,0 +1,111 @@
+"""Backup images opened in QEMU for the duration of a block.
+
+On a UNIX socket QEMU is handed the open file, so it needs no right to the repository and no
+view of it. Over TCP it is given the name. Which process writes the target is decided here
+and nowhere else.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from qbackup.errors import QbackupError, QmpCommandError
+from qbackup.formats.configuration import Engine
+from qbackup.qmp import commands
+from qbackup.qmp.commands import Command
+from qbackup.qmp.disks import query_inventory
+from qbackup.qmp.monitor import Monitor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What a job is given as its target: a node's name, or a file's for drive-backup."""
+
+    name: str
+
+
+class _FdSet(msgspec.Struct, rename="kebab"):
+    fdset_id: int
+    fds: list["_Fd"]
+
+
+class _Fd(msgspec.Struct):
+    opaque: str | None = None
+
+
+@asynccontextmanager
+async def attached(
+    monitor: Monitor, *, fd: int, path: Path, node: str, engine: Engine
+) -> AsyncIterator[Target]:
+    """Open the image `fd` at `path` in QEMU as `node`, and close it again.
+
+    With `drive-backup` the job opens the file itself and closes it when it is dismissed.
+    When the block ends, no job may use the target any more.
+    """
+    async with _named_for_qemu(monitor, fd=fd, path=path, opaque=node) as filename:
+        if engine == "drive-backup":
+            yield Target(name=filename)
+            return
+        await _add_node(monitor, node=node, filename=filename)
+        async with _undone_by(monitor, commands.node_delete(node)):
+            yield Target(name=node)
+
+
+async def remove_leftovers(monitor: Monitor, *, prefix: str) -> int:
+    """Remove nodes and fd sets that an interrupted run left; return how many nodes there were.
+
+    Fd sets are not counted: QEMU 7.2 keeps a removed one in its list until the VM runs.
+    """
+    inventory = await query_inventory(monitor)
+    nodes = [node for node in inventory.nodes if node.startswith(prefix)]
+    for node in nodes:
+        await monitor.execute(commands.node_delete(node))
+    fdsets = [
+        fdset.fdset_id
+        for fdset in await monitor.query(commands.query("fdsets"), list[_FdSet])
+        if any((fd.opaque or "").startswith(prefix) for fd in fdset.fds)
+    ]
+    for fdset in fdsets:
+        await monitor.execute(commands.remove_fd(fdset))
+    return len(nodes)
+
+
+@asynccontextmanager
+async def _named_for_qemu(
+    monitor: Monitor, *, fd: int, path: Path, opaque: str
+) -> AsyncIterator[str]:
+    if not monitor.can_send_descriptors:
+        yield str(path.absolute())
+        return
+    fdset = await monitor.send_descriptor(fd, opaque=opaque)
+    async with _undone_by(monitor, commands.remove_fd(fdset)):
+        yield f"/dev/fdset/{fdset}"
+
+
+async def _add_node(monitor: Monitor, *, node: str, filename: str) -> None:
+    """Open the image with io_uring, or with threads where that is not to be had.
+
+    io_uring takes a quarter off a full backup (docs/decisions), but kernels, containers and
+    builds of QEMU may lack or forbid it; QEMU then refuses the node and changes nothing.
+    """
+    try:
+        await monitor.execute(commands.target_add(node=node, filename=filename, aio="io_uring"))
+    except QmpCommandError:
+        await monitor.execute(commands.target_add(node=node, filename=filename, aio="threads"))
+
+
+@asynccontextmanager
+async def _undone_by(monitor: Monitor, command: Command) -> AsyncIterator[None]:
+    """Run `command` when the block ends; a failure of it never hides the block's own."""
+    try:
+        yield
+    except BaseException as err:
+        try:
+            await monitor.execute(command)
+        except QbackupError as cleanup:
+            err.add_note(f"clean-up: {cleanup}")
+        raise
+    await monitor.execute(command)

@@ -1,0 +1,80 @@
+"""What QEMU says of the VM as a whole: its state, version and configuration."""
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qbackup.errors import QmpCommandError
+from qbackup.model.backup import VmConfiguration
+from qbackup.qmp import commands
+from qbackup.qmp.monitor import Monitor
+
+_MAX_COMMAND_LINE_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmState:
+    """QEMU's run state (QAPI run-state, `RunState`)."""
+
+    status: str
+    running: bool
+
+
+class _VersionTriple(msgspec.Struct):
+    major: int
+    minor: int
+    micro: int
+
+
+class _Version(msgspec.Struct):
+    qemu: _VersionTriple
+    package: str = ""
+
+
+async def query_state(monitor: Monitor) -> VmState:
+    """Ask whether the guest runs."""
+    return await monitor.query(commands.query("status"), VmState)
+
+
+async def query_version(monitor: Monitor) -> str:
+    """Ask for QEMU's version, such as `7.2.22`."""
+    version = (await monitor.query(commands.query("version"), _Version)).qemu
+    return f"{version.major}.{version.minor}.{version.micro}"
+
+
+async def query_configuration(monitor: Monitor) -> VmConfiguration:
+    """Collect what is needed to start the VM again; what QEMU does not tell is None."""
+    name = await _fact(monitor, commands.query("name"))
+    uuid = await _fact(monitor, commands.query("uuid"))
+    machine = await _fact(monitor, commands.qom_get("/machine", "type"))
+    memory = await _fact(monitor, commands.query("memory-size-summary"))
+    cpus = await _fact(monitor, commands.query("cpus-fast"))
+    pid = monitor.peer_pid()
+    return VmConfiguration(
+        name=name.get("name") if isinstance(name, dict) else None,
+        uuid=uuid.get("UUID") if isinstance(uuid, dict) else None,
+        machine=machine.removesuffix("-machine") if isinstance(machine, str) else None,
+        cpu_count=len(cpus) if isinstance(cpus, list) else None,
+        memory_bytes=memory.get("base-memory") if isinstance(memory, dict) else None,
+        command_line=None if pid is None else await asyncio.to_thread(_command_line, pid),
+    )
+
+
+async def _fact(monitor: Monitor, command: commands.Command) -> Any:
+    with suppress(QmpCommandError):
+        return await monitor.execute(command)
+    return None
+
+
+def _command_line(pid: int) -> list[str] | None:
+    """Return a process's arguments, None if this user may not see them."""
+    try:
+        with Path(f"/proc/{pid}/cmdline").open("rb") as file:
+            data = file.read(_MAX_COMMAND_LINE_BYTES)
+    except OSError:
+        return None
+    return [part.decode(errors="backslashreplace") for part in data.split(b"\0")[:-1]] or None

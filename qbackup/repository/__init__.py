@@ -1,0 +1,1 @@
+"""The repository on disk: directories, locks, manifests. Knows no QEMU."""

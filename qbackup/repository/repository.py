@@ -1,0 +1,265 @@
+"""The repository: opened, checked and locked in one place.
+
+REPO/qbackup.json                      format version, repository id
+REPO/vm1/.lock                         held while a backup of vm1 runs
+REPO/vm1/<backup id>/manifest.json     written last; without it the backup does not exist
+REPO/vm1/<backup id>/<disk>.qcow2      backing file: ../<parent id>/<disk>.qcow2
+REPO/vm1/<backup id>.partial/          being written
+"""
+
+import asyncio
+import os
+import secrets
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from qbackup.errors import BackupNotFoundError, ManifestDamagedError, RepositoryError
+from qbackup.formats.documents import DocumentError, NewerVersionError
+from qbackup.formats.manifest import MAX_MANIFEST_BYTES, decode_manifest, encode_manifest
+from qbackup.formats.repository_file import (
+    MAX_FILE_BYTES,
+    decode_repository_file,
+    encode_repository_file,
+)
+from qbackup.model.backup import Backup
+from qbackup.model.names import PARTIAL_SUFFIX, is_backup_id, is_safe_name
+from qbackup.repository import durable
+from qbackup.repository.lock import is_locked, locked
+
+REPOSITORY_FILE = "qbackup.json"
+MANIFEST_FILE = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DamagedBackup:
+    """A backup directory whose manifest cannot be used, and why."""
+
+    vm: str
+    id: str
+    error: ManifestDamagedError
+
+
+class PartialBackup:
+    """A backup while it is written: invisible until `publish`."""
+
+    def __init__(self, repository: "Repository", vm: str, backup_id: str) -> None:
+        self._repository, self._vm, self._id = repository, vm, backup_id
+        self.directory = repository.vm_directory(vm) / f"{backup_id}{PARTIAL_SUFFIX}"
+
+    def image(self, disk: str) -> Path:
+        """Return where the disk's image is being written."""
+        return self.directory / f"{disk}.qcow2"
+
+    def create_image(self, disk: str) -> int:
+        """Create the disk's empty file, for the owner only, and return its descriptor."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(self.image(disk), flags, durable.FILE_MODE)
+
+    async def publish(self, backup: Backup) -> None:
+        """Write the manifest and make the backup exist: the commit point.
+
+        The images must be synced. When this returns, a power cut changes nothing any more.
+        """
+        data = encode_manifest(backup, repository_id=self._repository.id)
+        await durable.write_new_file(self.directory / MANIFEST_FILE, data)
+        await durable.sync_directory(self.directory)
+        await durable.publish(self.directory, self._repository.vm_directory(self._vm) / self._id)
+
+
+class Repository:
+    """An existing repository. Make one with `create`, use one with `open`."""
+
+    def __init__(self, path: Path, repository_id: str) -> None:
+        self.path, self.id = path, repository_id
+
+    @classmethod
+    async def create(cls, path: Path) -> "Repository":
+        """Make `path` a repository; the directory may exist if it is empty.
+
+        Raises:
+            RepositoryError: it is one already, holds something else, or cannot be made.
+        """
+        try:
+            path.mkdir(mode=durable.DIRECTORY_MODE, parents=True, exist_ok=True)
+            if any(path.iterdir()):
+                raise RepositoryError(
+                    f"{path}: the directory is not empty, and it is not a repository",
+                    hint="choose an empty or a new directory",
+                )
+            path.chmod(durable.DIRECTORY_MODE)
+            repository_id = secrets.token_hex(16)
+            await durable.replace_file(
+                path / REPOSITORY_FILE, encode_repository_file(repository_id)
+            )
+            await durable.sync_directory(path.parent)
+        except OSError as err:
+            raise RepositoryError(f"{path}: cannot make a repository here: {err.strerror}") from err
+        return cls(path, repository_id)
+
+    @classmethod
+    def open(cls, path: Path) -> "Repository":
+        """Open the repository at `path`.
+
+        Raises:
+            RepositoryError: there is none, or this version cannot use it.
+        """
+        file = path / REPOSITORY_FILE
+        try:
+            data = _read_bounded(file, MAX_FILE_BYTES)
+            return cls(path, decode_repository_file(data))
+        except FileNotFoundError as err:
+            raise RepositoryError(
+                f"{path}: no repository here ({REPOSITORY_FILE} is missing)",
+                hint="make one with: qbackup init; or correct 'repository' in the configuration",
+            ) from err
+        except OSError as err:
+            raise RepositoryError(f"{file}: cannot be read: {err.strerror}") from err
+        except NewerVersionError as err:
+            raise RepositoryError(
+                f"{path}: the repository is of {err}", hint="use the newer qbackup"
+            ) from err
+        except DocumentError as err:
+            raise RepositoryError(
+                f"{file}: damaged: {err}",
+                hint="the backups may be intact: they are ordinary qcow2 images",
+            ) from err
+
+    def vm_directory(self, vm: str) -> Path:
+        """Return the directory of a VM's backups."""
+        return self.path / vm
+
+    def lock(self, vm: str, *, wait_s: float) -> AbstractAsyncContextManager[None]:
+        """Hold the VM's lock; see `lock.locked`."""
+        return locked(self.vm_directory(vm), vm=vm, wait_s=wait_s)
+
+    def is_locked(self, vm: str) -> bool:
+        """Tell whether a backup of the VM is under way."""
+        return is_locked(self.vm_directory(vm))
+
+    async def ensure_vm_directory(self, vm: str) -> None:
+        """Create the VM's directory if this is its first backup."""
+        directory = self.vm_directory(vm)
+        if not directory.is_dir():
+            await durable.make_directory(directory)
+
+    def vms(self) -> list[str]:
+        """Return the VMs that have a directory here, sorted."""
+        with os.scandir(self.path) as entries:
+            return sorted(
+                e.name for e in entries if is_safe_name(e.name) and e.is_dir(follow_symlinks=False)
+            )
+
+    def backup_ids(self, vm: str) -> list[str]:
+        """Return the ids of the VM's backups, oldest first, whether readable or not."""
+        try:
+            with os.scandir(self.vm_directory(vm)) as entries:
+                return sorted(e.name for e in entries if is_backup_id(e.name))
+        except FileNotFoundError:
+            return []
+
+    def partials(self, vm: str) -> list[Path]:
+        """Return what interrupted runs left, or what a running one is writing."""
+        directory = self.vm_directory(vm)
+        try:
+            with os.scandir(directory) as entries:
+                names = [e.name for e in entries if e.name.endswith(PARTIAL_SUFFIX)]
+        except FileNotFoundError:
+            return []
+        return [
+            directory / name
+            for name in sorted(names)
+            if is_backup_id(name.removesuffix(PARTIAL_SUFFIX))
+        ]
+
+    def backup(self, vm: str, backup_id: str) -> Backup:
+        """Read one backup's manifest.
+
+        Raises:
+            BackupNotFoundError: there is no such backup.
+            ManifestDamagedError: its manifest cannot be used.
+        """
+        path = self.vm_directory(vm) / backup_id / MANIFEST_FILE
+        try:
+            data = _read_bounded(path, MAX_MANIFEST_BYTES)
+            return decode_manifest(data, repository_id=self.id, vm=vm, backup_id=backup_id)
+        except FileNotFoundError as err:
+            if not path.parent.is_dir():
+                raise BackupNotFoundError(f"{vm}: there is no backup {backup_id}") from err
+            raise ManifestDamagedError(str(path), "the manifest is missing") from err
+        except OSError as err:
+            raise ManifestDamagedError(str(path), f"cannot be read: {err.strerror}") from err
+        except DocumentError as err:
+            raise ManifestDamagedError(str(path), str(err)) from err
+
+    def newest_first(self, vm: str) -> Iterator[Backup | DamagedBackup]:
+        """Read the VM's manifests one by one, the newest first."""
+        for backup_id in reversed(self.backup_ids(vm)):
+            try:
+                yield self.backup(vm, backup_id)
+            except ManifestDamagedError as err:
+                yield DamagedBackup(vm=vm, id=backup_id, error=err)
+
+    def find(self, vm: str, backup_id: str) -> Backup | None:
+        """Return a backup, None if there is none of that id.
+
+        Raises:
+            ManifestDamagedError: its manifest cannot be used.
+        """
+        try:
+            return self.backup(vm, backup_id)
+        except BackupNotFoundError:
+            return None
+
+    def resolve(self, vm: str, prefix: str) -> str:
+        """Return the id of the VM's only backup that begins with `prefix`.
+
+        Raises:
+            BackupNotFoundError: none does, or several do.
+        """
+        matches = [i for i in self.backup_ids(vm) if i.startswith(prefix)] if prefix else []
+        if len(matches) == 1:
+            return matches[0]
+        hint = f"see the ids with: qbackup list {vm}"
+        if not matches:
+            raise BackupNotFoundError(f"{vm}: no backup {prefix!r}", hint=hint)
+        raise BackupNotFoundError(
+            f"{vm}: {len(matches)} backups begin with {prefix!r}: {matches[0]}, {matches[1]} …",
+            hint=hint,
+        )
+
+    @asynccontextmanager
+    async def partial(self, vm: str, backup_id: str) -> AsyncIterator[PartialBackup]:
+        """Begin a backup; if it is not published when the block ends, remove it."""
+        partial = PartialBackup(self, vm, backup_id)
+        await durable.make_directory(partial.directory)
+        try:
+            yield partial
+        except BaseException as err:
+            try:
+                await self.remove_partial(partial.directory)
+            except OSError as cleanup:
+                err.add_note(f"{partial.directory} could not be removed: {cleanup.strerror}")
+            raise
+
+    async def remove_partial(self, directory: Path) -> None:
+        """Remove what an unfinished run wrote. Call only with the VM's lock held."""
+        await asyncio.to_thread(shutil.rmtree, directory)
+        await durable.sync_directory(directory.parent)
+
+    def free_bytes(self) -> int:
+        """Return what the file system offers to this user."""
+        facts = os.statvfs(self.path)
+        return facts.f_bavail * facts.f_frsize
+
+
+def _read_bounded(path: Path, limit_bytes: int) -> bytes:
+    """Read a small file; a larger one is not what it claims to be."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb") as file:
+        data = file.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise DocumentError(f"larger than {limit_bytes} bytes")
+    return data

@@ -1,0 +1,61 @@
+"""Progress bars on a terminal: one for each disk, with rate and time left."""
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+
+class BarReporter:
+    """Draws on stderr while its block lasts; the finished bars stay."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            console=self._console,
+            expand=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def progress(self, *, vm: str, disk: str, done_bytes: int, total_bytes: int) -> None:
+        """Move a disk's bar. A disk with nothing to copy is done at once."""
+        label = escape(f"{vm} {disk}")
+        if disk not in self._tasks:
+            self._tasks[disk] = self._progress.add_task(label, total=max(1, total_bytes))
+        done = done_bytes if total_bytes else 1
+        self._progress.update(self._tasks[disk], completed=done, total=max(1, total_bytes))
+
+    def notice(self, message: str) -> None:
+        """Print a line above the bars."""
+        self._console.print(message, markup=False)
+
+    def warning(self, message: str) -> None:
+        """Print a line above the bars, so that it is seen."""
+        self._console.print(f"warning: {message}", style="yellow", markup=False)

@@ -1,0 +1,32 @@
+"""Aligned columns and key-value lists as plain text.
+
+Written without rich: a list of a thousand backups must appear at once.
+"""
+
+from collections.abc import Sequence
+
+_GAP = "  "
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int]) -> str:
+    """Align `rows` under `header`; the columns whose numbers are in `right` are numbers."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = []
+    for row in (header, *rows):
+        cells = [
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(_GAP.join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def facts(pairs: Sequence[tuple[str, str]]) -> str:
+    """Write `name  value` lines, the values aligned."""
+    width = max((len(name) for name, _ in pairs), default=0)
+    return "\n".join(f"{name.ljust(width)}{_GAP}{value}" for name, value in pairs)
+
+
+def printable(text: str) -> str:
+    """Make text that came from elsewhere safe to show: no escape sequences, no line breaks."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)

@@ -1,0 +1,1 @@
+"""What the tests share: real QEMUs, a repository, the command line, a model of a disk."""
