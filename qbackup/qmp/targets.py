@@ -1,7 +1,7 @@
 """Backup images opened in QEMU for the duration of a block.
 
 On a UNIX socket QEMU is handed the open file, so it needs no right to the repository and no
-view of it. Over TCP it is given the name. Which process writes the target is decided here
+view of it. Over TCP, and with the engine drive-backup, it is given the name. Which process writes the target is decided here
 and nowhere else.
 """
 
@@ -42,13 +42,14 @@ async def attached(
 ) -> AsyncIterator[Target]:
     """Open the image `fd` at `path` in QEMU as `node`, and close it again.
 
-    With `drive-backup` the job opens the file itself and closes it when it is dismissed.
+    With `drive-backup` the job opens the file itself, by name, and closes it when it ends.
+    (It would open a descriptor twice, and QEMU 7.2 keeps both, with their locks, while paused.)
     When the block ends, no job may use the target any more.
     """
+    if engine == "drive-backup":
+        yield Target(name=str(path.absolute()))
+        return
     async with _named_for_qemu(monitor, fd=fd, path=path, opaque=node) as filename:
-        if engine == "drive-backup":
-            yield Target(name=filename)
-            return
         await _add_node(monitor, node=node, filename=filename)
         async with _undone_by(monitor, commands.node_delete(node)):
             yield Target(name=node)
