@@ -64,6 +64,7 @@ def _run_interruptible(command: Coroutine[Any, Any, int]) -> int:
             nonlocal interrupted
             if not interrupted:
                 interrupted = True
+                print("qbackup: interrupted; cleaning up", file=sys.stderr, flush=True)
                 task.cancel()
 
         loop = asyncio.get_running_loop()
@@ -72,7 +73,7 @@ def _run_interruptible(command: Coroutine[Any, Any, int]) -> int:
         try:
             return await task
         except asyncio.CancelledError as err:
-            raise InterruptedByUserError("interrupted; everything is cleaned up") from err
+            raise InterruptedByUserError("interrupted, and cleaned up") from err
 
     return asyncio.run(cancellable())
 

@@ -5,6 +5,9 @@ import re
 _SIZE = re.compile(r"(\d{1,18})\s*([KMGTP]?)(i?B)?\Z", re.IGNORECASE)
 _DURATION = re.compile(r"(\d{1,9})\s*(s|m|h|d)?\Z")
 _MULTIPLES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
+MAX_SIZE_BYTES = 2**63 - 1
+"""QEMU's own limit: sizes are signed 64-bit numbers there."""
+
 _SECONDS = {None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -17,7 +20,10 @@ def parse_size_bytes(text: str) -> int:
     match = _SIZE.match(text.strip())
     if match is None:
         raise ValueError(f"{text!r} is not a size; write for example 65536, 64K, 50M or 10G")
-    return int(match.group(1)) * _MULTIPLES[match.group(2).upper()]
+    size = int(match.group(1)) * _MULTIPLES[match.group(2).upper()]
+    if size > MAX_SIZE_BYTES:
+        raise ValueError(f"{text!r} is larger than any disk")
+    return size
 
 
 def parse_duration_s(text: str) -> int:

@@ -7,10 +7,12 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
+import tempfile
 from asyncio.subprocess import PIPE, STDOUT, Process
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from qemu.qmp import QMPClient
 QEMU = os.environ.get("QBACKUP_TEST_QEMU", "qemu-system-x86_64")
 QEMU_IMG = os.environ.get("QBACKUP_TEST_QEMU_IMG", "qemu-img")
 START_TIMEOUT_S = 30.0
+_OUTCOME = re.compile(r"^(wrote|discard|read) \d+/|failed|rror")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +43,24 @@ class DiskSpec:
 
     @property
     def device_id(self) -> str:
-        """The id of the virtio-blk device."""
+        """The id of the disk's device."""
         return f"dev-{self.name}"
+
+    @property
+    def device_path(self) -> str:
+        """The path of what holds the disk in QEMU's object tree."""
+        return f"/machine/peripheral/{self.device_id}{'' if self.iothread else '/virtio-backend'}"
 
     def arguments(self) -> list[str]:
         """Return the QEMU arguments for the disk and its device."""
         device = {"driver": "virtio-blk-pci", "drive": self.name, "id": self.device_id}
         before: list[str] = []
         if self.iothread:
-            before = ["-object", f"iothread,id=io-{self.name}"]
-            device["iothread"] = f"io-{self.name}"
+            # A SCSI disk moves into its controller's thread at once; virtio-blk waits for a guest.
+            thread, controller = f"io-{self.name}", f"scsi-{self.name}"
+            before = ["-object", f"iothread,id={thread}", "-device"]
+            before += [f"virtio-scsi-pci,id={controller},iothread={thread}"]
+            device |= {"driver": "scsi-hd", "bus": f"{controller}.0"}
         if self.style == "drive":
             read_only = "on" if self.read_only else "off"
             drive = (
@@ -76,7 +87,6 @@ class Qemu:
     qmp_socket: Path
     process: Process
     control: QMPClient
-    output: list[str] = field(default_factory=list)
 
     async def qmp(self, command: str, **arguments: Any) -> Any:
         """Run a QMP command on the tests' own monitor; `_` in argument names means `-`."""
@@ -89,17 +99,14 @@ class Qemu:
 
     async def io(self, disk: str, command: str) -> None:
         """Run a qemu-io command as the disk's device would; it must succeed."""
-        device = next(spec.device_id for spec in self.disks if spec.name == disk)
-        before = len(self.output)
-        reply = await self.hmp(
-            f'qemu-io -d /machine/peripheral/{device}/virtio-backend "{command}"'
-        )
-        # qemu-io prints to QEMU's stdout; a command's output ends with its statistics.
+        device = next(spec.device_path for spec in self.disks if spec.name == disk)
+        reply = await self.hmp(f'qemu-io -d {device} "{command}"')
         assert "rror" not in reply, reply
-        async with asyncio.timeout(START_TIMEOUT_S):
-            while len(self.output) == before:
-                await self._read_line()
-        assert "rror" not in self.output[-1] and "failed" not in self.output[-1], self.output[-1]
+        # The command is over. What it said is on QEMU's stdout; a flush says nothing.
+        if command != "flush":
+            async with asyncio.timeout(START_TIMEOUT_S):
+                outcome = await self._read_outcome()
+            assert "rror" not in outcome and "failed" not in outcome, f"{command}: {outcome}"
 
     async def write(self, disk: str, offset: int, length: int, pattern: int) -> None:
         """Write one byte value over a range, through the device."""
@@ -125,15 +132,14 @@ class Qemu:
             self.process.kill()
         await self.process.wait()
 
-    async def _read_line(self) -> None:
+    async def _read_outcome(self) -> str:
+        """Return the line that tells what became of a qemu-io command."""
         assert self.process.stdout is not None
-        line = (await self.process.stdout.readline()).decode(errors="replace").rstrip()
-        if not line:
-            return
-        if "ops; " in line or line.startswith("discard") or "zero" in line or "wrote" in line:
-            self.output.append(line)
-        elif "rror" in line or "failed" in line:
-            self.output.append(line)
+        while line := await self.process.stdout.readline():
+            text = line.decode(errors="replace").rstrip()
+            if _OUTCOME.search(text):
+                return text
+        raise AssertionError("QEMU ended")
 
 
 @contextlib.asynccontextmanager
@@ -194,12 +200,12 @@ async def raw_bytes(path: Path, image_format: str) -> bytes:
     """Return the whole content of an image as the guest sees it."""
     if image_format == "raw":
         return path.read_bytes()
-    copy = path.with_name(f"{path.name}.raw-copy")
-    await run_tool(QEMU_IMG, "convert", "-U", "-f", image_format, "-O", "raw", str(path), str(copy))
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        await run_tool(
+            *(QEMU_IMG, "convert", "-U", "-f", image_format, "-O", "raw", str(path), str(copy))
+        )
         return copy.read_bytes()
-    finally:
-        copy.unlink()
 
 
 async def run_tool(*arguments: str) -> str:
