@@ -1,0 +1,428 @@
+"""A VM, its repository and a model of every disk, kept in step.
+
+Every backup is checked when it is made: which clusters an incremental contains, what it left
+in QEMU and in the repository. `check_restores` compares every point with its reference.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import shutil
+import signal
+import socket
+import tempfile
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from support.cli import Qbackup, Result, make_qbackup
+from support.model import DiskModel, Instant, patchwork
+from support.qcow2_clusters import stored_clusters
+from support.qemu import QEMU_IMG, DiskSpec, Qemu, create_image, raw_bytes, run_tool, started
+
+VM = "vm1"
+OURS = "qbackup-"
+SLOW = ("--speed-limit", "64K")
+WAIT_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A committed backup: what it must restore to, by disk."""
+
+    id: str
+    contents: dict[str, bytes]
+
+
+@dataclass(kw_only=True)
+class Backup:
+    """A backup that is running: its process and the instant of each disk."""
+
+    process: Process
+    instants: dict[str, Instant]
+    first: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class Lab:
+    """The things under test. Get one from `lab`."""
+
+    folder: Path
+    specs: list[DiskSpec]
+    models: dict[str, DiskModel]
+    tcp_port: int | None = None
+    qemu_arguments: Sequence[str] = ()
+    points: list[Point] = field(default_factory=list)
+    bases: dict[str, str] = field(default_factory=dict)
+    _qemu: Qemu | None = None
+    _qbackup: Qbackup | None = None
+    _running: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
+
+    @property
+    def qemu(self) -> Qemu:
+        """The running QEMU."""
+        assert self._qemu
+        return self._qemu
+
+    @property
+    def qbackup(self) -> Qbackup:
+        """The command with the first repository's configuration."""
+        assert self._qbackup
+        return self._qbackup
+
+    @property
+    def repository(self) -> Path:
+        """The repository's directory."""
+        return self.folder / "repo"
+
+    # The VM
+
+    async def start(self) -> None:
+        """Start QEMU on the disks as they are."""
+        self._qemu = await self._running.enter_async_context(
+            started(self.folder, self.specs, tcp_port=self.tcp_port, extra=self.qemu_arguments)
+        )
+
+    async def stop(self) -> None:
+        """End QEMU at once."""
+        await self._running.aclose()
+        self._running, self._qemu = contextlib.AsyncExitStack(), None
+
+    async def restart(self) -> None:
+        """End QEMU and start it again."""
+        for disk in self.models:
+            await self.qemu.io(disk, "flush")
+        await self.stop()
+        await self.start()
+
+    async def configure(self, extra: str = "", *, repository: str = "repo") -> Qbackup:
+        """Write a configuration of the VM, and make the repository if it is not there."""
+        address = "qmp.sock" if self.tcp_port is None else f"tcp:127.0.0.1:{self.tcp_port}"
+        made = await make_qbackup(
+            self.folder, qmp=address, vm=VM, extra=extra, repository=repository
+        )
+        if repository == "repo":
+            self._qbackup = made
+        return made
+
+    async def write(self, disk: str, offset: int, length: int, value: int) -> None:
+        """Write as the guest would."""
+        await self.qemu.write(disk, offset, length, value)
+        self.models[disk].write(offset, length, value)
+
+    async def write_zeroes(self, disk: str, offset: int, length: int, *, unmap: bool) -> None:
+        """Write zeroes as the guest's WRITE ZEROES would."""
+        await self.qemu.write_zeroes(disk, offset, length, unmap=unmap)
+        self.models[disk].write(offset, length, 0)
+
+    async def discard(self, disk: str, offset: int, length: int) -> None:
+        """Discard whole clusters as the guest's trim would; all our drivers then read zeroes."""
+        await self.qemu.discard(disk, offset, length)
+        self.models[disk].write(offset, length, 0)
+
+    async def check_sources(self) -> None:
+        """The models are what the disks really hold: without this, nothing is proved."""
+        for spec in self.specs:
+            await self.qemu.io(spec.name, "flush")
+            actual = await raw_bytes(spec.path, spec.image_format)
+            expected = bytes(self.models[spec.name].content)
+            assert _padded(actual, len(expected)) == expected, f"{spec.name}: the model is wrong"
+
+    # Backups
+
+    async def back_up(self, command: str = "incremental", *arguments: str) -> dict[str, Any]:
+        """Back up with nothing going on meanwhile; check it and return the summary."""
+        names = _names_in(arguments, list(self.models))
+        instants = {name: self.models[name].checkpoint() for name in names}
+        summary = await self.qbackup.summary(command, VM, *arguments)
+        await self.committed(summary, instants)
+        return summary
+
+    async def incremental(self, *arguments: str) -> dict[str, Any]:
+        """Back up; every disk must be incremental."""
+        summary = await self.back_up("incremental", *arguments)
+        assert kinds(summary) == dict.fromkeys(kinds(summary), "incremental"), reasons(summary)
+        return summary
+
+    async def begin(self, command: str = "incremental", *arguments: str) -> Backup:
+        """Start a slow backup; the instant is behind it and little is copied yet."""
+        names = _names_in(arguments, list(self.models))
+        instants = {name: self.models[name].checkpoint() for name in names}
+        process = await self.qbackup.start("--json", command, VM, *SLOW, *arguments)
+        assert process.stdout is not None
+        async with asyncio.timeout(WAIT_S):
+            line = await process.stdout.readline()
+        first = json.loads(line) if line else {}
+        if first.get("type") != "progress":
+            rest, stderr = await process.communicate()
+            raise AssertionError(f"no progress: {line!r} {rest!r} {stderr.decode()}")
+        return Backup(process=process, instants=instants, first=first)
+
+    async def lift_speed_limit(self) -> None:
+        """Let the running jobs finish quickly."""
+        for job in await self.qemu.qmp("query-jobs"):
+            if job["id"].startswith(OURS) and job["status"] == "running":
+                await self.qemu.qmp("block-job-set-speed", device=job["id"], speed=0)
+
+    async def finish(self, backup: Backup) -> dict[str, Any]:
+        """Let a slow backup finish; check it and return the summary."""
+        await self.lift_speed_limit()
+        result = await ended(backup.process)
+        assert result.code == 0, result
+        summary = result.last
+        assert summary["type"] == "summary"
+        await self.committed(summary, backup.instants)
+        return summary
+
+    async def interrupt(self, backup: Backup, number: signal.Signals) -> Result:
+        """Send a signal to a running backup, which thereby fails, and wait for its end."""
+        backup.process.send_signal(number)
+        return await self.failed(backup)
+
+    async def failed(self, backup: Backup) -> Result:
+        """Wait for the end of a backup that must fail."""
+        result = await ended(backup.process)
+        assert result.code != 0, result
+        self.roll_back(backup.instants)
+        return result
+
+    async def fail(self, command: str = "incremental", *arguments: str) -> Result:
+        """Run a backup that must fail."""
+        result = await self.qbackup.run("--json", command, VM, *arguments)
+        assert result.code != 0, result
+        return result
+
+    def roll_back(self, instants: dict[str, Instant]) -> None:
+        """Tell the models that a backup failed."""
+        for name, instant in instants.items():
+            self.models[name].roll_back(instant)
+
+    async def committed(self, summary: dict[str, Any], instants: dict[str, Instant]) -> None:
+        """Check a finished backup against the models, and remember its point."""
+        assert {disk["name"] for disk in summary["disks"]} == set(instants)
+        for disk in summary["disks"]:
+            name = disk["name"]
+            if disk["kind"] == "incremental":
+                before = replace_touched(self.models[name], instants[name])
+                stored = set(stored_clusters(self.repository / disk["file"]))
+                assert stored == before.expected_clusters(), f"{name}: not what was touched"
+                assert disk["parent"] == self.bases[name]
+            self.bases[name] = summary["id"]
+        contents = {name: instant.content for name, instant in instants.items()}
+        self.points.append(Point(id=summary["id"], contents=contents))
+        await self.assert_clean()
+
+    async def assert_clean(self) -> None:
+        """Nothing of a run is left, and every disk records for its newest backup."""
+        assert not list(self.repository.glob(f"{VM}/*.partial"))
+        jobs = await self.qemu.qmp("query-jobs")
+        assert [job["id"] for job in jobs if job["id"].startswith(OURS)] == []
+        nodes = await self.qemu.qmp("query-named-block-nodes", flat=True)
+        assert [n["node-name"] for n in nodes if n["node-name"].startswith(OURS)] == []
+        bitmaps = [bitmap for node in nodes for bitmap in node.get("dirty-bitmaps", [])]
+        ours = [b for b in bitmaps if b.get("name", "").startswith(OURS)]
+        assert all(bitmap["recording"] and not bitmap["busy"] for bitmap in ours)
+        checkpoints = sorted(bitmap["name"].split("-", 2)[2] for bitmap in ours)
+        assert checkpoints == sorted(self.bases.values())
+
+    async def reported_dirty_bytes(self, disk: str) -> int:
+        """Return what QEMU's bitmap of the disk's newest backup counts."""
+        nodes = await self.qemu.qmp("query-named-block-nodes", flat=True)
+        name = self.bases[disk]
+        found = [
+            bitmap["count"]
+            for node in nodes
+            for bitmap in node.get("dirty-bitmaps", [])
+            if bitmap.get("name", "").endswith(name) and node["node-name"] == disk
+        ]
+        assert len(found) == 1
+        return int(found[0])
+
+    # Restores
+
+    async def check_restores(self, points: Sequence[Point] | None = None) -> None:
+        """Restore points (all, unless told which) and compare every disk as a whole."""
+        for point in points if points is not None else self.points:
+            await self.check_restore(point)
+
+    async def check_restore(self, point: Point, image_format: str = "raw") -> None:
+        """Restore one point and compare every disk as a whole."""
+        out = self.folder / "restored"
+        await self.qbackup.summary(
+            "restore", VM, "--at", point.id, "--to", str(out), "--format", image_format
+        )
+        try:
+            names = {f"{name}.{image_format}" for name in point.contents}
+            assert {path.name for path in out.iterdir()} == names
+            for name, expected in point.contents.items():
+                actual = await raw_bytes(out / f"{name}.{image_format}", image_format)
+                assert actual == expected, f"{point.id}: {name}: {difference(actual, expected)}"
+        finally:
+            shutil.rmtree(out)
+
+
+@contextlib.asynccontextmanager
+async def lab(
+    folder: Path,
+    specs: Sequence[DiskSpec],
+    *,
+    size_bytes: int = 4 * 1024 * 1024 + 512,
+    granularity_bytes: int = 65536,
+    extra: str = "",
+    tcp_port: int | None = None,
+    qemu_arguments: Sequence[str] = (),
+    compat: str = "1.1",
+) -> AsyncIterator[Lab]:
+    """Make disks with content, a VM and a repository for the duration of a block.
+
+    A disk whose image exists already (a block device) is filled, not created.
+    """
+    models = {
+        spec.name: DiskModel(
+            name=spec.name,
+            content=patchwork(size_bytes, seed=spec.name),
+            granularity_bytes=granularity_bytes,
+        )
+        for spec in specs
+    }
+    for spec in specs:
+        content = bytes(models[spec.name].content)
+        await fill_image(spec, content, compat=compat)
+        models[spec.name].content.extend(bytes(-len(content) % 512))
+    made = Lab(
+        folder=folder,
+        specs=list(specs),
+        models=models,
+        tcp_port=tcp_port,
+        qemu_arguments=qemu_arguments,
+    )
+    try:
+        await made.start()
+        await made.configure(f"granularity = {granularity_bytes}\n{extra}")
+        yield made
+    finally:
+        await made.stop()
+
+
+async def fill_image(spec: DiskSpec, content: bytes, *, compat: str = "1.1") -> None:
+    """Write a disk's content into its image, which is created unless it is a block device."""
+    if spec.image_format == "raw" and spec.path.is_block_device():
+        spec.path.write_bytes(content)
+        return
+    if spec.image_format == "raw":
+        _write_sparse(spec.path, content)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source"
+        _write_sparse(source, content)
+        size = len(content) + -len(content) % 512
+        await create_image(spec.path, spec.image_format, size, "-o", f"compat={compat}")
+        await run_tool(
+            *(QEMU_IMG, "convert", "-n", "-f", "raw", "-O", spec.image_format),
+            *(str(source), str(spec.path)),
+        )
+
+
+@contextlib.asynccontextmanager
+async def loop_device(folder: Path, size_bytes: int) -> AsyncIterator[Path]:
+    """Make a block device of a file for the duration of a block. Needs root."""
+    backing = folder / "loop.backing"
+    with backing.open("wb") as file:
+        file.truncate(size_bytes)
+    device = (await run_tool("losetup", "--find", "--show", str(backing))).strip()
+    try:
+        yield Path(device)
+    finally:
+        await run_tool("losetup", "--detach", device)
+
+
+@contextlib.asynccontextmanager
+async def small_file_system(path: Path, size_bytes: int) -> AsyncIterator[None]:
+    """Mount a file system that is soon full, for the duration of a block. Needs root."""
+    path.mkdir()
+    await run_tool("mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "none", str(path))
+    try:
+        yield
+    finally:
+        await run_tool("umount", str(path))
+
+
+def fill_file_system(path: Path) -> Path:
+    """Take all the space there is; return the file that holds it."""
+    ballast = path / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return ballast
+
+
+def free_port() -> int:
+    """Return a TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def disk_specs(folder: Path, *names: str, **options: Any) -> list[DiskSpec]:
+    """Return disks of these names, alike in everything else."""
+    suffix = options.get("image_format", "raw")
+    return [DiskSpec(name=name, path=folder / f"{name}.{suffix}", **options) for name in names]
+
+
+async def ended(process: Process) -> Result:
+    """Wait for a command's end; what was read of its output before is not in the result."""
+    async with asyncio.timeout(WAIT_S):
+        stdout, stderr = await process.communicate()
+    assert process.returncode is not None
+    return Result(code=process.returncode, stdout=stdout.decode(), stderr=stderr.decode())
+
+
+def kinds(summary: dict[str, Any]) -> dict[str, str]:
+    """Return each disk's kind."""
+    return {disk["name"]: disk["kind"] for disk in summary["disks"]}
+
+
+def reasons(summary: dict[str, Any]) -> dict[str, str | None]:
+    """Return why each disk was backed up in full."""
+    return {disk["name"]: disk["reason"] for disk in summary["disks"]}
+
+
+def difference(actual: bytes, expected: bytes) -> str:
+    """Tell where two images begin to differ."""
+    if len(actual) != len(expected):
+        return f"{len(actual)} bytes instead of {len(expected)}"
+    first = next((i for i, (a, b) in enumerate(zip(actual, expected, strict=True)) if a != b), None)
+    return "equal" if first is None else f"differs at {first} (cluster {first // 65536})"
+
+
+def replace_touched(model: DiskModel, instant: Instant) -> DiskModel:
+    """Return the model with what had been touched before an instant."""
+    return replace(model, touched=set(instant.touched))
+
+
+def _padded(content: bytes, size_bytes: int) -> bytes:
+    """QEMU rounds a raw file's size up to whole sectors."""
+    return content.ljust(size_bytes, b"\0")
+
+
+def _names_in(arguments: Sequence[str], everything: list[str]) -> list[str]:
+    """Return the disks that `--disk` and `--exclude` choose."""
+    pairs = list(itertools.pairwise(arguments))
+    chosen = [name for option, name in pairs if option == "--disk"] or everything
+    excluded = [name for option, name in pairs if option == "--exclude"]
+    return [name for name in chosen if name not in excluded]
+
+
+def _write_sparse(path: Path, content: bytes) -> None:
+    """Write a file with holes where a whole block is zero."""
+    block_bytes = 4096
+    with path.open("wb") as file:
+        for start in range(0, len(content), block_bytes):
+            block = content[start : start + block_bytes]
+            if any(block):
+                file.seek(start)
+                file.write(block)
+        file.truncate(len(content))
