@@ -1,8 +1,8 @@
 """Backup images opened in QEMU for the duration of a block.
 
 On a UNIX socket QEMU is handed the open file, so it needs no right to the repository and no
-view of it. Over TCP, and with the engine drive-backup, it is given the name. Which process writes the target is decided here
-and nowhere else.
+view of it. Over TCP, and with the engine drive-backup, it is given the name. Which process
+writes the target is decided here and nowhere else.
 """
 
 from collections.abc import AsyncIterator

@@ -200,7 +200,19 @@ class Lab:
         for name, instant in instants.items():
             self.models[name].roll_back(instant)
 
+    async def fail_with(self, disk: str, reason: str, *, command: str = "incremental") -> None:
+        """Run a backup whose job must fail; the error must say which disk, and why."""
+        result = await self.fail(command)
+        assert (result.code, result.last["class"]) == (1, "JobFailedError")
+        assert f"disk {disk}" in result.last["message"]
+        assert reason in result.last["message"]
+
     async def committed(self, summary: dict[str, Any], instants: dict[str, Instant]) -> None:
+        """Check a finished backup against the models, remember its point, look for leftovers."""
+        self.remember(summary, instants)
+        await self.assert_clean()
+
+    def remember(self, summary: dict[str, Any], instants: dict[str, Instant]) -> None:
         """Check a finished backup against the models, and remember its point."""
         assert {disk["name"] for disk in summary["disks"]} == set(instants)
         for disk in summary["disks"]:
@@ -213,7 +225,6 @@ class Lab:
             self.bases[name] = summary["id"]
         contents = {name: instant.content for name, instant in instants.items()}
         self.points.append(Point(id=summary["id"], contents=contents))
-        await self.assert_clean()
 
     async def assert_clean(self) -> None:
         """Nothing of a run is left, and every disk records for its newest backup."""
@@ -340,10 +351,14 @@ async def loop_device(folder: Path, size_bytes: int) -> AsyncIterator[Path]:
 
 
 @contextlib.asynccontextmanager
-async def small_file_system(path: Path, size_bytes: int) -> AsyncIterator[None]:
+async def small_file_system(
+    path: Path, size_bytes: int, *, options: str = "mode=700"
+) -> AsyncIterator[None]:
     """Mount a file system that is soon full, for the duration of a block. Needs root."""
     path.mkdir()
-    await run_tool("mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "none", str(path))
+    await run_tool(
+        *("mount", "-t", "tmpfs", "-o", f"size={size_bytes},{options}", "none", str(path))
+    )
     try:
         yield
     finally:
