@@ -60,6 +60,7 @@ class Lab:
     _qemu: Qemu | None = None
     _qbackup: Qbackup | None = None
     _running: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
+    _processes: list[Process] = field(default_factory=list)
 
     @property
     def qemu(self) -> Qemu:
@@ -87,7 +88,11 @@ class Lab:
         )
 
     async def stop(self) -> None:
-        """End QEMU at once."""
+        """End QEMU at once, and every backup that a failed test has left running."""
+        for process in self._processes:
+            if process.returncode is None:
+                process.kill()
+                await process.communicate()
         await self._running.aclose()
         self._running, self._qemu = contextlib.AsyncExitStack(), None
 
@@ -152,6 +157,7 @@ class Lab:
         names = _names_in(arguments, list(self.models))
         instants = {name: self.models[name].checkpoint() for name in names}
         process = await self.qbackup.start("--json", command, VM, *SLOW, *arguments)
+        self._processes.append(process)
         assert process.stdout is not None
         async with asyncio.timeout(WAIT_S):
             line = await process.stdout.readline()
@@ -362,7 +368,7 @@ async def small_file_system(
     try:
         yield
     finally:
-        await run_tool("umount", str(path))
+        await run_tool("umount", "--lazy", str(path))
 
 
 def fill_file_system(path: Path) -> Path:

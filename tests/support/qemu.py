@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qemu.qmp import QMPClient
+from qemu.qmp import ConnectError, QMPClient
 
 QEMU = os.environ.get("QBACKUP_TEST_QEMU", "qemu-system-x86_64")
 QEMU_IMG = os.environ.get("QBACKUP_TEST_QEMU_IMG", "qemu-img")
@@ -182,13 +182,16 @@ async def started(
 
 async def _connect(client: QMPClient, socket: Path, process: Process) -> None:
     async with asyncio.timeout(START_TIMEOUT_S):
-        while not socket.exists():
+        while True:
             if process.returncode is not None:
                 assert process.stdout is not None
                 raise AssertionError((await process.stdout.read()).decode(errors="replace"))
+            if socket.exists():
+                with contextlib.suppress(ConnectError):  # bound, but not listening yet
+                    await client.connect(str(socket))
+                    return
             # There is no event for "the socket is there"; this waits for a process to start.
             await asyncio.sleep(0.01)
-        await client.connect(str(socket))
 
 
 async def create_image(path: Path, image_format: str, size: str | int, *options: str) -> None:
