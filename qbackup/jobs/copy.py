@@ -18,6 +18,7 @@ from qbackup.formats.configuration import Vm
 from qbackup.formats.manifest import backing_file, disk_file
 from qbackup.images.hashing import hash_file
 from qbackup.jobs.freeze import frozen
+from qbackup.jobs.groups import task_group
 from qbackup.jobs.plan import BackupOptions, Plan
 from qbackup.jobs.reconcile import roll_back_bitmaps
 from qbackup.jobs.trust import Verdict
@@ -191,23 +192,20 @@ class DiskCopier:
         """Follow the jobs; as each ends, close its image and have it synced and hashed."""
         finishing: dict[str, asyncio.Task[DiskBackup]] = {}
         watch = _StallWatch()
-        try:
-            async with asyncio.TaskGroup() as group:
-                async for update in states:
-                    if isinstance(update, JobError):
-                        self._last_error[update.job] = update.operation
-                        continue
-                    by_job = {state.job: state for state in update}
-                    for copy in copies:
-                        if copy.done is None and await self._advance(copy, by_job.get(copy.job)):
-                            finishing[copy.name] = group.create_task(self._complete(copy))
-                    running = [copy.job for copy in copies if copy.done is None]
-                    if not running:
-                        break
-                    watch.check(update)
-                    await self._share_speed(running, len(copies))
-        except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+        async with task_group() as group:
+            async for update in states:
+                if isinstance(update, JobError):
+                    self._last_error[update.job] = update.operation
+                    continue
+                by_job = {state.job: state for state in update}
+                for copy in copies:
+                    if copy.done is None and await self._advance(copy, by_job.get(copy.job)):
+                        finishing[copy.name] = group.create_task(self._complete(copy))
+                running = [copy.job for copy in copies if copy.done is None]
+                if not running:
+                    break
+                watch.check(update)
+                await self._share_speed(running, len(copies))
         return [finishing[copy.name].result() for copy in copies]
 
     async def _advance(self, copy: _DiskCopy, state: JobState | None) -> bool:
