@@ -113,7 +113,7 @@ class Page:
     def bad(self, text: str) -> None:
         """Print on stderr what went wrong."""
         sys.stdout.flush()
-        print(f"\n{text}", file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
     def _styled(self, text: str, code: str) -> str:
         return f"\033[{code}m{text}\033[0m" if self._colour else text
@@ -394,8 +394,8 @@ class Demo:
         self._page.step("6. The proof")
         self._page.say(
             "A second VM starts with all six restored disks, read-only. It runs e2fsck on\n"
-            "each and computes the SHA-256 of every file but the diary. They must be the same\n"
-            "as those that the first VM computed on that day.\n"
+            "each and computes the SHA-256 of every file but the diary. They must be those\n"
+            "that the first VM computed on that day.\n"
         )
         found = await self._look_into_restored()
         rows = [("DAY", "BACKUP", "TOOK", "STORED", "FILES", "E2FSCK", "DIARY", "BYTES")]
@@ -563,16 +563,16 @@ def main() -> int:
     try:
         asyncio.run(_main(arguments, page, folder))
     except asyncio.CancelledError:
-        page.bad("interrupted; nothing is left running")
+        page.bad("interrupted" if arguments else "\ninterrupted; nothing is left running")
         return 130
     except (DemoError, GuestError, QMPError, OSError) as err:
         if arguments:
             page.bad(str(err))
         else:
-            page.bad(f"The demo failed: {err}")
+            page.bad(f"\nThe demo failed: {err}")
             logs = sorted(str(log) for log in folder.path.glob("*/*.log"))
             if logs:
-                page.bad("The logs of QEMU and the guest:\n  " + "\n  ".join(logs))
+                page.bad("\nThe logs of QEMU and the guest:\n  " + "\n  ".join(logs))
         return 1
     return 0
 
