@@ -24,14 +24,15 @@ MAGIC = b"QFI\xfb"
 CLUSTER_BITS = 16
 CLUSTER_BYTES = 1 << CLUSTER_BITS
 HEADER_BYTES = 112
+REFCOUNT_BLOCK_OFFSET = 2 * CLUSTER_BYTES
 MAX_BACKING_NAME_BYTES = 1023
 
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQIIB7x")
 _BACKING_FIELDS = struct.Struct(">QI")
 _BACKING_FIELDS_OFFSET = 8
-_EXTENSION = struct.Struct(">II")
+EXTENSION = struct.Struct(">II")
 _EXTENSION_BACKING_FORMAT = 0xE2792ACA
-_EXTENSION_END = 0
+EXTENSION_END = 0
 _INCOMPATIBLE_DIRTY = 1 << 0
 _INCOMPATIBLE_CORRUPT = 1 << 1
 _INCOMPATIBLE_DATA_FILE = 1 << 2
@@ -77,14 +78,14 @@ def write_empty_image(fd: int, *, virtual_size_bytes: int, compression: Compress
         features, 0, 0, _REFCOUNT_ORDER, HEADER_BYTES, _COMPRESSION_TYPES[compression],
     )  # fmt: skip
     extensions = (
-        _EXTENSION.pack(_EXTENSION_BACKING_FORMAT, len(_BACKING_FORMAT))
+        EXTENSION.pack(_EXTENSION_BACKING_FORMAT, len(_BACKING_FORMAT))
         + _BACKING_FORMAT.ljust(8, b"\0")
-        + _EXTENSION.pack(_EXTENSION_END, 0)
+        + EXTENSION.pack(EXTENSION_END, 0)
     )
     os.ftruncate(fd, cluster_count * CLUSTER_BYTES)
     os.pwrite(fd, header + extensions, 0)
-    os.pwrite(fd, struct.pack(">Q", 2 * CLUSTER_BYTES), CLUSTER_BYTES)
-    os.pwrite(fd, struct.pack(">H", 1) * cluster_count, 2 * CLUSTER_BYTES)
+    os.pwrite(fd, struct.pack(">Q", REFCOUNT_BLOCK_OFFSET), CLUSTER_BYTES)
+    os.pwrite(fd, struct.pack(">H", 1) * cluster_count, REFCOUNT_BLOCK_OFFSET)
 
 
 def write_backing_file(fd: int, backing_file: str) -> None:
@@ -131,30 +132,30 @@ def read_header(data: bytes) -> Qcow2Header:
     )
 
 
-def _extensions(data: bytes) -> list[tuple[int, int, int]]:
+def header_extensions(data: bytes) -> list[tuple[int, int, int]]:
     """Return (type, offset of the data, length) of every header extension, the end one too."""
     if len(data) < HEADER_BYTES or data[:4] != MAGIC:
         raise Qcow2Error("not a qcow2 image")
     (offset,) = struct.unpack_from(">I", data, 100)
     found = []
-    while offset + _EXTENSION.size <= len(data):
-        kind, length = _EXTENSION.unpack_from(data, offset)
-        offset += _EXTENSION.size
+    while offset + EXTENSION.size <= len(data):
+        kind, length = EXTENSION.unpack_from(data, offset)
+        offset += EXTENSION.size
         if offset + length > len(data):
             raise Qcow2Error("a header extension lies outside of the header")
         found.append((kind, offset, length))
-        if kind == _EXTENSION_END:
+        if kind == EXTENSION_END:
             return found
         offset += -(-length // 8) * 8
     raise Qcow2Error("the header extensions have no end")
 
 
 def _end_of_extensions(data: bytes) -> int:
-    return _extensions(data)[-1][1]
+    return header_extensions(data)[-1][1]
 
 
 def _backing_format(data: bytes) -> str | None:
-    for kind, offset, length in _extensions(data):
+    for kind, offset, length in header_extensions(data):
         if kind == _EXTENSION_BACKING_FORMAT:
             return _text(data[offset : offset + length])
     return None
