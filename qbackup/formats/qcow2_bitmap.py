@@ -152,8 +152,10 @@ def _read_directory(
         for kind, at, length in header_extensions(head)
         if kind == _EXTENSION_BITMAPS
     ]
+    if not found:
+        raise Qcow2Error("the image holds no bitmap")
     if len(found) != 1 or len(found[0]) != _BITMAPS.size:
-        raise Qcow2Error("the image has no bitmap extension" if not found else "bad extension")
+        raise Qcow2Error("the bitmap extension is not well formed")
     count, reserved, directory_bytes, directory_offset = _BITMAPS.unpack(found[0])
     if count != 1 or reserved:
         raise Qcow2Error(f"{count} bitmaps instead of one")

@@ -352,9 +352,14 @@ class _Builder:
         self._last_bits = (bit_count - 1) % CHUNK_BITS + 1
         self._runs: list[int] = []
         self._kind, self._length = -1, 0
+        self._ended = False
 
     def add(self, part: Part) -> None:
+        if self._ended:
+            raise BitsError("a part that is not the last is shorter than 64 KiB")
         if isinstance(part, Fill):
+            if part is Fill.ONES and not self._left:
+                raise BitsError("a bit beyond the end of the disk is set")
             kind = Kind.ONES if part is Fill.ONES else Kind.ZEROES
             self._add_run(kind, min(CHUNKS_PER_CLUSTER, self._left))
             return
@@ -363,6 +368,7 @@ class _Builder:
         if part == _ZERO_CLUSTER:
             self._add_run(Kind.ZEROES, min(CHUNKS_PER_CLUSTER, self._left))
             return
+        self._ended = len(part) < CLUSTER_BYTES
         data = bytes(part)
         if (
             len(data) == CLUSTER_BYTES
@@ -381,6 +387,7 @@ class _Builder:
         return struct.pack(f">{len(self._runs)}I", *self._runs)
 
     def _add_chunk(self, chunk: bytes) -> None:
+        chunk = chunk.ljust(CHUNK_BYTES, b"\0")
         if self._left <= 1:
             chunk = self._last_chunk(chunk)
         if chunk == _ZERO_CHUNK:
@@ -392,7 +399,6 @@ class _Builder:
             self.stored.append(chunk)
 
     def _last_chunk(self, chunk: bytes) -> bytes:
-        chunk = chunk.ljust(CHUNK_BYTES, b"\0")
         _check_tail(chunk, self._last_bits if self._left else 0)
         return _ONES_CHUNK if self._left and chunk == _ones(self._last_bits) else chunk
 

@@ -62,6 +62,12 @@ def bitmap_add(*, node: str, name: str, granularity_bytes: int) -> Command:
     )
 
 
+def bitmap_add_persistent(*, node: str, name: str, granularity_bytes: int) -> Command:
+    """Make a bitmap that records nothing, and that QEMU writes into the qcow2 file at its end."""
+    add = bitmap_add(node=node, name=name, granularity_bytes=granularity_bytes)
+    return Command(name=add.name, arguments=add.arguments | {"persistent": True, "disabled": True})
+
+
 def bitmap_remove(*, node: str, name: str) -> Command:
     """Forget a bitmap."""
     return Command(name="block-dirty-bitmap-remove", arguments={"node": node, "name": name})
@@ -82,6 +88,18 @@ def bitmap_merge(*, node: str, target: str, source: str) -> Command:
     return Command(
         name="block-dirty-bitmap-merge",
         arguments={"node": node, "target": target, "bitmaps": [source]},
+    )
+
+
+def bitmap_merge_from(*, node: str, target: str, source_node: str, source: str) -> Command:
+    """Add the bits of a bitmap of another node, of the same size, to `target` on `node`."""
+    return Command(
+        name="block-dirty-bitmap-merge",
+        arguments={
+            "node": node,
+            "target": target,
+            "bitmaps": [{"node": source_node, "name": source}],
+        },
     )
 
 
@@ -154,6 +172,27 @@ def target_add(*, node: str, filename: str, aio: str) -> Command:
     )
 
 
+def sidecar_add(*, node: str, filename: str, read_only: bool) -> Command:
+    """Open an image that holds nothing but a bitmap. Nobody needs it after a power cut."""
+    no_flush = {"direct": False, "no-flush": True}
+    return Command(
+        name="blockdev-add",
+        arguments={
+            "driver": "qcow2",
+            "node-name": node,
+            "read-only": read_only,
+            "cache": no_flush,
+            "backing": None,
+            "file": {
+                "driver": "file",
+                "filename": filename,
+                "read-only": read_only,
+                "cache": no_flush,
+            },
+        },
+    )
+
+
 def node_delete(node: str) -> Command:
     """Close a node that nothing uses."""
     return Command(name="blockdev-del", arguments={"node-name": node})
@@ -172,6 +211,31 @@ def remove_fd(fdset_id: int) -> Command:
 def query(what: str, **arguments: Any) -> Command:
     """Ask for something; `what` is the name after `query-`."""
     return Command(name=f"query-{what}", arguments=arguments)
+
+
+def stay_at_shutdown() -> Command:
+    """Let QEMU stay, paused, when the guest powers off."""
+    return Command(name="set-action", arguments={"shutdown": "pause"})
+
+
+def system_powerdown() -> Command:
+    """Press the guest's power button."""
+    return Command(name="system_powerdown")
+
+
+def pause_guest() -> Command:
+    """Stop the guest's CPUs and flush its disks."""
+    return Command(name="stop")
+
+
+def resume_guest() -> Command:
+    """Let the guest run."""
+    return Command(name="cont")
+
+
+def end_qemu() -> Command:
+    """Close all images and exit."""
+    return Command(name="quit")
 
 
 def qom_get(path: str, prop: str) -> Command:
