@@ -1,0 +1,1 @@
+"""Unit tests: no QEMU runs here, and none of our own code is replaced."""

@@ -1,0 +1,226 @@
+"""The configuration file: every mistake names the file, the key and what is allowed."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qbackup.errors import ConfigurationError, UsageError
+from qbackup.formats.configuration import (
+    Configuration,
+    Vm,
+    example_configuration,
+    parse_configuration,
+)
+
+PATH = Path("/etc/qbackup/config.toml")
+TOP = 'repository = "/srv/backups"\nstate = "/var/lib/qbackup"\n'
+TABLE = TOP + '[vm.vm1]\nqmp = "/run/vm1/qmp.sock"\n'
+
+
+def parse(text: str, path: Path = PATH) -> Configuration:
+    """Read a configuration that stands at `path`."""
+    return parse_configuration(text, path=path)
+
+
+def with_key(line: str) -> str:
+    """Return a good configuration with one more line for vm1."""
+    return TABLE + line + "\n"
+
+
+def test_the_smallest_configuration_has_the_defaults() -> None:
+    assert parse(TABLE) == Configuration(
+        path=PATH,
+        repository=Path("/srv/backups"),
+        state=Path("/var/lib/qbackup"),
+        vms={
+            "vm1": Vm(
+                name="vm1",
+                qmp=Path("/run/vm1/qmp.sock"),
+                agent=None,
+                disks=None,
+                granularity_bytes=65536,
+                engine="blockdev-backup",
+            )
+        },
+    )
+
+
+def test_every_key_is_read() -> None:
+    vm = parse(
+        with_key(
+            'agent = "/run/vm1/qga.sock"\ndisks = ["system", "data"]\ngranularity = "4K"\n'
+            'engine = "drive-backup"'
+        )
+    ).vm("vm1")
+    assert vm.agent == Path("/run/vm1/qga.sock")
+    assert vm.disks == ("system", "data")
+    assert (vm.granularity_bytes, vm.engine) == (4096, "drive-backup")
+
+
+def test_relative_paths_are_relative_to_the_file() -> None:
+    text = 'repository = "repo"\nstate = "../state"\n[vm.a]\nqmp = "q.sock"\nagent = "a.sock"\n'
+    found = parse(text, Path("/home/u/qbackup.toml"))
+    assert found.repository == Path("/home/u/repo")
+    assert found.state == Path("/home/u/../state")
+    assert (found.vm("a").qmp, found.vm("a").agent) == (
+        Path("/home/u/q.sock"),
+        Path("/home/u/a.sock"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("/run/q.sock", Path("/run/q.sock")),
+        ("unix:/run/q.sock", Path("/run/q.sock")),
+        ("tcp:127.0.0.1:4444", ("127.0.0.1", 4444)),
+        ("tcp:vm-host:65535", ("vm-host", 65535)),
+        ("tcp:[::1]:4444", ("::1", 4444)),
+    ],
+)
+def test_a_monitor_is_a_socket_or_a_host_with_a_port(
+    text: str, address: Path | tuple[str, int]
+) -> None:
+    assert parse(f'{TOP}[vm.vm1]\nqmp = "{text}"').vm("vm1").qmp == address
+
+
+@pytest.mark.parametrize(
+    ("value", "size"), [('"4K"', 4096), ('"64KiB"', 65536), ("131072", 131072), ('"2M"', 2**21)]
+)
+def test_a_granularity_is_a_number_or_a_size(value: str, size: int) -> None:
+    assert parse(with_key(f"granularity = {value}")).vm("vm1").granularity_bytes == size
+
+
+MISTAKES = {
+    "no TOML": ("repository = = 1", ["not TOML", "line 1"], []),
+    "empty": ("", ["repository"], []),
+    "repository missing": ('state = "/s"', ["repository", "missing"], []),
+    "state missing": ('repository = "/r"', ["state", "missing"], []),
+    "repository a number": ('repository = 5\nstate = "/s"', ["repository"], ["str"]),
+    "repository empty": ('repository = ""\nstate = "/s"', ["repository"], []),
+    "state empty": ('repository = "/r"\nstate = ""', ["state"], []),
+    "NUL in a path": ('repository = "/r\\u0000x"\nstate = "/s"', ["repository"], []),
+    "unknown key at the top": (TOP + 'repo = "/x"', ["unknown key repo"], ["repository, state"]),
+    "vm no table": (TOP + "vm = 5", ["vm"], []),
+    "VM no table": (TOP + "[vm]\nvm1 = 5", ["vm.vm1", "table"], []),
+    "VM name": (TOP + '[vm."../x"]\nqmp = "/q"', ["vm.../x", "cannot be used"], ["letters"]),
+    "VM name empty": (TOP + '[vm.""]\nqmp = "/q"', ["cannot be used"], ["letters"]),
+    "qmp missing": (TOP + "[vm.vm1]", ["vm.vm1", "qmp", "missing"], []),
+    "qmp empty": (TOP + '[vm.vm1]\nqmp = ""', ["vm.vm1.qmp", "tcp:HOST:PORT"], []),
+    "qmp no text": (TOP + "[vm.vm1]\nqmp = 4444", ["vm.vm1.qmp"], ["str"]),
+    "qmp a bare prefix": (TOP + '[vm.vm1]\nqmp = "unix:"', ["vm.vm1.qmp"], []),
+    "agent empty": (with_key('agent = ""'), ["vm.vm1.agent"], []),
+    "unknown key of a VM": (with_key('qpm = "/q"'), ["vm.vm1.qpm"], ["qmp, agent, disks"]),
+    "disks no list": (with_key('disks = "system"'), ["vm.vm1.disks"], ["list", "array"]),
+    "disks of numbers": (with_key("disks = [1]"), ["vm.vm1.disks"], ["str"]),
+    "disks empty": (with_key("disks = []"), ["vm.vm1.disks", "empty"], ["leave the key out"]),
+    "disk twice": (with_key('disks = ["a", "b", "a"]'), ["vm.vm1.disks", "'a'", "twice"], []),
+    "granularity no size": (with_key('granularity = "x"'), ["vm.vm1.granularity"], ["4K to 2M"]),
+    "granularity too small": (with_key("granularity = 2048"), ["vm.vm1.granularity", "4K"], []),
+    "granularity too large": (with_key('granularity = "4M"'), ["vm.vm1.granularity", "2M"], []),
+    "granularity odd": (
+        with_key("granularity = 65537"),
+        ["vm.vm1.granularity", "power of two"],
+        [],
+    ),
+    "granularity negative": (with_key("granularity = -65536"), ["vm.vm1.granularity"], []),
+    "granularity true": (with_key("granularity = true"), ["vm.vm1.granularity"], ["bool", "int"]),
+    "engine unknown": (
+        with_key('engine = "rsync"'),
+        ["vm.vm1.engine"],
+        ["blockdev-backup", "drive-backup"],
+    ),
+    "numbers without end": (f"repository = {'1' * 5000}", ["not TOML"], []),
+    "nested without end": (f"repository = {'[' * 100_000}", ["not TOML"], []),
+} | {
+    f"qmp {address[:30]}": (
+        f'{TOP}[vm.vm1]\nqmp = "{address}"',
+        ["vm.vm1.qmp", "not an address"],
+        ["tcp:127.0.0.1:4444"],
+    )
+    for address in (
+        "tcp:",
+        "tcp:host",
+        "tcp:host:",
+        "tcp::4444",
+        "tcp:host:0",
+        "tcp:host:65536",
+        "tcp:host:-1",
+        "tcp:host:4444x",
+        "tcp:host:\u0664\u0664",
+        "tcp:host:" + "9" * 5000,
+    )
+}
+
+
+@pytest.mark.parametrize(("text", "said", "any_of"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_names_the_file_the_key_and_what_is_allowed(
+    text: str, said: list[str], any_of: list[str]
+) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse(text)
+    everything = f"{caught.value.message}\n{caught.value.hint}"
+    assert everything.startswith(f"{PATH}: ")
+    assert [word for word in said if word not in everything] == []
+    assert not any_of or any(word in everything for word in any_of)
+
+
+@given(st.text())
+def test_any_text_is_a_configuration_or_a_configuration_error(text: str) -> None:
+    try:
+        parse(text)
+    except ConfigurationError as err:
+        assert err.message.startswith(str(PATH))
+
+
+toml_values = st.sampled_from(
+    ["0", "-1", "1.5", "true", '""', '"x"', '".."', "[]", "[[]]", "{}", "1979-05-27", "nan", "[1]"]
+)
+
+
+@given(
+    st.sampled_from(["repository", "state", "vm", "vm.vm1", "vm.vm1.qmp", "vm.vm1.disks", "x.y"]),
+    toml_values,
+)
+def test_any_value_at_any_key_is_accepted_or_a_configuration_error(key: str, value: str) -> None:
+    lines = {"repository": '"/r"', "state": '"/s"', "vm.vm1.qmp": '"/q"', key: value}
+    try:
+        parse("\n".join(f"{name} = {text}" for name, text in lines.items()))
+    except ConfigurationError as err:
+        assert err.message.startswith(str(PATH))
+
+
+def test_an_unknown_vm_is_told_with_those_that_there_are() -> None:
+    with pytest.raises(UsageError, match=r"VM 'vm2' is not in /etc/.*\(there: vm1\)") as caught:
+        parse(TABLE).vm("vm2")
+    assert caught.value.hint is not None and "[vm.vm2]" in caught.value.hint
+
+
+def test_a_vm_name_that_is_no_name_is_refused_before_it_is_looked_for() -> None:
+    with pytest.raises(UsageError, match="cannot be used as a name"):
+        parse(TABLE).vm("../vm1")
+
+
+@pytest.mark.parametrize(
+    ("repository", "state"),
+    [
+        ("/srv/backups", "/var/lib/qbackup"),
+        ('/a"b', "/c\\d"),
+        ("/größe", "/with space"),
+        ("/line\nbreak", "/escape\x1b"),
+    ],
+)
+def test_the_file_that_init_writes_is_read_back(repository: str, state: str) -> None:
+    text = example_configuration(repository=Path(repository), state=Path(state))
+    found = parse(text)
+    assert (found.repository, found.state, found.vms) == (Path(repository), Path(state), {})
+
+
+def test_the_example_in_the_file_that_init_writes_is_a_configuration() -> None:
+    text = example_configuration(repository=Path("/r"), state=Path("/s"))
+    before, _, example = text.partition("# [vm.vm1]\n")
+    lines = [line.removeprefix("# ") for line in example.splitlines()]
+    vm = parse("\n".join([before, "[vm.vm1]", *lines])).vm("vm1")
+    assert vm.disks == ("system", "data") and vm.agent == Path("/run/vm1/qga.sock")
