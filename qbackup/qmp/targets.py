@@ -12,11 +12,11 @@ from pathlib import Path
 
 import msgspec
 
-from qbackup.errors import QbackupError, QmpCommandError
+from qbackup.errors import QmpCommandError
 from qbackup.formats.configuration import Engine
 from qbackup.qmp import commands
-from qbackup.qmp.commands import Command
 from qbackup.qmp.disks import query_inventory
+from qbackup.qmp.lending import named_for_qemu, undone_by
 from qbackup.qmp.monitor import Monitor
 
 
@@ -49,9 +49,9 @@ async def attached(
     if engine == "drive-backup":
         yield Target(name=str(path.absolute()))
         return
-    async with _named_for_qemu(monitor, fd=fd, path=path, opaque=node) as filename:
+    async with named_for_qemu(monitor, fd=fd, path=path, opaque=node) as filename:
         await _add_node(monitor, node=node, filename=filename)
-        async with _undone_by(monitor, commands.node_delete(node)):
+        async with undone_by(monitor, commands.node_delete(node)):
             yield Target(name=node)
 
 
@@ -74,18 +74,6 @@ async def remove_leftovers(monitor: Monitor, *, prefix: str) -> int:
     return len(nodes)
 
 
-@asynccontextmanager
-async def _named_for_qemu(
-    monitor: Monitor, *, fd: int, path: Path, opaque: str
-) -> AsyncIterator[str]:
-    if not monitor.can_send_descriptors:
-        yield str(path.absolute())
-        return
-    fdset = await monitor.send_descriptor(fd, opaque=opaque)
-    async with _undone_by(monitor, commands.remove_fd(fdset)):
-        yield f"/dev/fdset/{fdset}"
-
-
 async def _add_node(monitor: Monitor, *, node: str, filename: str) -> None:
     """Open the image with io_uring, or with threads where that is not to be had.
 
@@ -96,17 +84,3 @@ async def _add_node(monitor: Monitor, *, node: str, filename: str) -> None:
         await monitor.execute(commands.target_add(node=node, filename=filename, aio="io_uring"))
     except QmpCommandError:
         await monitor.execute(commands.target_add(node=node, filename=filename, aio="threads"))
-
-
-@asynccontextmanager
-async def _undone_by(monitor: Monitor, command: Command) -> AsyncIterator[None]:
-    """Run `command` when the block ends; a failure of it never hides the block's own."""
-    try:
-        yield
-    except BaseException as err:
-        try:
-            await monitor.execute(command)
-        except QbackupError as cleanup:
-            err.add_note(f"clean-up: {cleanup}")
-        raise
-    await monitor.execute(command)

@@ -1,0 +1,218 @@
+"""Bits out of QEMU and into it, through a qcow2 file that holds nothing else.
+
+Out: QEMU is given an empty image of the disk's size, copies the disk's bitmap into a
+persistent one there, and writes it when the image is closed. In: QEMU is given an image that
+we wrote, and merges the bitmap in it into one of the disk. Both work while the guest runs.
+
+QEMU's word is not taken for it: closing an image reports success also when the bitmap could
+not be written, and what QEMU loads is compared with what was written, before it is merged.
+This module knows no bitmap file and no repository.
+"""
+
+import asyncio
+import os
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from qbackup.errors import QbackupError, QmpCommandError
+from qbackup.formats.qcow2 import Qcow2Error, write_empty_image
+from qbackup.formats.qcow2_bitmap import read_sidecar, write_sidecar
+from qbackup.model.bitmap import Bits
+from qbackup.qmp import commands
+from qbackup.qmp.lending import named_for_qemu, undone_by
+from qbackup.qmp.monitor import Monitor
+
+MAX_NODE_NAME_BYTES = 31
+_SUFFIX_BYTES = 10
+_BITMAP = "bits"
+
+
+class SidecarError(QbackupError):
+    """A bitmap did not come out of QEMU, or did not get into it, as it was."""
+
+
+class _DirtyBitmap(msgspec.Struct):
+    count: int
+    granularity: int
+    name: str | None = None
+    inconsistent: bool = False
+
+
+class _Node(msgspec.Struct, rename="kebab"):
+    node_name: str | None = None
+    dirty_bitmaps: list[_DirtyBitmap] = []
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scratch:
+    """An open temporary file: one descriptor for writing and reading, one for reading only."""
+
+    path: Path
+    fd: int
+    read_only_fd: int
+
+
+async def save_bitmap(
+    monitor: Monitor,
+    *,
+    disk_node: str,
+    bitmap: str,
+    virtual_size_bytes: int,
+    granularity_bytes: int,
+    path: Path,
+    prefix: str,
+) -> Bits:
+    """Return the bits of a disk's bitmap as they are at one instant; the bitmap stays.
+
+    `path` is for a temporary file, which is gone afterwards; where a UNIX socket leads to
+    QEMU it has no name from the start, and QEMU needs no right to it. `prefix` is of the node
+    that QEMU has meanwhile. One call at a time on one monitor.
+
+    Raises:
+        SidecarError: the bits did not come out whole, for example because there is no room.
+        QmpCommandError: QEMU refused, for example because a job uses the bitmap.
+        MonitorLostError: QEMU went away.
+    """
+    node = _node_name(prefix)
+    with _scratch(path, named=not monitor.can_send_descriptors) as scratch:
+        with _told(path, "cannot write"):
+            write_empty_image(scratch.fd, virtual_size_bytes=virtual_size_bytes, compression="zlib")
+        async with _attached(monitor, scratch, node=node, read_only=False):
+            await monitor.execute(
+                commands.transaction(
+                    [
+                        commands.bitmap_add_persistent(
+                            node=node, name=_BITMAP, granularity_bytes=granularity_bytes
+                        ),
+                        commands.bitmap_merge_from(
+                            node=node, target=_BITMAP, source_node=disk_node, source=bitmap
+                        ),
+                    ]
+                )
+            )
+            expected = await _query_bitmap(monitor, node)
+        with _told(path, f"QEMU did not write bitmap {bitmap} of {disk_node} completely"):
+            bits = await asyncio.to_thread(read_sidecar, scratch.fd, name=_BITMAP)
+    if (bits.virtual_size_bytes, bits.granularity_bytes) != (virtual_size_bytes, granularity_bytes):
+        raise SidecarError(f"{path}: QEMU wrote a bitmap of another size or granularity")
+    _check_count(bits, expected, path)
+    return bits
+
+
+async def load_bitmap(
+    monitor: Monitor,
+    *,
+    disk_node: str,
+    name: str,
+    bits: Bits,
+    path: Path,
+    prefix: str,
+    into_existing: bool,
+) -> None:
+    """Make a recording bitmap on a disk with these bits set, or set them in one that is there.
+
+    `path` and `prefix` are as for `save_bitmap`. One call at a time on one monitor.
+
+    Raises:
+        SidecarError: QEMU did not take the bits as they are; the disk's bitmap is unchanged.
+        QmpCommandError: QEMU refused; nothing was changed.
+        MonitorLostError: QEMU went away.
+    """
+    node = _node_name(prefix)
+    add = commands.bitmap_add(node=disk_node, name=name, granularity_bytes=bits.granularity_bytes)
+    merge = commands.bitmap_merge_from(
+        node=disk_node, target=name, source_node=node, source=_BITMAP
+    )
+    with _scratch(path, named=not monitor.can_send_descriptors) as scratch:
+        with _told(path, "cannot write"):
+            await asyncio.to_thread(write_sidecar, scratch.fd, bits, name=_BITMAP)
+        async with _attached(monitor, scratch, node=node, read_only=True):
+            _check_count(bits, await _query_bitmap(monitor, node), path)
+            await monitor.execute(commands.transaction([merge] if into_existing else [add, merge]))
+
+
+def _node_name(prefix: str) -> str:
+    """Return a node name of our own that no other node has."""
+    name = f"{prefix}bm{secrets.token_hex(_SUFFIX_BYTES // 2)}"[:MAX_NODE_NAME_BYTES]
+    if len(name) < len(prefix) + _SUFFIX_BYTES:
+        raise ValueError(f"the prefix {prefix!r} leaves no room in a node name")
+    return name
+
+
+@asynccontextmanager
+async def _attached(
+    monitor: Monitor, scratch: _Scratch, *, node: str, read_only: bool
+) -> AsyncIterator[None]:
+    fd = scratch.read_only_fd if read_only else scratch.fd
+    async with named_for_qemu(monitor, fd=fd, path=scratch.path, opaque=node) as filename:
+        try:
+            await monitor.execute(
+                commands.sidecar_add(node=node, filename=filename, read_only=read_only)
+            )
+        except QmpCommandError as err:
+            raise SidecarError(
+                f"QEMU cannot open the temporary file {scratch.path}: {err.description}",
+                hint=None
+                if monitor.can_send_descriptors
+                else "over TCP QEMU opens it by name: it must see that directory and have the "
+                "right to the file; with a UNIX socket it needs neither",
+            ) from err
+        async with undone_by(monitor, commands.node_delete(node)):
+            yield
+
+
+async def _query_bitmap(monitor: Monitor, node: str) -> _DirtyBitmap | None:
+    nodes = await monitor.query(commands.query("named-block-nodes", flat=True), list[_Node])
+    found = [b for n in nodes if n.node_name == node for b in n.dirty_bitmaps if b.name == _BITMAP]
+    return found[0] if len(found) == 1 else None
+
+
+def _check_count(bits: Bits, shown: _DirtyBitmap | None, path: Path) -> None:
+    """Compare what QEMU has with what the file has; QEMU counts whole granules."""
+    if shown is None or shown.inconsistent:
+        raise SidecarError(f"{path}: QEMU did not take the bitmap in it")
+    if (shown.count, shown.granularity) != (
+        bits.count() * bits.granularity_bytes,
+        bits.granularity_bytes,
+    ):
+        raise SidecarError(f"{path}: QEMU's bitmap has {shown.count} bytes dirty, not as written")
+
+
+@contextmanager
+def _told(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (Qcow2Error, OSError) as err:
+        fact = (err.strerror or str(err)) if isinstance(err, OSError) else str(err)
+        raise SidecarError(
+            f"{path}: {what}: {fact}", hint=f"is the file system of {path.parent} full?"
+        ) from err
+
+
+@contextmanager
+def _scratch(path: Path, *, named: bool) -> Iterator[_Scratch]:
+    """Make an empty temporary file; it keeps its name only if it is `named`."""
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    with _told(path, "cannot create a temporary file"):
+        path.unlink(missing_ok=True)
+        fd = os.open(path, flags | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        read_only_fd = os.open(path, flags | os.O_RDONLY)
+        try:
+            if not named:
+                path.unlink()
+            yield _Scratch(path=path, fd=fd, read_only_fd=read_only_fd)
+        finally:
+            os.close(read_only_fd)
+            if named:
+                path.unlink(missing_ok=True)
+    finally:
+        # QEMU 7.2 keeps descriptors of a removed fd set while the guest is paused: let them
+        # hold no space.
+        os.ftruncate(fd, 0)
+        os.close(fd)
