@@ -1,0 +1,402 @@
+"""Backups of a real guest: ext4 on its disks, the guest agent, reboots, trims, heavy writing.
+
+What the guest says of its files is compared with what e2fsprogs finds, on the host, in the
+restored images. Each test has a VM of its own.
+"""
+
+import asyncio
+import hashlib
+import json
+import re
+import shutil
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from guest import Guest, guest_arguments, guest_images
+from support.cli import Qbackup, make_qbackup
+from support.qemu import DiskSpec, Qemu, create_image, run_tool, started
+
+pytestmark = pytest.mark.timeout(120)
+
+DISKS = {"system": "raw", "data": "qcow2"}
+SIZE_BYTES = 96 * 2**20
+MEBIBYTE = 2**20
+ALIVE_TIMEOUT_S = 10.0
+"""A guest whose file systems are frozen does not write a file in any time."""
+
+# Writes files, rewrites and removes them, on both disks, as fast as it can.
+BUSY = """
+n=0
+while [ ! -e /run/quiet ]; do
+    n=$((n + 1))
+    for disk in system data; do
+        mkdir -p /$disk/busy
+        dd if=/dev/urandom of=/$disk/busy/$((n % 7)) bs=64K count=$((n % 5 + 1)) 2>/dev/null
+        mv /$disk/busy/$((n % 7)) /$disk/busy/moved-$((n % 3))
+        [ $((n % 4)) != 0 ] || sync
+    done
+done
+"""
+
+# Record N, one sector, is on disk system before it is written to disk data; then comes N+1.
+RECORDS = """
+n=0
+while [ $n -lt 8191 ]; do
+    n=$((n + 1))
+    for disk in system data; do
+        printf 'record %08d\\n' $n |
+            dd of=/dev/disk/$disk bs=512 seek=$n conv=notrunc,sync oflag=direct 2>/dev/null
+    done
+    echo $n >/run/records
+done
+"""
+RECORDS_END_BYTES = 8192 * 512
+FLOOD = """
+while :; do
+    for disk in system data; do
+        dd if=/dev/urandom of=/dev/disk/$disk bs=1M seek=8 count=40 conv=notrunc oflag=direct
+    done
+done
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestDisk(DiskSpec):
+    """A disk that the guest finds as /dev/disk/NAME."""
+
+    def arguments(self) -> list[str]:
+        """Return the QEMU arguments, with a serial number."""
+        *others, device = super().arguments()
+        return [*others, json.dumps({**json.loads(device), "serial": self.name})]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vm:
+    """A running guest, and qbackup for it."""
+
+    folder: Path
+    qemu: Qemu
+    guest: Guest
+    qbackup: Qbackup
+
+    async def files(self) -> dict[str, str]:
+        """Return the SHA-256 of every file that the test wrote, once they are on the disks."""
+        text = await self.guest.run(
+            "sync; cd / && find system data -path '*/kept/*' -type f | sort | xargs -r sha256sum"
+        )
+        return {name: digest for digest, name in (line.split("  ") for line in text.splitlines())}
+
+    async def keep(self, name: str, *, kibibytes: int = 100) -> None:
+        """Write a random file of that name on both disks."""
+        await self.guest.run(
+            "for disk in system data; do mkdir -p /$disk/kept && "
+            f"dd if=/dev/urandom of=/$disk/kept/{name} bs=1K count={kibibytes} 2>/dev/null; done"
+        )
+
+    async def in_background(self, script: str) -> None:
+        """Start a shell script in the guest."""
+        await self.guest.run(f"({script}) </dev/null >/dev/null 2>&1 &")
+
+    async def restored(self, backup_id: str) -> dict[str, Path]:
+        """Restore a backup as raw images."""
+        folder = self.folder / f"restored-{backup_id}"
+        await self.qbackup.ok(
+            "restore", "vm1", "--at", backup_id, "--to", str(folder), "--format", "raw"
+        )
+        return {name: folder / f"{name}.raw" for name in DISKS}
+
+    async def check_writes(self) -> None:
+        """The guest can write files on both disks: nothing is frozen."""
+        await self.guest.run(
+            "for disk in system data; do echo alive >/$disk/alive && sync -f /$disk/alive; done",
+            timeout_s=ALIVE_TIMEOUT_S,
+        )
+
+    async def restart_agent(self, hook: str) -> None:
+        """Start the guest agent anew, with a script that it runs before it freezes."""
+        await self.guest.run(
+            f"cat >/run/hook <<'END'\n#!/bin/sh\n{hook}\nEND\n"
+            "chmod +x /run/hook; tr '\\0' ' ' </proc/$(pidof qemu-ga)/cmdline >/run/agent;"
+            "kill -9 $(pidof qemu-ga); while pidof qemu-ga; do sleep 0.1; done;"
+            "$(cat /run/agent) --fsfreeze-hook=/run/hook </dev/null >/run/agent.log 2>&1 &"
+        )
+
+
+@asynccontextmanager
+async def booted(
+    folder: Path, *, agent: bool = True, file_systems: bool = True
+) -> AsyncIterator[Vm]:
+    """Boot the guest with two empty disks and with ext4 on them, mounted at /system and /data."""
+    arguments = guest_arguments(
+        guest_images(),
+        control_socket=folder / "guest.sock",
+        console_log=folder / "console.log",
+        agent_socket=folder / "qga.sock" if agent else None,
+        machine="q35",
+    )
+    # With this instruction the guest has random numbers at once; mkfs would wait for them.
+    arguments += ["-cpu", "qemu64,+rdrand"]
+    disks = [
+        GuestDisk(name=name, path=folder / f"{name}.{image_format}", image_format=image_format)
+        for name, image_format in DISKS.items()
+    ]
+    for disk in disks:
+        await create_image(disk.path, disk.image_format, SIZE_BYTES)
+    extra = 'agent = "qga.sock"\n' if agent else ""
+    qbackup = await make_qbackup(folder, qmp="qmp.sock", extra=extra)
+    async with started(folder, disks, extra=arguments) as qemu:
+        await qemu.qmp("cont")
+        async with await Guest.connect(folder / "guest.sock") as guest:
+            await guest.wait_ready()
+            vm = Vm(folder=folder, qemu=qemu, guest=guest, qbackup=qbackup)
+            if file_systems:
+                await guest.run("for d in system data; do mkfs.ext4 -q /dev/disk/$d; done")
+                await mount(guest)
+            yield vm
+
+
+async def mount(guest: Guest) -> None:
+    """Mount both file systems."""
+    await guest.run("for d in system data; do mkdir -p /$d && mount /dev/disk/$d /$d; done")
+
+
+async def files_in(images: dict[str, Path]) -> dict[str, str]:
+    """Return what `Vm.files` returned when the file systems in the images were backed up."""
+    found = {}
+    for name, image in images.items():
+        target = image.with_suffix(".files")
+        target.mkdir()
+        await run_tool("/sbin/debugfs", "-R", f"rdump /kept {target}", str(image))
+        for path in target.rglob("*"):
+            if path.is_file():
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                found[f"{name}/{path.relative_to(target)}"] = digest
+        shutil.rmtree(target)
+    return found
+
+
+async def check_clean(images: dict[str, Path]) -> None:
+    """The file systems need no repair, not even by their journals."""
+    for image in images.values():
+        await run_tool("/sbin/e2fsck", "-fn", str(image))
+        header = await run_tool("/sbin/dumpe2fs", "-h", str(image))
+        assert "needs_recovery" not in header
+
+
+def kinds(summary: dict[str, Any]) -> set[str]:
+    """Return the kinds of the disks in a backup."""
+    return {disk["kind"] for disk in summary["disks"]}
+
+
+async def test_each_point_holds_clean_file_systems_and_its_own_files(tmp_path: Path) -> None:
+    async with booted(tmp_path) as vm:
+        await vm.in_background(BUSY)
+        points = []
+        for number in range(4):
+            await vm.keep(f"file-{number}", kibibytes=700)
+            await vm.keep("rewritten")
+            if number == 2:
+                await vm.guest.run("rm /system/kept/file-0 /data/kept/file-1")
+            files = await vm.files()
+            summary = await vm.qbackup.summary("incremental" if number else "full", "vm1")
+            assert summary["consistency"] == "filesystem"
+            assert kinds(summary) == {"incremental" if number else "full"}
+            points.append((summary["id"], files))
+        await vm.check_writes()
+        assert len({str(files) for _, files in points}) == len(points)
+        for backup_id, files in points:
+            images = await vm.restored(backup_id)
+            await check_clean(images)
+            assert await files_in(images) == files
+
+
+async def test_without_an_agent_journals_bring_the_file_systems_back(tmp_path: Path) -> None:
+    async with booted(tmp_path, agent=False) as vm:
+        await vm.in_background(BUSY)
+        points = []
+        for number in range(3):
+            await vm.keep(f"file-{number}")
+            files = await vm.files()
+            summary = await vm.qbackup.summary("incremental" if number else "full", "vm1")
+            assert summary["consistency"] == "crash"
+            points.append((summary["id"], files))
+        for backup_id, files in points:
+            images = await vm.restored(backup_id)
+            for image in images.values():
+                assert "needs_recovery" in await run_tool("/sbin/dumpe2fs", "-h", str(image))
+                # Replays the journal and repairs nothing: it would say 1 or 4 then.
+                await run_tool("/sbin/e2fsck", "-E", "journal_only", "-y", str(image))
+            await check_clean(images)
+            assert await files_in(images) == files
+
+
+async def test_a_freeze_that_the_guest_refuses_degrades_the_backup(tmp_path: Path) -> None:
+    async with booted(tmp_path) as vm:
+        await vm.restart_agent('[ "$1" != freeze ]')
+        await vm.keep("file")
+        files = await vm.files()
+        result = await vm.qbackup.run("--json", "full", "vm1")
+        assert result.code == 3
+        assert "file systems not frozen" in result.stderr
+        assert result.last["consistency"] == "crash"
+        await vm.check_writes()
+        images = await vm.restored(result.last["id"])
+        for image in images.values():
+            await run_tool("/sbin/e2fsck", "-E", "journal_only", "-y", str(image))
+        assert await files_in(images) == files
+
+
+async def test_an_agent_that_does_not_answer_degrades_the_backup(tmp_path: Path) -> None:
+    async with booted(tmp_path) as vm:
+        await vm.keep("file")
+        await vm.guest.run("kill -STOP $(pidof qemu-ga)")
+        result = await vm.qbackup.run("--json", "full", "vm1")
+        assert result.code == 3
+        assert "file systems not frozen" in result.stderr
+        assert result.last["consistency"] == "crash"
+        await vm.check_writes()
+        # What was written to the agent in vain must not freeze the guest later.
+        await vm.guest.run("kill -CONT $(pidof qemu-ga)")
+        await asyncio.sleep(1)
+        await vm.check_writes()
+        summary = await vm.qbackup.summary("incremental", "vm1")
+        assert (summary["consistency"], kinds(summary)) == ("filesystem", {"incremental"})
+
+
+async def test_an_agent_killed_amid_the_freeze_leaves_no_frozen_guest(tmp_path: Path) -> None:
+    async with booted(tmp_path) as vm:
+        # The agent makes this file just before it freezes; a new one then finds it.
+        await vm.restart_agent(
+            '[ "$1" = freeze ] && (\n'
+            "    while [ ! -e /run/qga.state.isfrozen ]; do :; done\n"
+            "    kill -9 $(pidof qemu-ga)\n"
+            "    fsfreeze --freeze /data\n"
+            "    touch /run/was-killed; sleep 1\n"
+            "    $(cat /run/agent) &\n"
+            ") </dev/null >/dev/null 2>&1 & exit 0"
+        )
+        await vm.keep("file")
+        files = await vm.files()
+        result = await vm.qbackup.run("--json", "full", "vm1")
+        await vm.guest.run("test -e /run/was-killed")
+        assert result.code == 3, result.stderr
+        assert result.last["consistency"] == "crash"
+        await vm.check_writes()
+        images = await vm.restored(result.last["id"])
+        for image in images.values():
+            await run_tool("/sbin/e2fsck", "-E", "journal_only", "-y", str(image))
+        assert await files_in(images) == files
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_interrupted_amid_the_freeze_it_thaws_the_guest(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    async with booted(tmp_path) as vm:
+        await vm.qbackup.summary("full", "vm1")
+        await vm.restart_agent('if [ "$1" = freeze ]; then touch /run/began; sleep 2; fi')
+        await vm.keep("file")
+        files = await vm.files()
+        process = await vm.qbackup.start("incremental", "vm1")
+        await vm.guest.run("while [ ! -e /run/began ]; do sleep 0.1; done")
+        process.send_signal(number)
+        await process.communicate()
+        assert process.returncode == 130
+        await vm.check_writes()
+        await vm.guest.run("echo '#!/bin/sh' >/run/hook")
+        summary = await vm.qbackup.summary("incremental", "vm1")
+        assert (summary["consistency"], kinds(summary)) == ("filesystem", {"incremental"})
+        images = await vm.restored(summary["id"])
+        await check_clean(images)
+        assert await files_in(images) == files
+
+
+async def test_a_guest_left_frozen_by_a_killed_run_is_thawed_by_the_next(tmp_path: Path) -> None:
+    async with booted(tmp_path) as vm:
+        await vm.qbackup.summary("full", "vm1")
+        await vm.restart_agent('if [ "$1" = freeze ]; then touch /run/began; sleep 1; fi')
+        process = await vm.qbackup.start("incremental", "vm1")
+        await vm.guest.run("while [ ! -e /run/began ]; do sleep 0.1; done")
+        process.kill()
+        await process.communicate()
+        # Without anybody's thaw it stays frozen; what is left of the request may still come.
+        await vm.guest.run("while [ ! -e /run/qga.state.isfrozen ]; do sleep 0.1; done")
+        summary = await vm.qbackup.summary("incremental", "vm1")
+        assert (summary["consistency"], kinds(summary)) == ("filesystem", {"incremental"})
+        await vm.check_writes()
+        await check_clean(await vm.restored(summary["id"]))
+
+
+async def test_a_reboot_of_the_guest_does_not_end_a_chain(tmp_path: Path) -> None:
+    async with booted(tmp_path) as vm:
+        await vm.keep("before")
+        await vm.qbackup.summary("full", "vm1")
+        await vm.keep("changed")
+        await vm.guest.reboot()
+        await mount(vm.guest)
+        await vm.keep("after")
+        files = await vm.files()
+        summary = await vm.qbackup.summary("incremental", "vm1", "--no-fallback")
+        assert (summary["consistency"], kinds(summary)) == ("filesystem", {"incremental"})
+        images = await vm.restored(summary["id"])
+        await check_clean(images)
+        restored = await files_in(images)
+        assert restored == files
+        assert {name.rsplit("/")[-1] for name in restored} == {"before", "changed", "after"}
+
+
+async def test_trimmed_space_takes_none_in_an_incremental(tmp_path: Path) -> None:
+    async with booted(tmp_path) as vm:
+        await vm.keep("stays")
+        await vm.keep("goes", kibibytes=30 * 1024)
+        with_it = await vm.files()
+        full = await vm.qbackup.summary("full", "vm1")
+        await vm.guest.run("rm /system/kept/goes /data/kept/goes; sync; fstrim /system")
+        await vm.guest.run("fstrim /data")
+        files = await vm.files()
+        summary = await vm.qbackup.summary("incremental", "vm1")
+        assert kinds(summary) == {"incremental"}
+        for disk in summary["disks"]:
+            assert disk["copied_bytes"] > 25 * MEBIBYTE, "the trim is not in the bitmap"
+            assert disk["stored_bytes"] < 3 * MEBIBYTE
+        images = await vm.restored(summary["id"])
+        await check_clean(images)
+        assert await files_in(images) == files
+        assert await files_in(await vm.restored(full["id"])) == with_it
+
+
+async def test_two_disks_are_of_one_instant_while_the_guest_writes(tmp_path: Path) -> None:
+    async with booted(tmp_path, agent=False, file_systems=False) as vm:
+        await vm.in_background(FLOOD)
+        await vm.in_background(RECORDS)
+        await vm.guest.run("while [ ! -e /run/records ]; do sleep 0.1; done")
+        counts = []
+        for number in range(4):
+            # Slow, so that the guest writes on, over what is not copied yet.
+            limit = ("--speed-limit", "60M")
+            before = int(await vm.guest.run("cat /run/records"))
+            summary = await vm.qbackup.summary("incremental" if number else "full", "vm1", *limit)
+            after = int(await vm.guest.run("cat /run/records"))
+            assert after > before
+            images = await vm.restored(summary["id"])
+            on_system, on_data = (records_in(images[name]) for name in ("system", "data"))
+            assert on_system - on_data in (0, 1)
+            assert before <= on_data <= after
+            counts.append(on_data)
+        assert sorted(set(counts)) == counts
+
+
+def records_in(image: Path) -> int:
+    """Return how many records there are; they must follow each other, with nothing after them."""
+    with image.open("rb") as file:
+        sectors = re.findall(rb"(?s).{512}", file.read(RECORDS_END_BYTES))[1:]
+    count = sum(1 for sector in sectors if any(sector))
+    for number, sector in enumerate(sectors, start=1):
+        expected = b"record %08d\n" % number if number <= count else b""
+        assert sector == expected.ljust(512, b"\0"), f"record {number} of {count}"
+    return count
