@@ -3,6 +3,7 @@
 import asyncio
 import signal
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,13 @@ async def check_union(it: Lab) -> None:
     await it.check_sources()
     await it.incremental()
     await it.check_restores()
+
+
+def small_repository(
+    folder: Path, *, size_bytes: int = 16 * MIB, options: str = "mode=700"
+) -> AbstractAsyncContextManager[None]:
+    """Mount a small file system where the repository will be."""
+    return small_file_system(folder / "repo", size_bytes, options=options)
 
 
 def failing_disk(folder: Path, name: str, *, image_format: str = "raw") -> DiskSpec:
@@ -257,7 +265,7 @@ async def test_a_repository_that_is_full_does_not_fail_the_guests_writes(
 
 async def test_a_repository_without_room_is_told_before_anything_is_done(tmp_path: Path) -> None:
     async with (
-        small_file_system(tmp_path / "repo", 2 * MIB),
+        small_repository(tmp_path, size_bytes=2 * MIB),
         lab(tmp_path, disk_specs(tmp_path, "a")) as it,
     ):
         await it.back_up("full")
@@ -272,7 +280,7 @@ async def test_a_manifest_that_cannot_be_written_fails_the_backup_and_loses_noth
     tmp_path: Path, command: str
 ) -> None:
     async with (
-        small_file_system(tmp_path / "repo", 16 * MIB, options=NO_ROOM_FOR_A_MANIFEST),
+        small_repository(tmp_path, options=NO_ROOM_FOR_A_MANIFEST),
         lab(tmp_path, disk_specs(tmp_path, "a")) as it,
     ):
         await it.back_up("full")
@@ -289,7 +297,7 @@ async def test_a_manifest_that_cannot_be_written_leaves_nothing_in_qemu(
     tmp_path: Path, command: str
 ) -> None:
     async with (
-        small_file_system(tmp_path / "repo", 16 * MIB, options=NO_ROOM_FOR_A_MANIFEST),
+        small_repository(tmp_path, options=NO_ROOM_FOR_A_MANIFEST),
         lab(tmp_path, disk_specs(tmp_path, "a")) as it,
     ):
         await it.back_up("full")

@@ -50,7 +50,8 @@ while [ $n -lt 8191 ]; do
     n=$((n + 1))
     for disk in system data; do
         printf 'record %08d\\n' $n |
-            dd of=/dev/disk/$disk bs=512 seek=$n conv=notrunc,sync oflag=direct 2>/dev/null
+            dd of=/dev/disk/$disk bs=512 seek=$n conv=notrunc,sync oflag=direct 2>/run/dd ||
+            cat /run/dd >>/run/dd-failed
     done
     echo $n >/run/records
 done
@@ -384,6 +385,7 @@ async def test_two_disks_are_of_one_instant_while_the_guest_writes(tmp_path: Pat
             after = int(await vm.guest.run("cat /run/records"))
             assert after > before
             images = await vm.restored(summary["id"])
+            print(await vm.guest.run("cat /run/dd-failed; cat /run/records; for d in system data; do dd if=/dev/disk/$d bs=512 count=40 iflag=direct 2>/dev/null| strings; done"))
             on_system, on_data = (records_in(images[name]) for name in ("system", "data"))
             assert on_system - on_data in (0, 1)
             assert before <= on_data <= after

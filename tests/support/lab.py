@@ -6,6 +6,7 @@ in QEMU and in the repository. `check_restores` compares every point with its re
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
 import json
 import shutil
@@ -112,6 +113,37 @@ class Lab:
         if repository == "repo":
             self._qbackup = made
         return made
+
+    async def add_disk(self, spec: DiskSpec, *, model: DiskModel | None = None) -> None:
+        """Plug in a SCSI disk; without a model of what it holds, it is made anew."""
+        if model is None:
+            size = next(iter(self.models.values())).size_bytes
+            model = DiskModel(name=spec.name, content=patchwork(size, seed=spec.name))
+            await fill_image(spec, bytes(model.content))
+        self.specs.append(spec)
+        self.models[spec.name] = model
+        self.qemu.disks.append(spec)
+        file = {"driver": "file", "filename": str(spec.path)}
+        await self.qemu.qmp(
+            "blockdev-add", driver=spec.image_format, node_name=spec.name, file=file
+        )
+        await self.qemu.qmp(
+            "device_add", driver="scsi-hd", id=spec.device_id, drive=spec.name, bus=spec.bus
+        )
+
+    async def remove_disk(self, name: str) -> DiskModel:
+        """Unplug a disk; return the model of what it holds."""
+        spec = next(spec for spec in self.specs if spec.name == name)
+        with self.qemu.control.listener(["DEVICE_DELETED"]) as events:
+            await self.qemu.qmp("device_del", id=spec.device_id)
+            async with asyncio.timeout(WAIT_S):
+                while (await events.get())["data"].get("device") != spec.device_id:
+                    pass
+        await self.qemu.qmp("blockdev-del", node_name=name)
+        self.specs.remove(spec)
+        self.qemu.disks.remove(spec)
+        del self.bases[name]
+        return self.models.pop(name)
 
     async def write(self, disk: str, offset: int, length: int, value: int) -> None:
         """Write as the guest would."""
@@ -417,6 +449,17 @@ def difference(actual: bytes, expected: bytes) -> str:
         return f"{len(actual)} bytes instead of {len(expected)}"
     first = next((i for i, (a, b) in enumerate(zip(actual, expected, strict=True)) if a != b), None)
     return "equal" if first is None else f"differs at {first} (cluster {first // 65536})"
+
+
+def tree_digest(folder: Path) -> str:
+    """Return a hash of every name, mode, time and byte below a folder; locks do not count."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.name != ".lock"):
+        facts = path.lstat()
+        digest.update(f"{path.relative_to(folder)} {facts.st_mode} {facts.st_mtime_ns}\n".encode())
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def replace_touched(model: DiskModel, instant: Instant) -> DiskModel:

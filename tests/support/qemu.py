@@ -29,7 +29,7 @@ class DiskSpec:
     """One disk of the VM under test.
 
     `style` is how the command line names it; `blockdev_file` replaces the protocol node, for
-    blkdebug and throttling.
+    blkdebug and throttling; `bus` is a SCSI bus that is there already.
     """
 
     name: str
@@ -40,6 +40,7 @@ class DiskSpec:
     driver: str = "file"
     blockdev_file: dict[str, Any] | None = None
     iothread: bool = False
+    bus: str | None = None
 
     @property
     def device_id(self) -> str:
@@ -49,7 +50,8 @@ class DiskSpec:
     @property
     def device_path(self) -> str:
         """The path of what holds the disk in QEMU's object tree."""
-        return f"/machine/peripheral/{self.device_id}{'' if self.iothread else '/virtio-backend'}"
+        scsi = self.iothread or self.bus
+        return f"/machine/peripheral/{self.device_id}{'' if scsi else '/virtio-backend'}"
 
     def arguments(self) -> list[str]:
         """Return the QEMU arguments for the disk and its device."""
