@@ -203,16 +203,15 @@ def _scratch(path: Path, *, named: bool) -> Iterator[_Scratch]:
         fd = os.open(path, flags | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         read_only_fd = os.open(path, flags | os.O_RDONLY)
+        if not named:
+            path.unlink()
         try:
-            if not named:
-                path.unlink()
             yield _Scratch(path=path, fd=fd, read_only_fd=read_only_fd)
         finally:
             os.close(read_only_fd)
-            if named:
-                path.unlink(missing_ok=True)
     finally:
         # QEMU 7.2 keeps descriptors of a removed fd set while the guest is paused: let them
         # hold no space.
         os.ftruncate(fd, 0)
         os.close(fd)
+        path.unlink(missing_ok=True)
