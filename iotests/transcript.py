@@ -119,7 +119,7 @@ class Transcript:
         return await self._finish(await self._start(arguments), arguments)
 
     async def background(self, *arguments: str) -> Running:
-        """Run a command until QEMU's first job runs, and leave it running; see `signal`."""
+        """Run a command until QEMU's first job runs, and leave it running; see `kill`."""
         self._command(arguments)
         self._lines[-1] += " &"
         async with asyncio.timeout(TIMEOUT_S):
@@ -130,7 +130,7 @@ class Transcript:
                         break
         return Running(process=process, arguments=arguments)
 
-    async def signal(self, running: Running, number: signal.Signals) -> int:
+    async def kill(self, running: Running, number: signal.Signals) -> int:
         """Send a signal to a command in the background, and wait for its end."""
         self._new_paragraph()
         self._lines.append(f"$ kill -{number.name.removeprefix('SIG')} %1")
