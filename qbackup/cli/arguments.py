@@ -95,6 +95,36 @@ def _make_parser() -> argparse.ArgumentParser:
     verify.add_argument("vm", nargs="?", metavar="VM")
     verify.add_argument("--at", metavar="ID|TIME", help="only this backup and what it needs")
 
+    run = command("run", "start QEMU, and keep its bitmaps beyond its end")
+    run.add_argument("vm", metavar="VM")
+    run.add_argument(
+        "qemu", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="QEMU and its arguments"
+    )
+
+    watch = command("watch", "keep the bitmaps of a QEMU that something else started")
+    watch.add_argument("vm", metavar="VM")
+    watch.add_argument(
+        "--connect-timeout", type=_argument(parse_duration_s), default=30, metavar="30s",
+        help="wait so long for QEMU's monitor",
+    )  # fmt: skip
+
+    stop = command("stop", "power the guest down, save its bitmaps, end QEMU")
+    stop.add_argument("vm", metavar="VM")
+    stop.add_argument(
+        "--timeout", type=_argument(parse_duration_s), default=60, metavar="60s",
+        help="a guest that has not powered off by then is paused, saved and ended",
+    )  # fmt: skip
+
+    bitmap = command("bitmap", "look at a bitmap file")
+    actions = bitmap.add_subparsers(dest="action", metavar="show|check", required=True)
+    for name, text in (
+        ("show", "show what a bitmap file says, and a heat map of the disk"),
+        ("check", "exit with 0 if a bitmap file is intact and clean, else with 1"),
+    ):
+        action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        _add_common(action, defaults=False)
+        action.add_argument("file", metavar="FILE")
+
     status = command("status", "show bitmaps, changes and what interrupted runs left")
     status.add_argument("vm", nargs="?", metavar="VM")
     return parser

@@ -37,7 +37,7 @@ async def run(arguments: argparse.Namespace) -> int:
         compress=arguments.compress,
     )
     with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
-        outcome = await back_up(repository, vm, options, reporter)
+        outcome = await back_up(repository, vm, context.state(vm), options, reporter)
     summary(
         outcome.backup.summary(),
         text=_text(outcome.backup),

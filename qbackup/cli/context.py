@@ -14,6 +14,7 @@ from qbackup.formats.configuration import (
 )
 from qbackup.model.names import check_name
 from qbackup.repository.repository import Repository
+from qbackup.repository.state import StateDirectory
 
 _SYSTEM_CONFIGURATION = Path("/etc/qbackup/config.toml")
 
@@ -33,6 +34,10 @@ class Context:
             RepositoryError: there is none that can be used.
         """
         return Repository.open(self.configuration.repository)
+
+    def state(self, vm: Vm) -> StateDirectory:
+        """Return the state directory of a VM."""
+        return StateDirectory(self.configuration.state, vm.name)
 
     def vm(self, name: str) -> Vm:
         """Return a configured VM.

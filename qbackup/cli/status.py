@@ -17,7 +17,7 @@ async def run(arguments: argparse.Namespace) -> int:
     context = make_context(arguments)
     repository = context.open_repository()
     vms = [context.vm(arguments.vm)] if arguments.vm else list(context.configuration.vms.values())
-    found = await asyncio.gather(*(query_status(repository, vm) for vm in vms))
+    found = await asyncio.gather(*(query_status(repository, vm, context.state(vm)) for vm in vms))
     answer(
         [_document(status) for status in found],
         text="\n\n".join(_text(status) for status in found) or "no VMs are configured",

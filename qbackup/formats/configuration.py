@@ -47,6 +47,7 @@ class Configuration:
     path: Path
     repository: Path
     state: Path
+    trust_block_devices: bool
     vms: dict[str, Vm]
 
     def vm(self, name: str) -> Vm:
@@ -78,6 +79,7 @@ class _VmTable:
 class _File:
     repository: str
     state: str
+    trust_block_devices: bool = True
     vm: dict[str, Any] = field(default_factory=dict)
 
 
@@ -105,7 +107,11 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
         parsed = _table(table, _VmTable, path=path, where=where)
         vms[name] = _vm(name, parsed, path=path, folder=folder)
     return Configuration(
-        path=path, repository=folder / top.repository, state=folder / top.state, vms=vms
+        path=path,
+        repository=folder / top.repository,
+        state=folder / top.state,
+        trust_block_devices=top.trust_block_devices,
+        vms=vms,
     )
 
 

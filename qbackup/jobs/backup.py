@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from qbackup.errors import QbackupError
 from qbackup.formats.configuration import Vm
 from qbackup.jobs import reconcile
+from qbackup.jobs.control import vm_monitor
 from qbackup.jobs.copy import Copied, DiskCopier
 from qbackup.jobs.plan import BackupOptions, Plan, make_plan, readable_backups
 from qbackup.jobs.trust import checkpoints, newest_bases
@@ -22,9 +23,10 @@ from qbackup.model.backup import Backup
 from qbackup.model.names import new_backup_id, owner_prefix
 from qbackup.model.progress import Reporter
 from qbackup.qmp.disks import query_inventory
-from qbackup.qmp.monitor import Monitor, connected
+from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.vm import query_configuration, query_version
 from qbackup.repository.repository import Repository
+from qbackup.repository.state import StateDirectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +38,11 @@ class Outcome:
 
 
 async def back_up(
-    repository: Repository, vm: Vm, options: BackupOptions, reporter: Reporter
+    repository: Repository,
+    vm: Vm,
+    state: StateDirectory,
+    options: BackupOptions,
+    reporter: Reporter,
 ) -> Outcome:
     """Back up a VM.
 
@@ -51,12 +57,18 @@ async def back_up(
     prefix = owner_prefix(repository.id, vm.name)
     async with (
         repository.lock(vm.name, wait_s=options.lock_wait_s),
-        connected(vm.qmp) as monitor,
+        vm_monitor(vm, state.control_socket) as monitor,
     ):
         await reconcile.clear_jobs(monitor, vm=vm.name, prefix=prefix, reporter=reporter)
         await reconcile.remove_partials(repository, vm.name, reporter)
         plan = await _prepare(
-            monitor, repository, vm=vm, prefix=prefix, options=options, reporter=reporter
+            monitor,
+            repository,
+            vm=vm,
+            state=state,
+            prefix=prefix,
+            options=options,
+            reporter=reporter,
         )
         version = await query_version(monitor)
         configuration = await query_configuration(monitor)
@@ -101,6 +113,7 @@ async def _prepare(
     repository: Repository,
     *,
     vm: Vm,
+    state: StateDirectory,
     prefix: str,
     options: BackupOptions,
     reporter: Reporter,
@@ -117,6 +130,7 @@ async def _prepare(
         vm=vm,
         repository=repository,
         prefix=prefix,
+        not_loaded=state.read_verdicts(),
         options=options,
         reporter=reporter,
     )

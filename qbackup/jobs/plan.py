@@ -16,7 +16,7 @@ from qbackup.errors import (
 from qbackup.formats.configuration import Vm
 from qbackup.jobs.image_check import check_size
 from qbackup.jobs.trust import Base, Verdict, checkpoints, judge
-from qbackup.model.backup import REASON_TEXT, Backup, Kind
+from qbackup.model.backup import REASON_TEXT, Backup, Kind, Reason
 from qbackup.model.chain import disk_chain
 from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_size
@@ -55,6 +55,7 @@ def make_plan(
     vm: Vm,
     repository: Repository,
     prefix: str,
+    not_loaded: Mapping[tuple[str, str], Reason],
     options: BackupOptions,
     reporter: Reporter,
 ) -> Plan:
@@ -74,6 +75,7 @@ def make_plan(
             bases=bases,
             any_backup=bool(bases),
             prefix=prefix,
+            not_loaded=not_loaded,
             granularity_bytes=vm.granularity_bytes,
         )
         if options.kind == "full":

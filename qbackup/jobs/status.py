@@ -3,20 +3,24 @@
 Asks QEMU and the repository, and changes nothing in either.
 """
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from qbackup.errors import DiskError, MonitorBusyError, MonitorError
 from qbackup.formats.configuration import Vm
+from qbackup.jobs.control import vm_monitor
+from qbackup.jobs.saved_bitmaps import NotTrustedError, read_saved
 from qbackup.jobs.trust import judge, newest_bases
-from qbackup.model.backup import Backup, Reason
-from qbackup.model.names import checkpoint_of_bitmap, owner_prefix
+from qbackup.model.backup import Backup, DiskBackup, Reason
+from qbackup.model.names import bitmap_name, checkpoint_of_bitmap, owner_prefix
 from qbackup.qmp.disks import Inventory, query_inventory
 from qbackup.qmp.jobs import query_jobs
-from qbackup.qmp.monitor import Monitor, connected
+from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.vm import query_state
 from qbackup.repository.repository import DamagedBackup, Repository
+from qbackup.repository.state import StateDirectory
 
 BitmapPlace = Literal["qemu", "file", "none"]
 
@@ -56,20 +60,26 @@ class VmStatus:
     leftovers: tuple[str, ...]
 
 
-async def query_status(repository: Repository, vm: Vm) -> VmStatus:
+async def query_status(repository: Repository, vm: Vm, state_directory: StateDirectory) -> VmStatus:
     """Collect the state of one VM; a VM that cannot be reached has one, too."""
     running = repository.is_locked(vm.name)
     leftovers = [] if running else [path.name for path in repository.partials(vm.name)]
     history = [b for b in repository.newest_first(vm.name) if not isinstance(b, DamagedBackup)]
+    prefix = owner_prefix(repository.id, vm.name)
     state, detail = "unreachable", None
     disks: tuple[DiskStatus, ...] = ()
     left_out: dict[str, str] = {}
     try:
-        async with connected(vm.qmp) as monitor:
+        async with vm_monitor(vm, state_directory.control_socket) as monitor:
             state = (await query_state(monitor)).status
             inventory = await query_inventory(monitor)
-            prefix = owner_prefix(repository.id, vm.name)
-            disks = _disks(inventory, history, vm=vm, prefix=prefix)
+            disks = _disks(
+                inventory,
+                history,
+                vm=vm,
+                prefix=prefix,
+                not_loaded=state_directory.read_verdicts(),
+            )
             left_out = inventory.left_out
             if not running:
                 leftovers += await _left_in_qemu(monitor, inventory, prefix)
@@ -77,6 +87,9 @@ async def query_status(repository: Repository, vm: Vm) -> VmStatus:
         state, detail = "busy", err.message
     except (MonitorError, DiskError) as err:
         detail = err.message
+        disks = await asyncio.to_thread(
+            _saved_disks, state_directory, history, vm=vm, prefix=prefix
+        )
     return VmStatus(
         vm=vm.name,
         state=state,
@@ -90,7 +103,12 @@ async def query_status(repository: Repository, vm: Vm) -> VmStatus:
 
 
 def _disks(
-    inventory: Inventory, history: Sequence[Backup], *, vm: Vm, prefix: str
+    inventory: Inventory,
+    history: Sequence[Backup],
+    *,
+    vm: Vm,
+    prefix: str,
+    not_loaded: Mapping[tuple[str, str], Reason],
 ) -> tuple[DiskStatus, ...]:
     bases = newest_bases(history, inventory.disks)
     found = []
@@ -102,6 +120,7 @@ def _disks(
             bases=bases,
             any_backup=bool(history),
             prefix=prefix,
+            not_loaded=not_loaded,
             granularity_bytes=vm.granularity_bytes,
         )
         bitmap = verdict.bitmap
@@ -119,6 +138,44 @@ def _disks(
                         bitmap.granularity_bytes if bitmap else vm.granularity_bytes
                     ),
                     where="none" if bitmap is None else "qemu",
+                ),
+            )
+        )
+    return tuple(found)
+
+
+def _saved_disks(
+    state: StateDirectory, history: Sequence[Backup], *, vm: Vm, prefix: str
+) -> tuple[DiskStatus, ...]:
+    """Look at the files of a VM that is off. Whether its images changed is seen when it starts."""
+    newest: dict[str, tuple[Backup, DiskBackup]] = {}
+    for backup in history:
+        for disk in backup.disks:
+            newest.setdefault(disk.name, (backup, disk))
+    found = []
+    for backup, disk in newest.values():
+        path = state.bitmap_file(disk.name, bitmap_name(prefix, backup.id))
+        where: BitmapPlace = "file" if path.exists() else "none"
+        reason: Reason | None = None
+        dirty_bytes = None
+        try:
+            file = read_saved(
+                path, vm=vm.name, disk=disk.name, virtual_size_bytes=disk.virtual_size_bytes
+            )
+            dirty_bytes = file.bits.dirty_bytes()
+        except NotTrustedError as err:
+            reason = err.reason if where == "file" else "missing"
+        found.append(
+            DiskStatus(
+                name=disk.name,
+                virtual_size_bytes=disk.virtual_size_bytes,
+                last_backup=backup.id,
+                bitmap=BitmapStatus(
+                    trusted=reason is None,
+                    reason=reason,
+                    dirty_bytes=dirty_bytes,
+                    granularity_bytes=disk.granularity_bytes,
+                    where=where,
                 ),
             )
         )

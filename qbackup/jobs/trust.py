@@ -58,28 +58,48 @@ def judge(
     bases: Mapping[str, Base],
     any_backup: bool,
     prefix: str,
+    not_loaded: Mapping[tuple[str, str], Reason],
     granularity_bytes: int,
 ) -> Verdict:
-    """Decide whether the bitmap of a disk's newest backup can be trusted."""
+    """Decide whether the bitmap of a disk's newest backup can be trusted.
+
+    `not_loaded` says of saved bitmaps, by disk and name, why they were not given to QEMU when
+    the VM started.
+    """
     base = bases.get(disk.name)
     if base is None:
         reason: Reason = "new-disk" if any_backup else "no-parent"
         return Verdict(disk=disk, base=None, bitmap=None, reason=reason)
-    bitmap = disk.bitmap(bitmap_name(prefix, base.backup.id))
+    name = bitmap_name(prefix, base.backup.id)
+    bitmap = disk.bitmap(name)
+    if bitmap is None:
+        reason = _why_absent(disk, prefix, not_loaded)
+        return Verdict(disk=disk, base=base, bitmap=None, reason=reason)
     return Verdict(
         disk=disk,
         base=base,
         bitmap=bitmap,
-        reason=_distrust(disk, base, bitmap, prefix=prefix, granularity_bytes=granularity_bytes),
+        reason=_distrust(disk, base, bitmap, granularity_bytes=granularity_bytes),
     )
 
 
-def _distrust(
-    disk: Disk, base: Base, bitmap: Bitmap | None, *, prefix: str, granularity_bytes: int
-) -> Reason | None:
-    if bitmap is None:
-        others = any(checkpoint_of_bitmap(prefix, other.name) for other in disk.bitmaps)
-        return "wrong-checkpoint" if others else "missing"
+def _why_absent(disk: Disk, prefix: str, not_loaded: Mapping[tuple[str, str], Reason]) -> Reason:
+    """Return why QEMU has no bitmap of the newest checkpoint.
+
+    A file that was refused may be of an older checkpoint: the VM then crashed after backups
+    that no file knows of.
+    """
+    if any(checkpoint_of_bitmap(prefix, other.name) for other in disk.bitmaps):
+        return "wrong-checkpoint"
+    refused = (
+        reason
+        for (name, bitmap), reason in not_loaded.items()
+        if name == disk.name and checkpoint_of_bitmap(prefix, bitmap)
+    )
+    return next(refused, "missing")
+
+
+def _distrust(disk: Disk, base: Base, bitmap: Bitmap, *, granularity_bytes: int) -> Reason | None:
     if bitmap.inconsistent or bitmap.busy or not bitmap.recording:
         return "unclean"
     if disk.virtual_size_bytes != base.disk.virtual_size_bytes:

@@ -12,6 +12,7 @@ from qbackup.errors import UsageError
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 _BACKUP_ID = re.compile(r"(\d{8}-\d{6}\.\d{3})-([0-9a-f]{4})\Z")
+_BITMAP_NAME = re.compile(r"qbackup-([0-9a-f]{12})-(.+)\Z")
 _TIME_FORMAT = "%Y%m%d-%H%M%S.%f"
 
 PARTIAL_SUFFIX = ".partial"
@@ -83,6 +84,12 @@ def owner_prefix(repository_id: str, vm: str) -> str:
 def bitmap_name(prefix: str, checkpoint: str) -> str:
     """Return the name of the bitmap that records what changed since `checkpoint`."""
     return prefix + checkpoint
+
+
+def split_bitmap_name(name: str) -> tuple[str, str] | None:
+    """Return the owner and the checkpoint in the name of a bitmap of any repository's."""
+    match = _BITMAP_NAME.match(name)
+    return (match.group(1), match.group(2)) if match and is_backup_id(match.group(2)) else None
 
 
 def checkpoint_of_bitmap(prefix: str, name: str) -> str | None:

@@ -4,6 +4,7 @@ A disk's node is the root of what its device reads and writes. While any block j
 it, QEMU shows a filter that the job put there, with a name of its own making.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -41,6 +42,8 @@ class Disk:
     virtual_size_bytes: int
     source: SourceImage
     bitmaps: tuple[Bitmap, ...]
+    images: tuple[str, ...] = ()
+    """The disk's image, its external data file and its backing files, as QEMU names them."""
 
     def bitmap(self, name: str) -> Bitmap | None:
         """Return the bitmap of that name on the disk's node."""
@@ -63,10 +66,20 @@ class Inventory:
         return next((disk for disk in self.disks if disk.name == name), None)
 
 
+class _FormatData(msgspec.Struct, rename="kebab"):
+    data_file: str | None = None
+
+
+class _FormatSpecific(msgspec.Struct):
+    data: _FormatData = msgspec.field(default_factory=_FormatData)
+
+
 class _Image(msgspec.Struct, rename="kebab"):
     virtual_size: Annotated[int, msgspec.Meta(ge=0, le=MAX_DISK_BYTES)]
     filename: str = ""
     actual_size: int = 0
+    format_specific: _FormatSpecific = msgspec.field(default_factory=_FormatSpecific)
+    backing_image: "_Image | None" = None
 
 
 class _DirtyBitmap(msgspec.Struct):
@@ -156,7 +169,17 @@ def _disk(
             actual_size_bytes=node.image.actual_size,
         ),
         bitmaps=bitmaps.get(node_name, ()),
+        images=tuple(_image_names(node.image)),
     )
+
+
+def _image_names(image: _Image) -> Iterator[str]:
+    current: _Image | None = image
+    while current is not None:
+        yield current.filename
+        if current.format_specific.data.data_file is not None:
+            yield current.format_specific.data.data_file
+        current = current.backing_image
 
 
 def _disk_name(device: _Device) -> str | None:

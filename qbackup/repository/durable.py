@@ -50,6 +50,11 @@ async def replace_file(path: Path, data: bytes) -> None:
     await sync_directory(path.parent)
 
 
+async def overwrite_start(path: Path, data: bytes) -> None:
+    """Replace the first bytes of a file, one sector at most, and wait until they are there."""
+    await _run(_overwrite_start, path, data)
+
+
 async def publish(source: Path, target: Path) -> None:
     """Rename a complete, synced file or directory to its final name, durably.
 
@@ -72,6 +77,15 @@ async def sync_directory(path: Path) -> None:
 def start_writeback(fd: int) -> None:
     """Write out what is dirty so far, so that the final sync finds little left to do."""
     os.fdatasync(fd)
+
+
+def _overwrite_start(path: Path, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.pwrite(fd, data, 0)
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
 
 
 def _sync_path(path: Path, flags: int) -> None:

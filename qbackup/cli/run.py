@@ -1,0 +1,86 @@
+"""`qbackup run`: start QEMU, and keep its bitmaps beyond its end."""
+
+import argparse
+import asyncio
+import signal
+from pathlib import Path
+
+from qbackup.cli.context import make_context
+from qbackup.errors import UsageError
+from qbackup.formats.configuration import Vm
+from qbackup.jobs.watch import Watcher, WatchOptions
+from qbackup.ui.reporters import LineReporter
+
+CONNECT_TIMEOUT_S = 30.0
+_STAY_PAUSED = "-S"
+_COMMAND_NOT_FOUND = 127
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    """Run QEMU to its end and return its exit status (128 + number after a signal)."""
+    context = make_context(arguments)
+    vm = context.vm(arguments.vm)
+    command = qemu_command(arguments.qemu, vm)
+    reporter = LineReporter(quiet=context.quiet)
+    watcher = Watcher(
+        vm,
+        context.state(vm),
+        context.open_repository(),
+        WatchOptions(
+            resume=_STAY_PAUSED not in arguments.qemu,
+            connect_timeout_s=CONNECT_TIMEOUT_S,
+            trust_block_devices=context.configuration.trust_block_devices,
+        ),
+        reporter,
+    )
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, watcher.end)
+    # QEMU ends at once at these signals, without a save. It shares our terminal, so Ctrl-C
+    # and a hang-up reach it, too: it starts with both blocked, and leaves them to us.
+    blocked = {signal.SIGINT, signal.SIGHUP}
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        process = await asyncio.create_subprocess_exec(*command)
+    except FileNotFoundError as err:
+        raise UsageError(f"{command[0]}: no such program") from err
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+    try:
+        await watcher.watch(gone=lambda: process.returncode is not None)
+    except Exception as err:
+        if process.returncode is None:
+            reporter.warning(f"{err}; the VM goes on, and its bitmaps will not be kept")
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                loop.add_signal_handler(number, process.terminate)
+    status = await process.wait()
+    return status if status >= 0 else 128 - status
+
+
+def qemu_command(arguments: list[str], vm: Vm) -> list[str]:
+    """Return the command line to start: the user's, paused, and with the configured monitor.
+
+    Raises:
+        UsageError: there is no command, or it would leave our sight.
+    """
+    command = arguments[1:] if arguments[:1] == ["--"] else arguments
+    if not command:
+        raise UsageError(
+            "there is no command to run", hint="qbackup run VM -- qemu-system-x86_64 …"
+        )
+    for argument in command:
+        if argument.lstrip("-") == "daemonize" and argument.startswith("-"):
+            raise UsageError(
+                f"{argument} does not go with qbackup run",
+                hint="run it under systemd or with nohup instead",
+            )
+    extra = [] if _STAY_PAUSED in command else [_STAY_PAUSED]
+    if isinstance(vm.qmp, Path):
+        address = f"unix:{vm.qmp}"
+        configured = any(str(vm.qmp) in argument for argument in command)
+    else:
+        address = f"tcp:{vm.qmp[0]}:{vm.qmp[1]}"
+        configured = any(address.removeprefix("tcp:") in argument for argument in command)
+    if not configured:
+        extra += ["-qmp", f"{address.replace(',', ',,')},server=on,wait=off"]
+    return [*command, *extra]

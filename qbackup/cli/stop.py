@@ -1,0 +1,35 @@
+"""`qbackup stop`: power a VM down, with its bitmaps saved."""
+
+import argparse
+
+from qbackup.cli.context import make_context
+from qbackup.jobs.control import request_stop
+from qbackup.jobs.watch import EXIT_TIMEOUT_S, Watcher, WatchOptions
+from qbackup.ui.reporters import LineReporter, print_line
+
+_SAVE_MARGIN_S = EXIT_TIMEOUT_S + 60.0
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    """Ask the watcher to stop the VM; where nobody watches, do it here."""
+    context = make_context(arguments)
+    vm = context.vm(arguments.vm)
+    state = context.state(vm)
+    timeout_s = float(arguments.timeout)
+    asked = await request_stop(state.control_socket, timeout_s=timeout_s, margin_s=_SAVE_MARGIN_S)
+    if not asked:
+        watcher = Watcher(
+            vm,
+            state,
+            context.open_repository(),
+            WatchOptions(
+                resume=False,
+                connect_timeout_s=0,
+                trust_block_devices=context.configuration.trust_block_devices,
+            ),
+            LineReporter(quiet=context.quiet),
+        )
+        await watcher.stop(timeout_s=timeout_s)
+    if not context.quiet:
+        print_line(f"{vm.name}: stopped, bitmaps saved")
+    return 0

@@ -1,0 +1,52 @@
+"""`qbackup watch`: keep the bitmaps of a QEMU that something else started."""
+
+import argparse
+import asyncio
+import os
+import signal
+import socket
+
+from qbackup.cli.context import make_context
+from qbackup.jobs.watch import Ending, Watcher, WatchOptions
+from qbackup.ui.reporters import LineReporter, print_line
+
+_EXIT_LOST = 12
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    """Watch until QEMU has ended; return 0 if its bitmaps are saved, 12 if it went away."""
+    context = make_context(arguments)
+    vm = context.vm(arguments.vm)
+    watcher = Watcher(
+        vm,
+        context.state(vm),
+        context.open_repository(),
+        WatchOptions(
+            resume=True,
+            connect_timeout_s=arguments.connect_timeout,
+            trust_block_devices=context.configuration.trust_block_devices,
+        ),
+        LineReporter(quiet=context.quiet),
+        on_ready=lambda: _tell_systemd("READY=1"),
+    )
+    # A watcher that is told to end leaves the VM alone: the bitmaps go on recording in QEMU,
+    # and the next watcher takes over.
+    task = asyncio.ensure_future(watcher.watch())
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        ending = await task
+    except asyncio.CancelledError:
+        print_line(f"{vm.name}: no longer watched; the VM and its bitmaps go on")
+        return 0
+    return 0 if ending is Ending.SAVED else _EXIT_LOST
+
+
+def _tell_systemd(state: str) -> None:
+    """Tell the service manager (sd_notify(3)); nothing if there is none."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    name = "\0" + address[1:] if address.startswith("@") else address
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        channel.sendto(state.encode(), name)

@@ -1,0 +1,186 @@
+"""Is a disk image still the one that was closed? Stamps of files, fingerprints of devices.
+
+A file's stamp is what the kernel changes at every write and nobody can put back: with the
+change time (`ctime`) in nanoseconds go device, inode, size and `mtime`, so that a copy or an
+older version renamed into place is noticed, too.
+
+A block device has no such times. Its fingerprint hashes the places that no ordinary writer
+leaves alone, and samples of the rest; docs/decisions/0004-block-device-fingerprint.md says what
+that catches and what it cannot. This module must not know what a bitmap is.
+"""
+
+import os
+import stat
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from blake3 import blake3
+
+from qbackup.model.bitmap import DeviceStamp, FileStamp, ImageStamp
+
+SECTOR_BYTES = 512
+EDGE_BYTES = 1024 * 1024
+"""Read at both ends of a device: partition tables, LVM and RAID labels, boot loaders."""
+
+HEAD_BYTES = 256 * 1024
+"""Read at the start of the device and of each partition: every file system's superblock."""
+
+SAMPLE_COUNT = 512
+SAMPLE_BYTES = 4096
+
+_LVM_DATA_OFFSET = 1024 * 1024
+"""Where LVM2 puts the first logical volume of a physical volume unless told otherwise."""
+
+_BTRFS_MIRROR_OFFSET = 64 * 1024 * 1024
+_BTRFS_MIRROR_BYTES = 4096
+_MBR_SIGNATURE = b"\x55\xaa"
+_MBR_TABLE_OFFSET = 446
+_MBR_ENTRY = struct.Struct("<B3xB3xII")
+_MBR_EXTENDED = frozenset({0x05, 0x0F, 0x85})
+_GPT_SIGNATURE = b"EFI PART"
+_GPT_FIELDS = struct.Struct("<QII")  # entries' LBA, count, size (UEFI, "GPT Header")
+_GPT_FIELDS_OFFSET = 72
+_MAX_PARTITIONS = 128
+_MAX_GPT_ENTRY_BYTES = 4096
+
+
+def take_stamp(paths: Sequence[Path]) -> ImageStamp:
+    """Stamp the files and devices that hold one disk, which nobody has open for writing.
+
+    A single regular file gets the stamp of a file. Whatever has a device in it, or more than
+    one part (a backing file, an external data file), gets a fingerprint of all parts.
+
+    Raises:
+        OSError: a part cannot be read.
+        ValueError: a part is neither a regular file nor a block device.
+    """
+    stamps = [_stamp_part(path) for path in paths]
+    if len(stamps) == 1:
+        return stamps[0]
+    hasher = blake3(b"parts")
+    for stamp in stamps:
+        hasher.update(repr(stamp).encode())
+    return DeviceStamp(
+        size_bytes=sum(stamp.size_bytes for stamp in stamps), fingerprint=hasher.digest()
+    )
+
+
+def is_block_device(path: Path) -> bool:
+    """Tell whether a path leads to a block device."""
+    try:
+        return stat.S_ISBLK(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def _stamp_part(path: Path) -> ImageStamp:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        facts = os.fstat(fd)
+        if stat.S_ISREG(facts.st_mode):
+            return FileStamp(
+                device=facts.st_dev,
+                inode=facts.st_ino,
+                size_bytes=facts.st_size,
+                mtime_ns=facts.st_mtime_ns,
+                ctime_ns=facts.st_ctime_ns,
+            )
+        if stat.S_ISBLK(facts.st_mode):
+            size = os.lseek(fd, 0, os.SEEK_END)
+            # Somebody may have written past our cache: read the medium.
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            return DeviceStamp(size_bytes=size, fingerprint=_fingerprint(fd, size))
+    finally:
+        os.close(fd)
+    raise ValueError(f"{path}: neither a regular file nor a block device")
+
+
+def _fingerprint(fd: int, size_bytes: int) -> bytes:
+    hasher = blake3(struct.pack("<Q", size_bytes))
+    for offset, length in _places(fd, size_bytes):
+        hasher.update(struct.pack("<QQ", offset, length))
+        hasher.update(os.pread(fd, length, offset))
+    return hasher.digest()
+
+
+def _places(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield what is read: (offset, length), within the device."""
+    wanted: list[tuple[int, int]] = [(0, EDGE_BYTES), (size_bytes - EDGE_BYTES, EDGE_BYTES)]
+    for start in (0, *_partition_starts(fd)):
+        wanted.append((start, HEAD_BYTES))
+        wanted.append((start + _LVM_DATA_OFFSET, HEAD_BYTES))
+        wanted.append((start + _BTRFS_MIRROR_OFFSET, _BTRFS_MIRROR_BYTES))
+    step = size_bytes // SAMPLE_COUNT
+    wanted += [
+        (number * step // SECTOR_BYTES * SECTOR_BYTES, SAMPLE_BYTES)
+        for number in range(SAMPLE_COUNT)
+    ]
+    for offset, length in wanted:
+        start = max(0, offset)
+        if start < size_bytes:
+            yield start, min(length, size_bytes - start)
+
+
+def _partition_starts(fd: int) -> Iterable[int]:
+    """Return where partitions begin, as far as a well-formed table says so.
+
+    What the guest wrote there is not believed: too many entries, or senseless ones, only
+    make the fingerprint read other places.
+    """
+    head = os.pread(fd, 2 * SECTOR_BYTES, 0)
+    if head[SECTOR_BYTES : SECTOR_BYTES + 8] == _GPT_SIGNATURE:
+        return _gpt_starts(fd, head)
+    if head[SECTOR_BYTES - 2 : SECTOR_BYTES] == _MBR_SIGNATURE:
+        return _mbr_starts(fd, head)
+    return []
+
+
+def _mbr_starts(fd: int, head: bytes) -> Iterable[int]:
+    starts = []
+    for kind, first in _mbr_entries(head):
+        if kind not in _MBR_EXTENDED:
+            starts.append(first * SECTOR_BYTES)
+        else:
+            starts += _logical_starts(fd, first)
+    return starts
+
+
+def _logical_starts(fd: int, extended: int) -> Iterable[int]:
+    """Follow the chain of logical partitions, no further than a sane one goes."""
+    starts = []
+    table = extended
+    for _ in range(_MAX_PARTITIONS):
+        sector = os.pread(fd, SECTOR_BYTES, table * SECTOR_BYTES)
+        if sector[-2:] != _MBR_SIGNATURE:
+            break
+        following = None
+        for kind, first in _mbr_entries(sector):
+            if kind in _MBR_EXTENDED:
+                following = extended + first
+            else:
+                starts.append((table + first) * SECTOR_BYTES)
+        if following is None:
+            break
+        table = following
+    return starts
+
+
+def _mbr_entries(sector: bytes) -> Iterable[tuple[int, int]]:
+    """Return (type, first sector) of each used entry."""
+    entries = (_MBR_ENTRY.unpack_from(sector, _MBR_TABLE_OFFSET + 16 * n) for n in range(4))
+    return [(kind, first) for _, kind, first, count in entries if kind and count]
+
+
+def _gpt_starts(fd: int, head: bytes) -> Iterable[int]:
+    lba, count, entry_bytes = _GPT_FIELDS.unpack_from(head, SECTOR_BYTES + _GPT_FIELDS_OFFSET)
+    if not 128 <= entry_bytes <= _MAX_GPT_ENTRY_BYTES or lba >= 2**54:
+        return []
+    table = os.pread(fd, min(count, _MAX_PARTITIONS) * entry_bytes, lba * SECTOR_BYTES)
+    starts = []
+    for offset in range(0, len(table) - entry_bytes + 1, entry_bytes):
+        if any(table[offset : offset + 16]):
+            (first,) = struct.unpack_from("<Q", table, offset + 32)
+            if first < 2**54:
+                starts.append(first * SECTOR_BYTES)
+    return starts

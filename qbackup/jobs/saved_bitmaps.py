@@ -1,0 +1,301 @@
+"""Save a VM's bitmaps into files, and load them back if they can be trusted.
+
+The order of each step is what makes the clean flag mean something (design, section 2):
+
+    load   check everything → clear clean, sync → only then give the bits to QEMU
+    save   write new files, not clean           → QEMU ends → stamp, set clean, sync, rename
+
+It takes every bitmap of ours, of whichever repository: whether a bitmap's checkpoint is the
+newest one is asked by the backup that wants to use it.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from qbackup.errors import ManifestDamagedError
+from qbackup.formats import qbm
+from qbackup.images.stamp import is_block_device, take_stamp
+from qbackup.model.backup import Reason
+from qbackup.model.bitmap import Bits, Identity, ImageStamp
+from qbackup.model.names import RESERVED_PREFIX, owner_prefix, split_bitmap_name
+from qbackup.model.progress import Reporter
+from qbackup.qmp import commands, jobs, targets
+from qbackup.qmp.commands import Command
+from qbackup.qmp.disks import Bitmap, Disk, query_inventory
+from qbackup.qmp.monitor import Monitor
+from qbackup.qmp.sidecar import load_bitmap, save_bitmap
+from qbackup.repository.repository import Repository
+from qbackup.repository.state import HEADER_BYTES, StateDirectory
+
+UNKNOWN_CHAIN = "unknown"
+"""In a file of a bitmap whose backup is in a repository that we do not see."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A bitmap file that is written but not yet clean, and the image files it depends on."""
+
+    path: Path
+    images: tuple[Path, ...]
+
+
+async def load(
+    monitor: Monitor,
+    state: StateDirectory,
+    *,
+    vm: str,
+    pid: int | None,
+    trust_block_devices: bool,
+) -> dict[tuple[str, str], Reason]:
+    """Give QEMU every saved bitmap that can be trusted. The VM must not have run yet.
+
+    Returns why each of the others was not loaded.
+    """
+    inventory = await query_inventory(monitor)
+    verdicts: dict[tuple[str, str], Reason] = {}
+    trusted: list[tuple[Disk, str, Path, Bits]] = []
+    for (disk_name, bitmap), path in state.bitmap_files().items():
+        disk = inventory.disk(disk_name)
+        if disk is None or disk.bitmap(bitmap) is not None:
+            continue
+        images = image_paths(disk, pid)
+        if images is None or (not trust_block_devices and any(map(is_block_device, images))):
+            verdicts[disk_name, bitmap] = "unsupported"
+            continue
+        try:
+            file = await asyncio.to_thread(
+                read_saved, path, vm=vm, disk=disk.name, virtual_size_bytes=disk.virtual_size_bytes
+            )
+            await asyncio.to_thread(_require_unchanged, file, images)
+        except NotTrustedError as err:
+            verdicts[disk_name, bitmap] = err.reason
+        else:
+            trusted.append((disk, bitmap, path, file.bits))
+    await state.write_verdicts(verdicts)
+    for _, _, path, _ in trusted:
+        await state.rewrite_header(path, lambda header: qbm.with_clean(header, clean=False))
+    for disk, bitmap, path, bits in trusted:
+        await load_bitmap(
+            monitor,
+            disk_node=disk.node,
+            name=bitmap,
+            bits=bits,
+            path=_sidecar_path(path),
+            prefix=RESERVED_PREFIX,
+            into_existing=False,
+        )
+    return verdicts
+
+
+async def save(
+    monitor: Monitor,
+    state: StateDirectory,
+    *,
+    repository: Repository,
+    vm: str,
+    pid: int | None,
+    reporter: Reporter,
+) -> list[Saved]:
+    """Write every bitmap of ours into a new file, not clean. The guest must be stopped.
+
+    `repository` is the configured one; bitmaps of others are saved, too.
+    """
+    await jobs.end_jobs(monitor, prefix=RESERVED_PREFIX)
+    await targets.remove_leftovers(monitor, prefix=RESERVED_PREFIX)
+    await _complete_stopped_bitmaps(monitor, (await query_inventory(monitor)).disks)
+    saved = []
+    for disk in (await query_inventory(monitor)).disks:
+        bitmaps = [b for b in _ours(disk) if b.recording and not (b.busy or b.inconsistent)]
+        images = image_paths(disk, pid)
+        if images is None and bitmaps:
+            reporter.warning(
+                f"{vm}: disk {disk.name}: its image is no file or block device of this host, "
+                "so its bitmap cannot be kept"
+            )
+        elif images is not None:
+            saved += [
+                await _save_one(
+                    monitor,
+                    state,
+                    identity=_identify(repository, vm=vm, disk=disk, bitmap=bitmap),
+                    disk=disk,
+                    bitmap=bitmap,
+                    images=images,
+                )
+                for bitmap in bitmaps
+            ]
+    return saved
+
+
+async def set_clean(
+    state: StateDirectory, saved: Sequence[Saved], *, trust_block_devices: bool
+) -> None:
+    """Put the saved files in place, stamped and clean. QEMU must have closed the images."""
+    keep = set()
+    for one in saved:
+        if not trust_block_devices and any(map(is_block_device, one.images)):
+            continue
+        stamp = await asyncio.to_thread(take_stamp, one.images)
+
+        def set_flag(header: bytes, stamp: ImageStamp = stamp) -> bytes:
+            return qbm.with_clean(header, clean=True, stamp=stamp)
+
+        await state.rewrite_header(one.path, set_flag)
+        keep.add(await state.put_in_place(one.path))
+    await state.remove_others(keep)
+
+
+class NotTrustedError(Exception):
+    """A bitmap file exists and must not be used."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def read_saved(path: Path, *, vm: str, disk: str, virtual_size_bytes: int) -> qbm.BitmapFile:
+    """Read a bitmap file and check all but the disk's image.
+
+    Raises:
+        NotTrustedError: it is damaged, not clean, or about another disk.
+    """
+    try:
+        with path.open("rb") as source:
+            file = qbm.read(source)
+    except qbm.QbmError as err:
+        raise NotTrustedError(err.reason) from err
+    except OSError as err:
+        raise NotTrustedError("corrupt") from err
+    if not file.clean:
+        raise NotTrustedError("unclean")
+    if (file.identity.vm, file.identity.disk) != (vm, disk):
+        raise NotTrustedError("wrong-disk")
+    if file.bits.virtual_size_bytes != virtual_size_bytes:
+        raise NotTrustedError("size-changed")
+    return file
+
+
+def _require_unchanged(file: qbm.BitmapFile, images: Sequence[Path]) -> None:
+    try:
+        stamp = take_stamp(images)
+    except (OSError, ValueError) as err:
+        raise NotTrustedError("image-changed") from err
+    if file.stamp != stamp:
+        raise NotTrustedError("image-changed")
+
+
+def image_paths(disk: Disk, pid: int | None) -> tuple[Path, ...] | None:
+    """Return the files and devices that hold a disk; None if any of it is something else.
+
+    QEMU's relative names are relative to where QEMU was started.
+    """
+    folder = Path(f"/proc/{pid}/cwd").resolve() if pid is not None else None
+    paths = []
+    for name in disk.images:
+        path = Path(name) if folder is None else folder / name
+        if not path.is_absolute() or not (path.is_file() or path.is_block_device()):
+            return None
+        paths.append(path)
+    return tuple(paths)
+
+
+async def _save_one(
+    monitor: Monitor,
+    state: StateDirectory,
+    *,
+    identity: Identity,
+    disk: Disk,
+    bitmap: Bitmap,
+    images: tuple[Path, ...],
+) -> Saved:
+    path = state.bitmap_file(disk.name, bitmap.name)
+    await state.ensure_disk(disk.name)
+    bits = await save_bitmap(
+        monitor,
+        disk_node=disk.node,
+        bitmap=bitmap.name,
+        virtual_size_bytes=disk.virtual_size_bytes,
+        granularity_bytes=bitmap.granularity_bytes,
+        path=_sidecar_path(path),
+        prefix=RESERVED_PREFIX,
+    )
+    data = await asyncio.to_thread(
+        qbm.encode,
+        qbm.BitmapFile(
+            identity=identity,
+            generation=_generation(path) + 1,
+            clean=False,
+            stamp=None,
+            bits=bits,
+        ),
+    )
+    return Saved(path=await state.write_new(path, data), images=images)
+
+
+def _identify(repository: Repository, *, vm: str, disk: Disk, bitmap: Bitmap) -> Identity:
+    """Say what a bitmap belongs to; of another repository only its mark and checkpoint show."""
+    owner, checkpoint = split_bitmap_name(bitmap.name) or ("", "")
+    chain = None
+    if bitmap.name.startswith(owner_prefix(repository.id, vm)):
+        owner = repository.id
+        with suppress(ManifestDamagedError):
+            backup = repository.find(vm, checkpoint)
+            chain = backup.chain if backup else None
+    return Identity(
+        repository=owner,
+        vm=vm,
+        disk=disk.name,
+        checkpoint=checkpoint,
+        chain=chain or UNKNOWN_CHAIN,
+    )
+
+
+def _generation(path: Path) -> int:
+    """Return the generation of the file in place, 0 if there is none that can be read."""
+    try:
+        with path.open("rb") as file:
+            return qbm.decode_header(file.read(HEADER_BYTES)).generation
+    except (OSError, qbm.QbmError):
+        return 0
+
+
+def _sidecar_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.qcow2")
+
+
+def _ours(disk: Disk) -> list[Bitmap]:
+    return [bitmap for bitmap in disk.bitmaps if split_bitmap_name(bitmap.name) is not None]
+
+
+async def _complete_stopped_bitmaps(monitor: Monitor, disks: Sequence[Disk]) -> None:
+    """Give every stopped bitmap what younger ones of its repository recorded since.
+
+    A backup that was killed leaves a stopped bitmap N and a recording N+1, and only the
+    repository knows which of them counts. With N completed and N+1 as it is, both are right.
+    """
+    actions: list[Command] = []
+    for disk in disks:
+        for bitmap in _ours(disk):
+            younger = [
+                other.name
+                for other in _ours(disk)
+                if other.recording and _is_younger(other.name, bitmap.name)
+            ]
+            if bitmap.recording or not younger:
+                continue
+            actions.append(commands.bitmap_enable(node=disk.node, name=bitmap.name))
+            actions += [
+                commands.bitmap_merge(node=disk.node, target=bitmap.name, source=name)
+                for name in younger
+            ]
+    if actions:
+        await monitor.execute(commands.transaction(actions))
+
+
+def _is_younger(name: str, other: str) -> bool:
+    """Tell whether a bitmap is of the same repository and VM and a later checkpoint."""
+    first, second = split_bitmap_name(name), split_bitmap_name(other)
+    return bool(first and second and first[0] == second[0] and first[1] > second[1])

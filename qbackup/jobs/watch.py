@@ -1,0 +1,321 @@
+"""Watch a VM: load its bitmaps before it runs, save them after its last write.
+
+One QEMU from its start to its end:
+
+    prelaunch ── check, clear clean, load ──► running ──► shutdown ── save, quit ──► gone
+                                               │  ▲                          stamp, set clean
+                                   lend the monitor to a backup
+
+QEMU is told to stay, paused, when the guest powers off: then nothing writes any more and the
+bitmaps can be saved exactly. What nobody saw (a crash, SIGKILL, `quit` by others) leaves the
+files as they are: not clean.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+from qbackup.errors import MonitorError, MonitorLostError, QbackupError
+from qbackup.formats.configuration import Vm
+from qbackup.jobs import saved_bitmaps
+from qbackup.jobs.control import Request, listening
+from qbackup.jobs.groups import task_group
+from qbackup.model.progress import Reporter
+from qbackup.qmp import commands
+from qbackup.qmp.monitor import Events, Monitor, connected
+from qbackup.qmp.vm import query_state
+from qbackup.repository.repository import Repository
+from qbackup.repository.state import StateDirectory
+
+_EVENTS = ("SHUTDOWN", "STOP", "RESUME")
+_POLL_S = 2.0
+_CONNECT_RETRY_S = 0.05
+EXIT_TIMEOUT_S = 60.0
+DEFAULT_STOP_TIMEOUT_S = 60.0
+
+
+class _Signal(Enum):
+    """What the watcher itself was told by a signal."""
+
+    END = auto()
+
+
+class Ending(Enum):
+    """How the watching ended."""
+
+    SAVED = auto()
+    GONE = auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchOptions:
+    """`resume`: let a VM in prelaunch run once its bitmaps are loaded."""
+
+    resume: bool
+    connect_timeout_s: float
+    trust_block_devices: bool
+
+
+class Watcher:
+    """Watches one QEMU process from now to its end."""
+
+    def __init__(
+        self,
+        vm: Vm,
+        state: StateDirectory,
+        repository: Repository,
+        options: WatchOptions,
+        reporter: Reporter,
+        *,
+        on_ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._vm, self._state, self._repository = vm, state, repository
+        self._options, self._reporter = options, reporter
+        self._on_ready: Callable[[], None] | None = on_ready
+        self._inbox: asyncio.Queue[Request | _Signal | dict[str, Any]] = asyncio.Queue()
+        self._pid: int | None = None
+
+    def end(self) -> None:
+        """Pause the guest, save, and end QEMU (for SIGTERM and SIGINT)."""
+        self._inbox.put_nowait(_Signal.END)
+
+    async def watch(self, *, gone: Callable[[], bool] = lambda: False) -> Ending:
+        """Watch until QEMU has ended.
+
+        `gone` tells that QEMU has ended before it could be connected to.
+
+        Raises:
+            LockedError: another process watches the VM.
+            MonitorError: QEMU cannot be reached.
+        """
+        with self._state.watched(self._vm.name):
+            async with listening(self._state.control_socket, self._inbox):
+                try:
+                    return await self._watch(gone)
+                except MonitorLostError:
+                    self._reporter.warning(
+                        f"{self._vm.name}: QEMU ended without warning; "
+                        "the next backup will be a full one"
+                    )
+                    return Ending.GONE
+
+    async def stop(self, *, timeout_s: float) -> None:
+        """Power the VM down, save and end QEMU; for a VM that nobody watches.
+
+        Raises:
+            LockedError: somebody does watch it.
+            QbackupError: QEMU cannot be reached, or does not end.
+        """
+        with self._state.watched(self._vm.name):
+            async with connected(self._vm.qmp) as monitor:
+                self._pid = monitor.peer_pid()
+                await monitor.execute(commands.stay_at_shutdown())
+                await self._power_down(monitor, timeout_s)
+                await self._save_and_quit(monitor)
+
+    async def _watch(self, gone: Callable[[], bool]) -> Ending:
+        await self._wait_for_monitor(gone)
+        while True:
+            async with connected(self._vm.qmp) as monitor:
+                request = await self._attend(monitor)
+                if request is None or request.command == "stop":
+                    await self._stop(monitor, request)
+                    return Ending.SAVED
+            await self._lend(request)
+
+    async def _wait_for_monitor(self, gone: Callable[[], bool]) -> None:
+        deadline = asyncio.get_running_loop().time() + self._options.connect_timeout_s
+        while True:
+            try:
+                async with connected(self._vm.qmp):
+                    return
+            except MonitorError:
+                late = asyncio.get_running_loop().time() > deadline
+                if gone() or late:
+                    raise
+            # A socket that is not there yet has no event to wait for.
+            await asyncio.sleep(_CONNECT_RETRY_S)
+
+    async def _attend(self, monitor: Monitor) -> Request | None:
+        """Serve until somebody wants the monitor (returned), or the VM is to end (None)."""
+        self._pid = self._pid or monitor.peer_pid()
+        with monitor.listen(_EVENTS, lambda _: True) as events:
+            await monitor.execute(commands.stay_at_shutdown())
+            status = (await query_state(monitor)).status
+            if status == "prelaunch" and self._on_ready is not None:
+                await self._load(monitor)
+                if self._options.resume:
+                    await monitor.execute(commands.resume_guest())
+            if self._on_ready is not None:
+                self._on_ready()
+                self._on_ready = None
+            if status == "shutdown":
+                return None
+            async with self._pumped(monitor, events):
+                return await self._until_asked(monitor)
+
+    async def _load(self, monitor: Monitor) -> None:
+        verdicts = await saved_bitmaps.load(
+            monitor,
+            self._state,
+            vm=self._vm.name,
+            pid=self._pid,
+            trust_block_devices=self._options.trust_block_devices,
+        )
+        for (disk, _), reason in verdicts.items():
+            self._reporter.notice(f"{self._vm.name}: disk {disk}: bitmap not loaded: {reason}")
+
+    @asynccontextmanager
+    async def _pumped(self, monitor: Monitor, events: Events) -> AsyncIterator[None]:
+        """Put QEMU's events into the inbox; its death ends the block with MonitorLostError."""
+
+        async def pump() -> None:
+            while True:
+                event = await events.next(timeout_s=_POLL_S)
+                if event is not None:
+                    self._inbox.put_nowait(event)
+                else:
+                    await query_state(monitor)
+
+        async with task_group() as group:
+            task = group.create_task(pump())
+            yield
+            task.cancel()
+
+    async def _until_asked(self, monitor: Monitor) -> Request | None:
+        while True:
+            item = await self._inbox.get()
+            if isinstance(item, Request):
+                if not item.ended.is_set():
+                    return item
+            elif item is _Signal.END:
+                await monitor.execute(commands.pause_guest())
+                return None
+            elif (await query_state(monitor)).status == "shutdown":
+                return None
+
+    async def _lend(self, request: Request) -> None:
+        """Leave the monitor to a client until it ends; ask for it back if the VM is to end."""
+        await request.answer(ok=True)
+        waiting = asyncio.create_task(request.ended.wait())
+        later: list[Request | _Signal | dict[str, Any]] = []
+        while not waiting.done():
+            getting = asyncio.create_task(self._inbox.get())
+            await asyncio.wait({waiting, getting}, return_when=asyncio.FIRST_COMPLETED)
+            if not getting.done():
+                getting.cancel()
+                continue
+            item = getting.result()
+            later.append(item)
+            if item is _Signal.END or (isinstance(item, Request) and item.command == "stop"):
+                await request.answer(**{"return": True})
+        for item in later:
+            self._inbox.put_nowait(item)
+
+    async def _stop(self, monitor: Monitor, request: Request | None) -> None:
+        """End the VM, and tell who asked for it."""
+        try:
+            if request is not None:
+                timeout_s = request.timeout_s
+                await self._power_down(
+                    monitor, DEFAULT_STOP_TIMEOUT_S if timeout_s is None else timeout_s
+                )
+            await self._save_and_quit(monitor)
+        except QbackupError as err:
+            if request is not None:
+                await request.answer(ok=False, message=err.message)
+            raise
+        if request is not None:
+            await request.answer(ok=True)
+
+    async def _save_and_quit(self, monitor: Monitor) -> None:
+        """Save the bitmaps of a guest that no longer runs, and make them count."""
+        saved = await saved_bitmaps.save(
+            monitor,
+            self._state,
+            repository=self._repository,
+            vm=self._vm.name,
+            pid=self._pid,
+            reporter=self._reporter,
+        )
+        await self._quit(monitor)
+        await saved_bitmaps.set_clean(
+            self._state, saved, trust_block_devices=self._options.trust_block_devices
+        )
+
+    async def _power_down(self, monitor: Monitor, timeout_s: float) -> None:
+        """Press the power button; a guest that does not react in time is paused."""
+        with monitor.listen(_EVENTS, lambda _: True) as events, suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await monitor.execute(commands.system_powerdown())
+                while (await query_state(monitor)).status != "shutdown":
+                    await events.next(timeout_s=_POLL_S)
+        if (await query_state(monitor)).status != "shutdown":
+            self._reporter.warning(
+                f"{self._vm.name}: the guest did not power off within {timeout_s:.0f} s; pausing it"
+            )
+            await monitor.execute(commands.pause_guest())
+
+    async def _quit(self, monitor: Monitor) -> None:
+        """End QEMU and wait until its images are closed and its process is gone.
+
+        Raises:
+            QbackupError: it does not end, or the guest ran again before it did.
+        """
+        resumed = False
+
+        def note(event: dict[str, Any]) -> bool:
+            nonlocal resumed
+            resumed = resumed or event["event"] == "RESUME"
+            return False
+
+        with monitor.listen(("RESUME",), note):
+            resumed = (await query_state(monitor)).running
+            with suppress(MonitorLostError):
+                await monitor.execute(commands.end_qemu())
+            try:
+                async with asyncio.timeout(EXIT_TIMEOUT_S):
+                    await _until_exited(monitor, self._pid)
+            except TimeoutError as err:
+                raise QbackupError(
+                    f"{self._vm.name}: QEMU does not end; its bitmaps are not trusted"
+                ) from err
+        if resumed:
+            raise QbackupError(f"{self._vm.name}: the guest ran again; nothing is trusted")
+
+
+async def _until_exited(monitor: Monitor, pid: int | None) -> None:
+    """Wait for QEMU's process; without one to look at, for the end of the connection.
+
+    QEMU closes its images before its monitors (softmmu/runstate.c, `qemu_cleanup`).
+    """
+    if pid is None:
+        with suppress(MonitorLostError):
+            while True:
+                await query_state(monitor)
+                await asyncio.sleep(_CONNECT_RETRY_S)
+        return
+    with suppress(ProcessLookupError):
+        fd = os.pidfd_open(pid)
+        try:
+            await _readable(fd)
+        finally:
+            os.close(fd)
+
+
+def _readable(fd: int) -> Awaitable[None]:
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+
+    def ready() -> None:
+        loop.remove_reader(fd)
+        if not future.done():
+            future.set_result(None)
+
+    loop.add_reader(fd, ready)
+    future.add_done_callback(lambda _: loop.remove_reader(fd))
+    return future
