@@ -21,7 +21,7 @@ from qbackup.model.backup import REASON_TEXT, Reason
 from qbackup.model.bitmap import DeviceStamp, FileStamp, ImageStamp
 from qbackup.model.quantities import format_size
 from qbackup.ui.heat_map import heat_map, style_of_stdout
-from qbackup.ui.tables import facts
+from qbackup.ui.tables import facts, printable
 
 JSON_HEAT_MAP_CELLS = 1024
 
@@ -57,7 +57,7 @@ async def run(arguments: argparse.Namespace) -> int:
     if arguments.action == "check":
         answer(
             finding.document(),
-            text=f"{finding.path}: {finding.sentence()}",
+            text=f"{printable(finding.path)}: {finding.sentence()}",
             json_output=arguments.json,
             quiet=arguments.quiet,
         )
@@ -65,7 +65,7 @@ async def run(arguments: argparse.Namespace) -> int:
     if finding.file is None:
         answer(
             finding.document(),
-            text=f"{finding.path}: {finding.sentence()}",
+            text=f"{printable(finding.path)}: {finding.sentence()}",
             json_output=arguments.json,
         )
         return 1
@@ -95,10 +95,10 @@ def _examine(name: str) -> _Finding:
                         detail="there is no such file")  # fmt: skip
     except ValueError as err:
         raise QbackupError(f"{name!r}: not the name of a file") from err
-    with open(fd, "rb", buffering=0) as opened:
+    with os.fdopen(fd, "rb", buffering=0) as opened:
         facts_of_file = os.fstat(fd)
         if not stat.S_ISREG(facts_of_file.st_mode):
-            raise QbackupError(f"{name}: not a regular file")
+            raise QbackupError(f"{printable(name)}: not a regular file")
         try:
             file = qbm.read(opened)
         except QbmError as err:
@@ -149,12 +149,12 @@ def _text(finding: _Finding, file: BitmapFile) -> str:
     share = 100 * dirty / bits.virtual_size_bytes
     return facts(
         [
-            ("bitmap file", f"{finding.path} (version {qbm.VERSION})"),
+            ("bitmap file", f"{printable(finding.path)} (version {qbm.VERSION})"),
             ("trust", _trust(finding, file)),
-            ("disk", f"{identity.disk} of {identity.vm}"),
-            ("checkpoint", identity.checkpoint),
-            ("chain", identity.chain),
-            ("repository", identity.repository),
+            ("disk", printable(f"{identity.disk} of {identity.vm}")),
+            ("checkpoint", printable(identity.checkpoint)),
+            ("chain", printable(identity.chain)),
+            ("repository", printable(identity.repository)),
             ("generation", str(file.generation)),
             ("image", _stamp_text(file.stamp)),
             ("disk size", format_size(bits.virtual_size_bytes)),

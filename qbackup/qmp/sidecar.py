@@ -100,7 +100,7 @@ async def save_bitmap(
             bits = await asyncio.to_thread(read_sidecar, scratch.fd, name=_BITMAP)
     if (bits.virtual_size_bytes, bits.granularity_bytes) != (virtual_size_bytes, granularity_bytes):
         raise SidecarError(f"{path}: QEMU wrote a bitmap of another size or granularity")
-    _check_count(bits, expected, path)
+    await _check_count(bits, expected, path)
     return bits
 
 
@@ -132,7 +132,7 @@ async def load_bitmap(
         with _told(path, "cannot write"):
             await asyncio.to_thread(write_sidecar, scratch.fd, bits, name=_BITMAP)
         async with _attached(monitor, scratch, node=node, read_only=True):
-            _check_count(bits, await _query_bitmap(monitor, node), path)
+            await _check_count(bits, await _query_bitmap(monitor, node), path)
             await monitor.execute(commands.transaction([merge] if into_existing else [add, merge]))
 
 
@@ -172,14 +172,12 @@ async def _query_bitmap(monitor: Monitor, node: str) -> _DirtyBitmap | None:
     return found[0] if len(found) == 1 else None
 
 
-def _check_count(bits: Bits, shown: _DirtyBitmap | None, path: Path) -> None:
+async def _check_count(bits: Bits, shown: _DirtyBitmap | None, path: Path) -> None:
     """Compare what QEMU has with what the file has; QEMU counts whole granules."""
     if shown is None or shown.inconsistent:
         raise SidecarError(f"{path}: QEMU did not take the bitmap in it")
-    if (shown.count, shown.granularity) != (
-        bits.count() * bits.granularity_bytes,
-        bits.granularity_bytes,
-    ):
+    count_bytes = await asyncio.to_thread(bits.count) * bits.granularity_bytes
+    if (shown.count, shown.granularity) != (count_bytes, bits.granularity_bytes):
         raise SidecarError(f"{path}: QEMU's bitmap has {shown.count} bytes dirty, not as written")
 
 
