@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +116,20 @@ class _Server:
         writer.write(json.dumps(body).encode() + b"\r\n")
 
 
+async def _messages(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:
+    """Yield the JSON objects of a stream in which nothing separates them, as QMP allows."""
+    decoder, waiting = json.JSONDecoder(), ""
+    while data := await reader.read(65536):
+        waiting = (waiting + data.decode()).lstrip()
+        while waiting:
+            try:
+                message, end = decoder.raw_decode(waiting)
+            except json.JSONDecodeError:
+                break  # the rest of it is still on its way
+            waiting = waiting[end:].lstrip()
+            yield message
+
+
 class FakeQmp(_Server):
     """A QMP monitor. `greeting` None: it accepts, and never says a word, as a busy one does."""
 
@@ -139,8 +153,7 @@ class FakeQmp(_Server):
             await reader.read()
             return
         writer.write(self._greeting)
-        while line := await reader.readline():
-            message = json.loads(line)
+        async for message in _messages(reader):
             self.received.append(message)
             self._reply(message, writer)
             await writer.drain()

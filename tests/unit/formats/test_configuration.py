@@ -30,21 +30,19 @@ def with_key(line: str) -> str:
 
 
 def test_the_smallest_configuration_has_the_defaults() -> None:
-    assert parse(TABLE) == Configuration(
-        path=PATH,
-        repository=Path("/srv/backups"),
-        state=Path("/var/lib/qbackup"),
-        vms={
-            "vm1": Vm(
-                name="vm1",
-                qmp=Path("/run/vm1/qmp.sock"),
-                agent=None,
-                disks=None,
-                granularity_bytes=65536,
-                engine="blockdev-backup",
-            )
-        },
-    )
+    found = parse(TABLE)
+    assert (found.path, found.repository) == (PATH, Path("/srv/backups"))
+    assert found.state == Path("/var/lib/qbackup")
+    assert found.vms == {
+        "vm1": Vm(
+            name="vm1",
+            qmp=Path("/run/vm1/qmp.sock"),
+            agent=None,
+            disks=None,
+            granularity_bytes=65536,
+            engine="blockdev-backup",
+        )
+    }
 
 
 def test_every_key_is_read() -> None:

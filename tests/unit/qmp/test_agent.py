@@ -126,7 +126,6 @@ async def test_an_agent_that_hangs_while_it_freezes_is_told_in_time(
         (Raw(b'{"return": "many"}\n'), None),
         (Raw(b'{"return": [1]}\n'), None),
         (Raw(b'{"return": 1e999}\n'), None),
-        (Raw(b'{"return": -1}\n'), None),
         (Raw(b"x" * (2 * 1024 * 1024) + b"\n"), None),
         (Raw(b"[" * 100_000 + b"\n"), None),
         (Raw(b'{"return": ' + b"9" * 5000 + b"}\n"), None),

@@ -95,7 +95,8 @@ async def test_a_job_that_does_not_end_is_given_up_in_time(
     monitor_of: MonitorOf, clock: Clock
 ) -> None:
     def ask(_: dict[str, Any]) -> list[dict[str, Any]]:
-        clock.advance(1.1)  # each look is followed by a second's wait
+        # Each look is followed by a second's wait for an event.
+        asyncio.get_running_loop().call_later(0.005, clock.advance, 1.1)
         return [job("ours-0")]
 
     monitor, fake = await monitor_of({"query-jobs": ask, "job-cancel": {}})

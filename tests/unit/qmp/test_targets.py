@@ -42,11 +42,10 @@ async def test_a_node_is_opened_by_its_descriptor_and_closed_again(monitor_of: M
     assert fake.commands("remove-fd") == [{"fdset-id": 7}]
 
 
-async def test_drive_backup_opens_the_descriptor_itself(monitor_of: MonitorOf) -> None:
+async def test_drive_backup_opens_the_file_itself(monitor_of: MonitorOf) -> None:
     monitor, fake = await monitor_of(GOOD)
-    assert await attach(monitor, engine="drive-backup") == "/dev/fdset/7"
-    assert fake.commands("blockdev-add") == []
-    assert fake.commands("remove-fd") == [{"fdset-id": 7}]
+    assert await attach(monitor, engine="drive-backup") == "/dev/null"
+    assert [m["execute"] for m in fake.received] == ["qmp_capabilities"]
 
 
 async def test_where_io_uring_is_refused_threads_are_used(monitor_of: MonitorOf) -> None:
