@@ -146,7 +146,7 @@ def _stamp_document(stamp: ImageStamp | None) -> dict[str, Any] | None:
 def _text(finding: _Finding, file: BitmapFile) -> str:
     bits, identity = file.bits, file.identity
     dirty = bits.dirty_bytes()
-    share = 100 * dirty / bits.virtual_size_bytes
+    share = _percent(dirty / bits.virtual_size_bytes)
     return facts(
         [
             ("bitmap file", f"{printable(finding.path)} (version {qbm.VERSION})"),
@@ -159,7 +159,7 @@ def _text(finding: _Finding, file: BitmapFile) -> str:
             ("image", _stamp_text(file.stamp)),
             ("disk size", format_size(bits.virtual_size_bytes)),
             ("granularity", format_size(bits.granularity_bytes)),
-            ("changed", f"{format_size(dirty)} ({share:.1f} %)"),
+            ("changed", f"{format_size(dirty)} ({share})"),
             ("file size", format_size(finding.size_bytes or 0)),
         ]
     )
@@ -194,3 +194,7 @@ def _time(nanoseconds: int) -> str:
     except (ValueError, OverflowError, OSError):
         return f"{nanoseconds} ns"
     return f"{moment:%Y-%m-%d %H:%M:%S}.{rest:09} UTC"
+
+
+def _percent(share: float) -> str:
+    return "less than 0.1 %" if 0 < share < 0.001 else f"{100 * share:.1f} %"

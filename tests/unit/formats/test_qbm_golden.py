@@ -82,9 +82,7 @@ GOLDEN_FILES = [
     Golden(
         name="bitmap-v1-device-mixed.qbm",
         content=BitmapFile(
-            identity=Identity(
-                repository="r", vm="vm-ä", disk="d", checkpoint="c2", chain="c1"
-            ),
+            identity=Identity(repository="r", vm="vm-ä", disk="d", checkpoint="c2", chain="c1"),
             generation=2**64 - 1,
             clean=True,
             stamp=DeviceStamp(size_bytes=3 * GIB + 512, fingerprint=bytes(range(32))),
@@ -104,9 +102,7 @@ def test_version_1_is_written_as_it_always_was(golden: Golden) -> None:
     assert encode(golden.content) == (GOLDEN / golden.name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    "name", ["bitmap-v1-unknown-feature.qbm", "bitmap-v2-imagined.qbm"]
-)
+@pytest.mark.parametrize("name", ["bitmap-v1-unknown-feature.qbm", "bitmap-v2-imagined.qbm"])
 def test_a_golden_file_of_the_future_is_refused_as_unsupported(name: str) -> None:
     with pytest.raises(QbmUnsupportedError):
         decode((GOLDEN / name).read_bytes())
