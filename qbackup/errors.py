@@ -99,8 +99,8 @@ class VerificationError(QbackupError):
         count = len(problems)
         super().__init__(
             f"verification found {count} problem{'s' if count != 1 else ''}",
-            hint="the backups that need a damaged file cannot be restored; "
-            "start a new chain with: qbackup full VM",
+            hint="a backup that needs a damaged file cannot be restored whole; start a new "
+            "chain with qbackup full VM. qemu-img can still read what is left of an image",
         )
         self.problems = tuple(problems)
 
@@ -138,19 +138,20 @@ class NoSpaceError(QbackupError):
 class ManifestDamagedError(QbackupError):
     """A manifest cannot be read, or is not what was written."""
 
-    def __init__(self, path: str, fact: str) -> None:
+    def __init__(self, path: str, fact: str, *, hint: str | None = None) -> None:
         super().__init__(
             f"{path}: {fact}",
-            hint="the backup cannot be trusted; run qbackup verify to see what else is damaged",
+            hint=hint
+            or "the backup cannot be trusted; run qbackup verify to see what else is damaged",
         )
-        self.path = path
+        self.path, self.fact = path, fact
 
 
 class ChainBrokenError(QbackupError):
     """A backup needs another one that is not in the repository."""
 
-    def __init__(self, backup_id: str, disk: str, fact: str) -> None:
-        super().__init__(f"backup {backup_id}, disk {disk}: {fact}")
+    def __init__(self, backup_id: str, disk: str, fact: str, *, hint: str | None = None) -> None:
+        super().__init__(f"backup {backup_id}, disk {disk}: {fact}", hint=hint)
         self.backup_id, self.disk = backup_id, disk
 
 

@@ -14,8 +14,8 @@ from qbackup.ui.tables import table
 EXIT_DEGRADED = 3
 
 _CONSISTENCY_TEXT = {
-    "crash": "as after a power cut",
-    "filesystem": "file systems frozen",
+    "crash": "crash-consistent, as after a power cut",
+    "filesystem": "filesystem-consistent",
     "paused": "the guest was paused",
 }
 
@@ -60,11 +60,12 @@ def _text(backup: Backup) -> str:
             format_size(disk.virtual_size_bytes),
             format_size(disk.copied_bytes),
             format_size(disk.stored_bytes),
-            disk.reason or "",
+            "" if disk.reason in (None, "requested") else disk.reason,
         )
         for disk in backup.disks
     ]
-    head = ("  DISK", "KIND", "SIZE", "COPIED", "STORED", "REASON")
+    reasons = "REASON" if any(row[-1] for row in rows) else ""
+    head = ("  DISK", "KIND", "SIZE", "COPIED", "STORED", reasons)
     return (
         f"{backup.vm}: backup {backup.id} in {format_duration(backup.seconds)} "
         f"({_CONSISTENCY_TEXT[backup.consistency]})\n{table(head, rows, right=(2, 3, 4))}"

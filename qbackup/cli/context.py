@@ -124,7 +124,8 @@ def read_configuration(path: Path) -> Configuration:
             data = file.read(MAX_CONFIGURATION_BYTES + 1)
     except OSError as err:
         raise ConfigurationError(
-            f"{path}: {err.strerror}", hint="name the configuration file with -c FILE"
+            f"{path}: the configuration file cannot be read: {err.strerror}",
+            hint="name it with -c FILE or in QBACKUP_CONFIG, or make one with: qbackup init",
         ) from err
     if len(data) > MAX_CONFIGURATION_BYTES:
         raise ConfigurationError(f"{path}: larger than {MAX_CONFIGURATION_BYTES} bytes")

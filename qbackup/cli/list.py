@@ -1,6 +1,7 @@
 """`qbackup list`: the backups, newest last."""
 
 import argparse
+from datetime import datetime
 
 from qbackup.cli.context import make_context
 from qbackup.cli.output import answer
@@ -24,12 +25,12 @@ async def run(arguments: argparse.Namespace) -> int:
             else:
                 backups.append(backup)
     backups.sort(key=lambda backup: backup.id)
-    head = ("VM", "ID", "TIME", "KIND", "DISKS", "SIZE", "STORED", "CHAIN", "LABEL")
+    head = ("VM", "ID", "LOCAL TIME", "KIND", "DISKS", "SIZE", "STORED", "CHAIN", "LABEL")
     rows = [
         (
             backup.vm,
             backup.id,
-            backup.time[:19].replace("T", " "),
+            _local_time(backup.time),
             backup.kind,
             str(len(backup.disks)),
             format_size(backup.virtual_size_bytes),
@@ -45,3 +46,7 @@ async def run(arguments: argparse.Namespace) -> int:
         json_output=context.json_output,
     )
     return 0
+
+
+def _local_time(time: str) -> str:
+    return datetime.fromisoformat(time).astimezone().strftime("%Y-%m-%d %H:%M:%S")

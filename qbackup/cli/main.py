@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from typing import Any, NoReturn
 
 from qbackup.cli.arguments import parse_arguments
-from qbackup.errors import InterruptedByUserError, QbackupError
+from qbackup.errors import InterruptedByUserError, QbackupError, UsageError
 
 _BUG_HINT = "this is a bug in qbackup; run it again with -v and report what it prints"
 
@@ -99,7 +99,7 @@ def _report(err: QbackupError, *, json_output: bool, verbose: bool) -> None:
         if err.hint:
             lines.append(f"hint: {err.hint}")
         print("\n".join(lines), file=sys.stderr, flush=True)
-    if verbose:
+    if verbose and not isinstance(err, UsageError):
         import traceback  # noqa: PLC0415 - only when asked for
 
         traceback.print_exception(err)

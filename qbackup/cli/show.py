@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from qbackup.cli.context import make_context
 from qbackup.cli.output import answer
+from qbackup.errors import UsageError
 from qbackup.model.backup import REASON_TEXT, Backup
 from qbackup.model.quantities import format_duration, format_size
 from qbackup.ui.tables import facts
@@ -16,6 +17,8 @@ async def run(arguments: argparse.Namespace) -> int:
     context = make_context(arguments)
     repository = context.open_repository()
     vm = context.vm_name(repository, arguments.vm)
+    if not arguments.id:
+        raise UsageError("show needs a backup id, or the beginning of one")
     backup = repository.backup(vm, repository.resolve(vm, arguments.id))
     answer(
         {**backup.summary(), "manifest": asdict(backup)},

@@ -83,6 +83,20 @@ class _File:
     vm: dict[str, Any] = field(default_factory=dict)
 
 
+_EXPECTED = {
+    "repository": 'a directory, such as repository = "/srv/backups"',
+    "state": 'a directory, such as state = "/var/lib/qbackup"',
+    "trust_block_devices": "true or false",
+    "vm": "tables such as [vm.vm1]",
+    "qmp": 'QEMU\'s monitor, such as qmp = "/run/vm1/qmp.sock" or "tcp:127.0.0.1:4444"',
+    "agent": 'the guest agent\'s socket, such as agent = "/run/vm1/qga.sock"',
+    "disks": 'a list of names, such as disks = ["system", "data"]',
+    "granularity": 'a power of two from 4K to 2M, such as granularity = "64K"',
+    "engine": '"blockdev-backup" or "drive-backup"',
+}
+"""What each key takes, for the hint of every error about it."""
+
+
 def parse_configuration(text: str, *, path: Path) -> Configuration:
     """Read a configuration. Relative paths in it are relative to the folder of `path`.
 
@@ -101,7 +115,7 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
         try:
             check_name("VM", name)
         except UsageError as err:
-            raise ConfigurationError(f"{path}: {where}: {err.message}", hint=err.hint) from err
+            raise ConfigurationError(f"{path}: [vm.{name}]: {err.message}", hint=err.hint) from err
         if not isinstance(table, dict):
             raise ConfigurationError(f"{path}: {where}: expected a table [{where}]")
         parsed = _table(table, _VmTable, path=path, where=where)
@@ -149,7 +163,10 @@ def _table(document: dict[str, Any], target: type[Any], *, path: Path, where: st
         try:
             convert(value, _key_type(target, key))
         except DocumentError as err:
-            raise ConfigurationError(f"{path}: {prefix}{key}: {err}") from err
+            raise ConfigurationError(
+                f"{path}: {prefix}{key}: {value!r} is not allowed",
+                hint=f"expected {_EXPECTED[key]}",
+            ) from err
     return target(**document)
 
 
@@ -157,7 +174,10 @@ def _require(document: dict[str, Any], target: type[Any], *, path: Path, prefix:
     for entry in fields(target):
         required = entry.default is MISSING and entry.default_factory is MISSING
         if required and entry.name not in document:
-            raise ConfigurationError(f"{path}: the key {prefix}{entry.name} is missing")
+            raise ConfigurationError(
+                f"{path}: the key {prefix}{entry.name} is missing",
+                hint=f"expected {_EXPECTED[entry.name]}",
+            )
 
 
 def _key_type(target: type[Any], key: str) -> Any:

@@ -40,6 +40,11 @@ def check_header(repository: Path, disk: DiskBackup) -> str | None:
     return f"{path}: {problem}" if problem else None
 
 
+def content_differs(path: Path) -> str:
+    """Say that an image is not what its manifest's hash was made of."""
+    return f"{path}: the content is not what was written (BLAKE3 differs)"
+
+
 def _check_fields(header: Qcow2Header, disk: DiskBackup) -> str | None:
     expected = None if disk.parent is None else backing_file(disk.parent, disk.name)
     if header.backing_file != expected:

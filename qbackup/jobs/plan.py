@@ -6,18 +6,11 @@ Nothing is changed here, neither in QEMU nor in the repository.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qbackup.errors import (
-    ChainBrokenError,
-    DiskError,
-    ManifestDamagedError,
-    NoSpaceError,
-    RefusedError,
-)
+from qbackup.errors import DiskError, NoSpaceError, RefusedError, UsageError
 from qbackup.formats.configuration import Vm
-from qbackup.jobs.image_check import check_size
+from qbackup.jobs.chain_check import chain_problem
 from qbackup.jobs.trust import Base, Verdict, checkpoints, judge
 from qbackup.model.backup import REASON_TEXT, Backup, Kind, Reason
-from qbackup.model.chain import disk_chain
 from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_size
 from qbackup.qmp.disks import Disk, Inventory
@@ -68,21 +61,19 @@ def make_plan(
     """
     chosen, left_out = choose_disks(inventory, vm=vm, options=options)
     ids = repository.backup_ids(vm.name)
-    verdicts = []
-    for disk in chosen:
-        verdict = judge(
+    verdicts = [
+        judge_with_chain(
             disk,
             bases=bases,
-            any_backup=bool(bases),
             prefix=prefix,
             not_loaded=not_loaded,
-            granularity_bytes=vm.granularity_bytes,
+            vm=vm,
+            repository=repository,
         )
-        if options.kind == "full":
-            verdict = replace(verdict, reason="requested")
-        elif verdict.reason is None:
-            verdict = _require_chain(verdict, vm=vm.name, repository=repository, reporter=reporter)
-        verdicts.append(verdict)
+        for disk in chosen
+    ]
+    if options.kind == "full":
+        verdicts = [replace(verdict, reason="requested") for verdict in verdicts]
     plan = Plan(
         verdicts=tuple(verdicts),
         left_out=left_out,
@@ -104,6 +95,14 @@ def choose_disks(
         DiskError: a name is not one of the VM's disks, or nothing is left.
     """
     left_out = dict(inventory.left_out)
+    if inventory.busy:
+        raise DiskError(
+            f"{vm.name}: another block job is using {', '.join(inventory.busy)}",
+            hint="wait until the job has ended (QMP query-jobs shows it)",
+        )
+    both = set(options.disks) & set(options.exclude)
+    if both:
+        raise UsageError(f"--disk and --exclude both name {', '.join(sorted(both))}")
     for name in (*(vm.disks or ()), *options.disks, *options.exclude):
         if inventory.disk(name) is None:
             why = f" (it is {left_out[name]})" if name in left_out else ""
@@ -117,7 +116,7 @@ def choose_disks(
         if vm.disks is not None and disk.name not in vm.disks and disk.name not in options.disks:
             left_out[disk.name] = "not in the configuration"
         elif disk.name in options.exclude or (options.disks and disk.name not in options.disks):
-            left_out[disk.name] = "excluded"
+            left_out[disk.name] = "excluded" if disk.name in options.exclude else "not chosen"
         else:
             chosen.append(disk)
     if not chosen:
@@ -138,21 +137,27 @@ def readable_backups(repository: Repository, vm: str, reporter: Reporter) -> Ite
             yield backup
 
 
-def _require_chain(
-    verdict: Verdict, *, vm: str, repository: Repository, reporter: Reporter
+def judge_with_chain(
+    disk: Disk,
+    *,
+    bases: Mapping[str, Base],
+    prefix: str,
+    not_loaded: Mapping[tuple[str, str], Reason],
+    vm: Vm,
+    repository: Repository,
 ) -> Verdict:
-    """Let a disk be incremental only if everything that it would need is there."""
-    assert verdict.base is not None  # noqa: S101 - a verdict without a reason has a base
-    try:
-        chain = disk_chain(verdict.base.backup, verdict.disk.name, lambda i: repository.find(vm, i))
-    except (ChainBrokenError, ManifestDamagedError) as err:
-        problem: str | None = err.message
-    else:
-        problem = next(filter(None, (check_size(repository.path, disk) for _, disk in chain)), None)
-    if problem is None:
+    """Judge a disk's bitmap, and require that everything an incremental would need is there."""
+    verdict = judge(
+        disk,
+        bases=bases,
+        prefix=prefix,
+        not_loaded=not_loaded,
+        granularity_bytes=vm.granularity_bytes,
+    )
+    if verdict.reason is not None or verdict.base is None:
         return verdict
-    reporter.warning(f"{vm}: the chain is broken: {problem}")
-    return replace(verdict, reason="no-parent")
+    problem = chain_problem(repository, verdict.base.backup, disk.name)
+    return replace(verdict, reason="no-parent", problem=problem) if problem else verdict
 
 
 def _announce(plan: Plan, *, vm: str, options: BackupOptions, reporter: Reporter) -> None:
@@ -163,8 +168,12 @@ def _announce(plan: Plan, *, vm: str, options: BackupOptions, reporter: Reporter
     fallen = [(v.disk.name, v.reason) for v in plan.verdicts if v.reason is not None]
     if fallen and not options.fallback:
         raise RefusedError(vm, fallen)
-    for name, reason in fallen:
-        reporter.notice(f"{vm}: disk {name} gets a full backup ({reason}): {REASON_TEXT[reason]}")
+    for verdict in plan.verdicts:
+        if verdict.reason is not None:
+            why = verdict.problem or REASON_TEXT[verdict.reason]
+            message = f"{vm}: disk {verdict.disk.name} gets a full backup ({verdict.reason}): {why}"
+            tell = reporter.notice if verdict.base is None else reporter.warning
+            tell(message)
 
 
 def _require_space(plan: Plan, repository: Repository) -> None:

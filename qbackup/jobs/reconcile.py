@@ -7,12 +7,13 @@ the run failed a moment ago or was killed last week.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from qbackup.model.names import bitmap_name, checkpoint_of_bitmap
 from qbackup.model.progress import Reporter
 from qbackup.qmp import commands
 from qbackup.qmp.commands import Command
-from qbackup.qmp.disks import Disk, query_inventory
+from qbackup.qmp.disks import Bitmap, Disk, query_inventory
 from qbackup.qmp.jobs import end_jobs
 from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.targets import remove_leftovers
@@ -28,10 +29,12 @@ async def remove_partials(repository: Repository, vm: str, reporter: Reporter) -
 
 async def clear_jobs(monitor: Monitor, *, vm: str, prefix: str, reporter: Reporter) -> None:
     """End jobs and remove nodes and fd sets that an interrupted run left in QEMU."""
-    left = await end_jobs(monitor, prefix=prefix)
-    left += await remove_leftovers(monitor, prefix=prefix)
-    if left:
-        reporter.notice(f"{vm}: removed {left} jobs and nodes left in QEMU by an interrupted run")
+    ended = await end_jobs(monitor, prefix=prefix)
+    nodes = await remove_leftovers(monitor, prefix=prefix)
+    if ended or nodes:
+        reporter.notice(
+            f"{vm}: an interrupted run had left {ended} jobs and {nodes} nodes in QEMU; removed"
+        )
 
 
 async def roll_back_bitmaps(
@@ -65,6 +68,30 @@ async def prune_bitmaps(monitor: Monitor, *, prefix: str, checkpoints: Mapping[s
             await monitor.execute(commands.bitmap_remove(node=node, name=bitmap.name))
 
 
+def as_rolled_back(disk: Disk, prefix: str, checkpoint: str | None) -> Disk:
+    """Return the disk with its bitmaps as `roll_back_bitmaps` would leave them."""
+    base = disk.bitmap(bitmap_name(prefix, checkpoint)) if checkpoint else None
+    newer = _newer(disk, prefix, checkpoint or "")
+    if base is None or base.recording or not newer:
+        return disk
+    whole = replace(
+        base,
+        recording=True,
+        busy=False,
+        dirty_bytes=base.dirty_bytes + sum(bitmap.dirty_bytes for bitmap in newer),
+    )
+    return replace(disk, bitmaps=(whole,))
+
+
+def _newer(disk: Disk, prefix: str, checkpoint: str) -> list[Bitmap]:
+    """Return our bitmaps of checkpoints that were begun after this one."""
+    return [
+        bitmap
+        for bitmap in disk.bitmaps
+        if (other := checkpoint_of_bitmap(prefix, bitmap.name)) and other > checkpoint
+    ]
+
+
 def _roll_back(
     disk: Disk, prefix: str, checkpoint: str | None, uncommitted: str | None
 ) -> Iterable[Command]:
@@ -72,11 +99,7 @@ def _roll_back(
     if base is None:
         own = disk.bitmap(bitmap_name(prefix, uncommitted)) if uncommitted else None
         return [commands.bitmap_remove(node=disk.node, name=own.name)] if own else []
-    newer = [
-        bitmap.name
-        for bitmap in disk.bitmaps
-        if (other := checkpoint_of_bitmap(prefix, bitmap.name)) and other > (checkpoint or "")
-    ]
+    newer = [bitmap.name for bitmap in _newer(disk, prefix, checkpoint or "")]
     actions: list[Command] = []
     if newer and not base.recording:
         actions.append(commands.bitmap_enable(node=disk.node, name=base.name))

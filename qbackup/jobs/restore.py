@@ -6,22 +6,27 @@ a restore that fails or is interrupted leaves nothing behind, except on a block 
 
 import asyncio
 import os
-import stat
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from qbackup.errors import (
     BackupNotFoundError,
     ChainBrokenError,
     DiskError,
+    ManifestDamagedError,
     RestoreError,
     UsageError,
+    VerificationError,
 )
+from qbackup.images.hashing import hash_file
 from qbackup.images.qemu_img import ImageFormat, convert
-from qbackup.jobs.image_check import check_header
+from qbackup.images.stamp import is_block_device
+from qbackup.jobs.groups import task_group
+from qbackup.jobs.image_check import check_header, content_differs
 from qbackup.model.backup import Backup, DiskBackup
 from qbackup.model.chain import disk_chain
 from qbackup.model.names import PARTIAL_SUFFIX, backup_time, is_backup_id
@@ -60,6 +65,39 @@ class Restored:
     disks: tuple[RestoredDisk, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """A disk in the repository: its image, and all images that reading it needs."""
+
+    vm: str
+    disk: DiskBackup
+    image: Path
+    chain: tuple[tuple[Path, str], ...]
+
+    async def check_content(self) -> None:
+        """Compare every byte of the chain with the manifests.
+
+        Raises:
+            VerificationError: an image is not what was written.
+        """
+        for path, expected in self.chain:
+            if await hash_file(path) != expected:
+                raise VerificationError([content_differs(path)])
+
+    def progress_to(self, reporter: Reporter) -> Callable[[float], None]:
+        """Return what tells the reporter how far the copy is."""
+
+        def on_fraction(fraction: float) -> None:
+            reporter.progress(
+                vm=self.vm,
+                disk=self.disk.name,
+                done_bytes=int(fraction * self.disk.virtual_size_bytes),
+                total_bytes=self.disk.virtual_size_bytes,
+            )
+
+        return on_fraction
+
+
 async def restore(
     repository: Repository, vm: str, options: RestoreOptions, reporter: Reporter
 ) -> Restored:
@@ -72,49 +110,46 @@ async def restore(
     """
     backup = choose_backup(repository, vm, options.at)
     chosen = _choose_disks(backup, options.disks)
-    for disk in chosen:
-        _check_chain(repository, backup, disk)
-    to_device = _is_block_device(options.to)
-    targets = (
-        [_device_target(chosen, options)]
-        if to_device
-        else [_file_target(disk, options) for disk in chosen]
-    )
-    for disk, target in zip(chosen, targets, strict=True):
-        source = repository.path / disk.file
-
-        def on_fraction(fraction: float, disk: DiskBackup = disk) -> None:
-            reporter.progress(
-                vm=vm,
-                disk=disk.name,
-                done_bytes=int(fraction * disk.virtual_size_bytes),
-                total_bytes=disk.virtual_size_bytes,
-            )
-
-        if to_device:
-            await convert(
-                source,
-                target.path,
-                target_format=target.image_format,
-                target_exists=True,
-                on_fraction=on_fraction,
-            )
-            await durable.sync_file(target.path)
-        else:
-            partial = target.path.with_name(target.path.name + PARTIAL_SUFFIX)
-            with _removed_on_failure(partial):
-                await convert(
-                    source,
-                    partial,
-                    target_format=target.image_format,
-                    target_exists=False,
-                    on_fraction=on_fraction,
-                )
-                partial.chmod(durable.FILE_MODE)
-                await durable.sync_file(partial)
-                await durable.publish(partial, target.path)
-        on_fraction(1.0)
+    sources = [_source(repository, backup, disk) for disk in chosen]
+    if is_block_device(options.to):
+        targets = [_device_target(chosen, options)]
+        await _onto_device(sources[0], targets[0], reporter)
+    else:
+        targets = [_file_target(disk, options) for disk in chosen]
+        for source, target in zip(sources, targets, strict=True):
+            await _into_file(source, target, reporter)
     return Restored(backup=backup, disks=tuple(targets))
+
+
+async def _onto_device(source: _Source, target: RestoredDisk, reporter: Reporter) -> None:
+    """Overwrite a device, but not before every byte that goes there is known to be right."""
+    await source.check_content()
+    await convert(
+        source.image,
+        target.path,
+        target_format=target.image_format,
+        target_exists=True,
+        on_fraction=source.progress_to(reporter),
+    )
+    await durable.sync_file(target.path)
+
+
+async def _into_file(source: _Source, target: RestoredDisk, reporter: Reporter) -> None:
+    """Write a new file; while it is written, the images are compared with the manifests."""
+    partial = target.path.with_name(target.path.name + PARTIAL_SUFFIX)
+    with _removed_on_failure(partial):
+        async with task_group() as group:
+            group.create_task(source.check_content())
+            await convert(
+                source.image,
+                partial,
+                target_format=target.image_format,
+                target_exists=False,
+                on_fraction=source.progress_to(reporter),
+            )
+        partial.chmod(durable.FILE_MODE)
+        await durable.sync_file(partial)
+        await durable.publish(partial, target.path)
 
 
 def choose_backup(repository: Repository, vm: str, at: str | None) -> Backup:
@@ -132,6 +167,8 @@ def choose_backup(repository: Repository, vm: str, at: str | None) -> Backup:
         )
     if at is None:
         return _newest_usable(repository, vm)
+    if not at.strip():
+        raise UsageError("--at needs a backup id or a time")
     if is_backup_id(at) or any(backup_id.startswith(at) for backup_id in ids):
         return repository.backup(vm, repository.resolve(vm, at))
     moment = _parse_time(at)
@@ -148,19 +185,31 @@ def _newest_usable(repository: Repository, vm: str) -> Backup:
     newest = next(repository.newest_first(vm))
     if isinstance(newest, DamagedBackup):
         # An older point in time must be a decision of the user's.
-        raise newest.error
+        raise ManifestDamagedError(
+            newest.error.path,
+            newest.error.fact,
+            hint="restore an earlier backup with --at, and run qbackup verify",
+        )
     return newest
 
 
 def _parse_time(text: str) -> datetime:
+    """Read a time; a second stands for its whole length, and a day, too.
+
+    `list` shows seconds, and a backup made within one must be found by it.
+    """
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as err:
         raise UsageError(
             f"--at {text!r} is no backup id and no time",
-            hint="write for example 20261123-0900, 2026-11-23 or 2026-11-23T09:00+01:00 "
-            "(without a zone: local time)",
+            hint="write the beginning of an id, or a time such as 2026-11-23, "
+            "2026-11-23T09:00 (local) or 2026-11-23T09:00Z",
         ) from err
+    if re.fullmatch(r"\d{4}-?\d{2}-?\d{2}", text):
+        moment += timedelta(days=1, microseconds=-1)
+    elif moment.microsecond == 0:
+        moment += timedelta(seconds=1, microseconds=-1)
     return moment.astimezone()
 
 
@@ -174,19 +223,27 @@ def _choose_disks(backup: Backup, names: Sequence[str]) -> list[DiskBackup]:
     return [disk for disk in backup.disks if not names or disk.name in names]
 
 
-def _check_chain(repository: Repository, backup: Backup, disk: DiskBackup) -> None:
-    """Make sure that every image is there and names the right parent, before writing a byte."""
+def _source(repository: Repository, backup: Backup, disk: DiskBackup) -> _Source:
+    """Find all images that a disk needs, and check what their headers say.
+
+    Raises:
+        ChainBrokenError: an image is missing, or names another parent than its manifest.
+    """
     chain = disk_chain(backup, disk.name, lambda i: repository.find(backup.vm, i))
     for owner, stored in chain:
         if problem := check_header(repository.path, stored):
-            raise ChainBrokenError(owner.id, disk.name, problem)
-
-
-def _is_block_device(path: Path) -> bool:
-    try:
-        return stat.S_ISBLK(path.stat().st_mode)
-    except OSError:
-        return False
+            raise ChainBrokenError(
+                backup.id,
+                disk.name,
+                f"needs backup {owner.id}: {problem}",
+                hint="choose an earlier backup with --at, or the intact disks with --disk",
+            )
+    return _Source(
+        vm=backup.vm,
+        disk=disk,
+        image=repository.path / disk.file,
+        chain=tuple((repository.path / stored.file, stored.blake3) for _, stored in chain),
+    )
 
 
 def _device_target(chosen: Sequence[DiskBackup], options: RestoreOptions) -> RestoredDisk:
@@ -251,6 +308,9 @@ def _file_target(disk: DiskBackup, options: RestoreOptions) -> RestoredDisk:
 def _removed_on_failure(partial: Path) -> Iterator[None]:
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise RestoreError(f"{partial.parent}: cannot be made: {err.strerror}") from err
+    try:
         partial.unlink(missing_ok=True)
         yield
     except OSError as err:

@@ -4,15 +4,17 @@ Asks QEMU and the repository, and changes nothing in either.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from qbackup.errors import DiskError, MonitorBusyError, MonitorError
 from qbackup.formats.configuration import Vm
 from qbackup.jobs.control import vm_monitor
+from qbackup.jobs.plan import judge_with_chain
+from qbackup.jobs.reconcile import as_rolled_back
 from qbackup.jobs.saved_bitmaps import NotTrustedError, read_saved
-from qbackup.jobs.trust import judge, newest_bases
+from qbackup.jobs.trust import Verdict, checkpoints, newest_bases
 from qbackup.model.backup import Backup, DiskBackup, Reason
 from qbackup.model.names import bitmap_name, checkpoint_of_bitmap, owner_prefix
 from qbackup.qmp.disks import Inventory, query_inventory
@@ -55,93 +57,84 @@ class VmStatus:
     detail: str | None
     running_backup: bool
     last_backup: Backup | None
-    disks: tuple[DiskStatus, ...]
-    left_out: dict[str, str]
-    leftovers: tuple[str, ...]
+    disks: tuple[DiskStatus, ...] = ()
+    left_out: dict[str, str] = field(default_factory=dict)
+    leftovers: tuple[str, ...] = ()
 
 
 async def query_status(repository: Repository, vm: Vm, state_directory: StateDirectory) -> VmStatus:
     """Collect the state of one VM; a VM that cannot be reached has one, too."""
     running = repository.is_locked(vm.name)
-    leftovers = [] if running else [path.name for path in repository.partials(vm.name)]
     history = [b for b in repository.newest_first(vm.name) if not isinstance(b, DamagedBackup)]
     prefix = owner_prefix(repository.id, vm.name)
-    state, detail = "unreachable", None
-    disks: tuple[DiskStatus, ...] = ()
-    left_out: dict[str, str] = {}
+    status = VmStatus(
+        vm=vm.name,
+        state="busy" if running else "unreachable",
+        detail="a backup is running" if running else None,
+        running_backup=running,
+        last_backup=history[0] if history else None,
+    )
+    if running:
+        # The backup has the monitor; what is in QEMU now will be different in a moment.
+        return status
+    status = replace(status, leftovers=tuple(path.name for path in repository.partials(vm.name)))
+    state = status.state
     try:
         async with vm_monitor(vm, state_directory.control_socket) as monitor:
             state = (await query_state(monitor)).status
             inventory = await query_inventory(monitor)
-            disks = _disks(
-                inventory,
-                history,
-                vm=vm,
-                prefix=prefix,
-                not_loaded=state_directory.read_verdicts(),
-            )
-            left_out = inventory.left_out
-            if not running:
-                leftovers += await _left_in_qemu(monitor, inventory, prefix)
+            left_in_qemu = await _left_in_qemu(monitor, inventory, prefix)
     except MonitorBusyError as err:
-        state, detail = "busy", err.message
-    except (MonitorError, DiskError) as err:
-        detail = err.message
+        return replace(status, state="busy", detail=err.message)
+    except DiskError as err:
+        return replace(status, state=state, detail=err.message)
+    except MonitorError as err:
         disks = await asyncio.to_thread(
             _saved_disks, state_directory, history, vm=vm, prefix=prefix
         )
-    return VmStatus(
-        vm=vm.name,
+        return replace(status, detail=err.message, disks=disks)
+    bases = newest_bases(history, inventory.disks)
+    not_loaded = state_directory.read_verdicts()
+    verdicts = [
+        judge_with_chain(
+            as_rolled_back(disk, prefix, checkpoints(bases).get(disk.name)),
+            bases=bases,
+            prefix=prefix,
+            not_loaded=not_loaded,
+            vm=vm,
+            repository=repository,
+        )
+        for disk in inventory.disks
+        if vm.disks is None or disk.name in vm.disks
+    ]
+    return replace(
+        status,
         state=state,
-        detail=detail,
-        running_backup=running,
-        last_backup=history[0] if history else None,
-        disks=disks,
-        left_out=left_out,
-        leftovers=tuple(leftovers),
+        disks=tuple(_disk_status(verdict, vm) for verdict in verdicts),
+        left_out=inventory.left_out | dict.fromkeys(inventory.busy, "in use by a block job"),
+        leftovers=(*status.leftovers, *left_in_qemu),
     )
 
 
-def _disks(
-    inventory: Inventory,
-    history: Sequence[Backup],
-    *,
-    vm: Vm,
-    prefix: str,
-    not_loaded: Mapping[tuple[str, str], Reason],
-) -> tuple[DiskStatus, ...]:
-    bases = newest_bases(history, inventory.disks)
-    found = []
-    for disk in inventory.disks:
-        if vm.disks is not None and disk.name not in vm.disks:
-            continue
-        verdict = judge(
-            disk,
-            bases=bases,
-            any_backup=bool(history),
-            prefix=prefix,
-            not_loaded=not_loaded,
-            granularity_bytes=vm.granularity_bytes,
-        )
-        bitmap = verdict.bitmap
-        trusted = verdict.reason is None and bitmap is not None
-        found.append(
-            DiskStatus(
-                name=disk.name,
-                virtual_size_bytes=disk.virtual_size_bytes,
-                last_backup=verdict.base.backup.id if verdict.base else None,
-                bitmap=BitmapStatus(
-                    trusted=trusted,
-                    reason=verdict.reason,
-                    dirty_bytes=bitmap.dirty_bytes if bitmap and trusted else None,
-                    granularity_bytes=(
-                        bitmap.granularity_bytes if bitmap else vm.granularity_bytes
-                    ),
-                    where="none" if bitmap is None else "qemu",
-                ),
-            )
-        )
-    return tuple(found)
+def _disk_status(verdict: Verdict, vm: Vm) -> DiskStatus:
+    bitmap = verdict.bitmap
+    trusted = verdict.reason is None and bitmap is not None
+    return DiskStatus(
+        name=verdict.disk.name,
+        virtual_size_bytes=verdict.disk.virtual_size_bytes,
+        last_backup=verdict.base.backup.id if verdict.base else None,
+        bitmap=BitmapStatus(
+            trusted=trusted,
+            reason=verdict.reason,
+            dirty_bytes=(
+                min(bitmap.dirty_bytes, verdict.disk.virtual_size_bytes)
+                if bitmap and trusted
+                else None
+            ),
+            granularity_bytes=bitmap.granularity_bytes if bitmap else vm.granularity_bytes,
+            where="none" if bitmap is None else "qemu",
+        ),
+    )
 
 
 def _saved_disks(

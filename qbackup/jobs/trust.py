@@ -31,6 +31,8 @@ class Verdict:
     base: Base | None
     bitmap: Bitmap | None
     reason: Reason | None
+    problem: str | None = None
+    """What exactly is wrong, where the reason alone does not say it."""
 
 
 def newest_bases(newest_first: Iterable[Backup], disks: Iterable[Disk]) -> dict[str, Base]:
@@ -56,7 +58,6 @@ def judge(
     disk: Disk,
     *,
     bases: Mapping[str, Base],
-    any_backup: bool,
     prefix: str,
     not_loaded: Mapping[tuple[str, str], Reason],
     granularity_bytes: int,
@@ -68,7 +69,7 @@ def judge(
     """
     base = bases.get(disk.name)
     if base is None:
-        reason: Reason = "new-disk" if any_backup else "no-parent"
+        reason: Reason = "new-disk" if bases else "no-parent"
         return Verdict(disk=disk, base=None, bitmap=None, reason=reason)
     name = bitmap_name(prefix, base.backup.id)
     bitmap = disk.bitmap(name)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from qbackup.errors import ChainBrokenError, ManifestDamagedError
 from qbackup.images.hashing import hash_file
-from qbackup.jobs.image_check import check_header
+from qbackup.jobs.image_check import check_header, content_differs
 from qbackup.model.backup import Backup, DiskBackup
 from qbackup.model.chain import disk_chain
 from qbackup.model.progress import Reporter
@@ -100,7 +100,7 @@ class Verifier:
             self._problems.append(f"{path}: {err.strerror}")
             return
         if digest != disk.blake3:
-            self._problems.append(f"{path}: the content is not what was written (BLAKE3 differs)")
+            self._problems.append(content_differs(path))
 
 
 def scope_of_chain(repository: Repository, backup: Backup) -> Scope:

@@ -29,7 +29,7 @@ Reason = Literal[
 ]
 
 REASON_TEXT: dict[Reason, str] = {
-    "missing": "QEMU has no bitmap of the last backup (was the VM restarted?)",
+    "missing": "QEMU has no bitmap of the last backup; was the VM restarted?",
     "unclean": "the bitmap may have missed writes",
     "corrupt": "the bitmap file is damaged",
     "unsupported": "the bitmap file is of an unknown version",
@@ -37,10 +37,10 @@ REASON_TEXT: dict[Reason, str] = {
     "size-changed": "the disk was resized since the last backup",
     "granularity-changed": "the configured granularity is not the bitmap's",
     "wrong-disk": "the bitmap belongs to another disk",
-    "wrong-checkpoint": "the bitmap does not belong to the newest backup in the repository",
+    "wrong-checkpoint": "the bitmap does not belong to the newest usable backup",
     "new-disk": "the disk is in no earlier backup",
     "requested": "a full backup was asked for",
-    "no-parent": "there is no earlier backup to build on",
+    "no-parent": "there is no intact earlier backup to build on",
 }
 """Each reason, said to people."""
 

@@ -56,6 +56,8 @@ class Inventory:
 
     disks: tuple[Disk, ...]
     left_out: dict[str, str]
+    busy: tuple[str, ...]
+    """Disks that a block job hides behind a filter of its own; nothing else is known of them."""
     bitmaps: tuple[tuple[str, Bitmap], ...]
     """Every named bitmap of every node, with the node's name."""
     nodes: tuple[str, ...]
@@ -120,12 +122,15 @@ async def query_inventory(monitor: Monitor) -> Inventory:
     }
     disks: dict[str, Disk] = {}
     left_out: dict[str, str] = {}
+    busy: list[str] = []
     for device in devices:
         name = _disk_name(device)
         if device.inserted is None:
             left_out[name or "unnamed drive"] = "empty"
         elif device.inserted.ro:
             left_out[name or device.inserted.image.filename] = "read-only"
+        elif device.inserted.drv in _JOB_FILTERS:
+            busy.append(name or device.inserted.image.filename)
         else:
             disk = _disk(device, device.inserted, name, bitmaps)
             if disk.name in disks:
@@ -137,6 +142,7 @@ async def query_inventory(monitor: Monitor) -> Inventory:
     return Inventory(
         disks=tuple(disks.values()),
         left_out=left_out,
+        busy=tuple(busy),
         bitmaps=tuple((node, bitmap) for node, found in bitmaps.items() for bitmap in found),
         nodes=tuple(bitmaps),
     )
@@ -151,11 +157,6 @@ def _disk(
             hint="give it a node-name (-blockdev) or an id (-drive or -device)",
         )
     node_name = node.node_name or ""
-    if node.drv in _JOB_FILTERS:
-        raise DiskError(
-            f"disk {name}: another block job is using it",
-            hint="wait until the job has ended (QMP query-jobs shows it)",
-        )
     return Disk(
         name=name,
         node=node_name,

@@ -83,6 +83,8 @@ class Repository:
             RepositoryError: it is one already, holds something else, or cannot be made.
         """
         try:
+            if path.exists() and not path.is_dir():
+                raise RepositoryError(f"{path}: this is a file, not a directory")
             path.mkdir(mode=durable.DIRECTORY_MODE, parents=True, exist_ok=True)
             if any(path.iterdir()):
                 raise RepositoryError(
@@ -111,10 +113,9 @@ class Repository:
             data = _read_bounded(file, MAX_FILE_BYTES)
             return cls(path, decode_repository_file(data))
         except FileNotFoundError as err:
-            raise RepositoryError(
-                f"{path}: no repository here ({REPOSITORY_FILE} is missing)",
-                hint="make one with: qbackup init; or correct 'repository' in the configuration",
-            ) from err
+            raise _no_repository(path) from err
+        except NotADirectoryError as err:
+            raise RepositoryError(f"{path}: this is a file, not a directory") from err
         except OSError as err:
             raise RepositoryError(f"{file}: cannot be read: {err.strerror}") from err
         except NewerVersionError as err:
@@ -225,9 +226,9 @@ class Repository:
         hint = f"see the ids with: qbackup list {vm}"
         if not matches:
             raise BackupNotFoundError(f"{vm}: no backup {prefix!r}", hint=hint)
+        shown = ", ".join(matches[:2]) + (" …" if len(matches) > 2 else "")
         raise BackupNotFoundError(
-            f"{vm}: {len(matches)} backups begin with {prefix!r}: {matches[0]}, {matches[1]} …",
-            hint=hint,
+            f"{vm}: {len(matches)} backups begin with {prefix!r}: {shown}", hint=hint
         )
 
     @asynccontextmanager
@@ -253,6 +254,19 @@ class Repository:
         """Return what the file system offers to this user."""
         facts = os.statvfs(self.path)
         return facts.f_bavail * facts.f_frsize
+
+
+def _no_repository(path: Path) -> RepositoryError:
+    if path.is_dir() and any(path.glob(f"*/*/{MANIFEST_FILE}")):
+        return RepositoryError(
+            f"{path}: {REPOSITORY_FILE} is missing, but there are backups",
+            hint=f"copy {REPOSITORY_FILE} back from where the repository was copied to; "
+            "qemu-img can read the images as they are",
+        )
+    return RepositoryError(
+        f"{path}: no repository here ({REPOSITORY_FILE} is missing)",
+        hint="make one with: qbackup init; or correct 'repository' in the configuration",
+    )
 
 
 def _read_bounded(path: Path, limit_bytes: int) -> bytes:
