@@ -382,15 +382,9 @@ async def interrupted_after(it: Lab, delay_s: float, number: signal.Signals) -> 
 
 async def finish_orphans(it: Lab) -> None:
     """Let the jobs that a killed run left end, and wait until they have."""
-    with it.qemu.control.listener(["JOB_STATUS_CHANGE"]) as events:
-        await it.lift_speed_limit()
-        waiting = {
-            job["id"] for job in await it.qemu.qmp("query-jobs") if job["status"] != "concluded"
-        }
-        while waiting:
-            data = (await events.get())["data"]
-            if data["status"] == "concluded":
-                waiting.discard(data["id"])
+    await it.lift_speed_limit()
+    for job in await it.qemu.qmp("query-jobs"):
+        await it.job_reaches(job["id"], "concluded")
 
 
 def backup_ids(it: Lab) -> Sequence[str]:

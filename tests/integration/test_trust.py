@@ -123,6 +123,41 @@ async def test_a_disk_of_the_configuration_that_an_external_snapshot_renamed_is_
         assert "'a'" in result.last["message"] and "overlay" in result.last["hint"]
 
 
+async def test_a_snapshot_that_was_committed_back_loses_nothing(tmp_path: Path) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a")) as it:
+        await it.back_up("full")
+        await it.write("a", 0, 512, 1)
+        await snapshot_node(it, tmp_path)
+        await it.write("a", MIB, 70 * KIB, 2)
+        await commit_back(it)
+        await it.write("a", 2 * MIB, 512, 3)
+        await it.incremental()
+        await it.check_restores()
+
+
+async def test_a_snapshot_taken_and_gone_around_a_backup_loses_nothing(tmp_path: Path) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a", style="drive")) as it:
+        await it.back_up("full")
+        (node,) = {d["inserted"]["node-name"] for d in await it.qemu.qmp("query-block")}
+        await it.qemu.qmp(
+            "blockdev-snapshot-sync",
+            device="a", snapshot_file=str(tmp_path / "overlay"), format="qcow2",
+            snapshot_node_name="overlay",
+        )  # fmt: skip
+        await it.write("a", MIB, 70 * KIB, 2)
+        it.models["overlay"] = it.models.pop("a")
+        del it.bases["a"]
+        await it.back_up()
+        it.models["a"] = it.models.pop("overlay")
+        await it.write("a", 2 * MIB, 512, 3)
+        await commit_back(it)
+        await it.write("a", 3 * MIB, 512, 3)
+        assert [d["inserted"]["node-name"] for d in await it.qemu.qmp("query-block")] == [node]
+        it.bases = {}
+        assert reasons(await it.back_up()) == {"a": "missing"}
+        await it.check_restores()
+
+
 @pytest.mark.parametrize("command", ["full", "incremental"])
 async def test_a_deleted_newest_backup_makes_the_next_one_full(
     tmp_path: Path, command: str
@@ -290,6 +325,14 @@ async def snapshot_node(it: Lab, folder: Path) -> None:
         node_name="a", snapshot_file=str(folder / "overlay"), format="qcow2",
         snapshot_node_name="overlay",
     )  # fmt: skip
+
+
+async def commit_back(it: Lab) -> None:
+    """Write the overlay's content into the disk below it, which the guest then has again."""
+    await it.qemu.qmp("block-commit", device="overlay", job_id="commit")
+    await it.job_reaches("commit", "ready")
+    await it.qemu.qmp("job-complete", id="commit")
+    await it.job_reaches("commit", "null")
 
 
 async def disable_bitmap(it: Lab, disk: str) -> None:

@@ -205,6 +205,16 @@ class Lab:
             if job["id"].startswith(OURS) and job["status"] == "running":
                 await self.qemu.qmp("block-job-set-speed", device=job["id"], speed=0)
 
+    async def job_reaches(self, job_id: str, status: str) -> None:
+        """Wait until a job has a status; `null` is that it is gone."""
+        with self.qemu.control.listener(["JOB_STATUS_CHANGE"]) as events:
+            now = {job["id"]: job["status"] for job in await self.qemu.qmp("query-jobs")}
+            reached = now.get(job_id, "null")
+            async with asyncio.timeout(WAIT_S):
+                while reached != status:
+                    data = (await events.get())["data"]
+                    reached = data["status"] if data["id"] == job_id else reached
+
     async def finish(self, backup: Backup) -> dict[str, Any]:
         """Let a slow backup finish; check it and return the summary."""
         await self.lift_speed_limit()
