@@ -21,7 +21,7 @@ import msgspec
 
 from qbackup.errors import QbackupError, QmpCommandError
 from qbackup.formats.qcow2 import Qcow2Error, write_empty_image
-from qbackup.formats.qcow2_bitmap import read_sidecar, write_sidecar
+from qbackup.formats.qcow2_bitmap import fits_qcow2, read_sidecar, write_sidecar
 from qbackup.model.bitmap import Bits
 from qbackup.qmp import commands
 from qbackup.qmp.lending import named_for_qemu, undone_by
@@ -123,6 +123,11 @@ async def load_bitmap(
         QmpCommandError: QEMU refused; nothing was changed.
         MonitorLostError: QEMU went away.
     """
+    if not fits_qcow2(bits):
+        raise SidecarError(
+            f"bitmap {name} of {disk_node}: QEMU takes no bitmap of more than 512 MiB",
+            hint="choose a larger granularity",
+        )
     node = _node_name(prefix)
     add = commands.bitmap_add(node=disk_node, name=name, granularity_bytes=bits.granularity_bytes)
     merge = commands.bitmap_merge_from(

@@ -236,6 +236,35 @@ async def test_a_full_file_system_is_noticed_though_qemu_reports_success(
         assert await save(monitor, bits, "a", tmp_path / "sidecar") == bits, "nothing is lost"
 
 
+async def test_a_qemu_of_another_user_needs_no_right_to_the_directory(tmp_path: Path) -> None:
+    """Over a UNIX socket QEMU is handed open files."""
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    bits = patterns(10 * GIB, 64 * KIB)["random"]
+    async with (
+        started(tmp_path, [], extra=["-runas", "nobody"]) as qemu,
+        connected(qemu.qmp_socket) as monitor,
+    ):
+        assert Path(f"/proc/{qemu.process.pid}").stat().st_uid != os.getuid()
+        await qemu.qmp("blockdev-add", driver="null-co", node_name=DISK, size=10 * GIB)
+        await load(monitor, bits, "a", private / "sidecar")
+        assert await hash_in_qemu(qemu, "a") == qemu_hash(bits)
+        assert await save(monitor, bits, "a", private / "sidecar") == bits
+        await assert_nothing_left(qemu, private / "sidecar")
+
+
+async def test_a_bitmap_that_qemu_has_no_room_for_is_told(tmp_path: Path) -> None:
+    size = 64 * TIB
+    bits = Bits.empty(virtual_size_bytes=size, granularity_bytes=4 * KIB)
+    async with qemu_with_disk(tmp_path, size) as (qemu, monitor):
+        with pytest.raises(SidecarError, match="512 MiB"):
+            await load(monitor, bits, "a", tmp_path / "sidecar")
+        await qemu.qmp("block-dirty-bitmap-add", node=DISK, name="a", granularity=4 * KIB)
+        with pytest.raises(QmpCommandError):
+            await save(monitor, bits, "a", tmp_path / "sidecar")
+        await assert_nothing_left(qemu, tmp_path / "sidecar")
+
+
 async def test_a_directory_that_qemu_cannot_see_is_told_over_tcp(tmp_path: Path) -> None:
     bits = patterns(MIB, 64 * KIB)["random"]
     async with qemu_with_disk(tmp_path, MIB, tcp_port=free_port()) as (qemu, monitor):
