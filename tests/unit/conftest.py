@@ -1,13 +1,15 @@
 """Fixtures: a repository, a reporter that remembers, a clock that can be moved, fake servers."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+from support.cli import Qbackup
 
 from qbackup.model.backup import Backup
 from qbackup.qmp.monitor import Monitor, connected
@@ -95,6 +97,14 @@ async def publish(repository: Repository) -> Publish:
 
 
 @pytest.fixture
+def null() -> Iterator[int]:
+    """Return a descriptor that can be sent."""
+    fd = os.open("/dev/null", os.O_RDWR)
+    yield fd
+    os.close(fd)
+
+
+@pytest.fixture
 async def fake_qmp(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[FakeQmp]]]:
     """Return what starts a fake monitor; it listens until the test ends."""
     async with AsyncExitStack() as stack:
@@ -130,3 +140,13 @@ async def fake_agent(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Fa
             return await stack.enter_async_context(fake)
 
         yield start
+
+
+@pytest.fixture
+async def qbackup(tmp_path: Path, repository: Repository) -> Qbackup:
+    """Return the command line for `repository` and the VM `vm1` at `qmp.sock`."""
+    path = tmp_path / "config.toml"
+    path.write_text(
+        f'repository = "{repository.path}"\nstate = "state"\n[vm.vm1]\nqmp = "qmp.sock"\n'
+    )
+    return Qbackup(configuration=path)

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,13 +206,20 @@ def bitmap(name: str | None, **facts: Any) -> dict[str, Any]:
     return shown if name is None else {"name": name, **shown}
 
 
-def block_node(node_name: str, *, size: int = 1024 * 1024, **facts: Any) -> dict[str, Any]:
+def block_node(
+    node_name: str,
+    *,
+    size: int = 1024 * 1024,
+    bitmaps: Sequence[dict[str, Any]] | None = None,
+    **facts: Any,
+) -> dict[str, Any]:
     """Return a BlockDeviceInfo (QAPI block-core)."""
     return {
         "node-name": node_name,
         "drv": "raw",
         "ro": False,
         "image": {"filename": "/images/a.raw", "virtual-size": size, "actual-size": 4096},
+        **({} if bitmaps is None else {"dirty-bitmaps": list(bitmaps)}),
         **facts,
     }
 

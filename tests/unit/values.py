@@ -134,11 +134,14 @@ def make_disk(name: str = "system", *bitmaps: Bitmap, **changes: Any) -> Disk:
     return replace(disk, **changes)
 
 
-def make_inventory(*disks: Disk, left_out: dict[str, str] | None = None) -> Inventory:
+def make_inventory(
+    *disks: Disk, left_out: dict[str, str] | None = None, busy: tuple[str, ...] = ()
+) -> Inventory:
     """Return an inventory of these disks."""
     return Inventory(
         disks=disks,
         left_out=left_out or {},
+        busy=busy,
         bitmaps=tuple((disk.node, bitmap) for disk in disks for bitmap in disk.bitmaps),
         nodes=tuple(disk.node for disk in disks),
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,11 @@ def make_image(path: Path, *, size: int = 2**20) -> Path:
     return path
 
 
+Install = Callable[[str], None]
+
+
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """Return what puts a shell script of one's own before every other qemu-img."""
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -117,17 +121,15 @@ async def test_a_missing_qemu_img_is_told_with_what_to_install(
     ],
 )
 async def test_a_failure_is_told_with_the_end_of_what_qemu_img_said(
-    tmp_path: Path, install: object, script: str, said: str
+    tmp_path: Path, install: Install, script: str, said: str
 ) -> None:
-    assert callable(install)
     install(script)
     with pytest.raises(RestoreError) as caught:
         await run(tmp_path / "a", tmp_path / "b")
     assert said in caught.value.message and len(caught.value.message) < 5000
 
 
-async def test_cancelling_ends_qemu_img(tmp_path: Path, install: object) -> None:
-    assert callable(install)
+async def test_cancelling_ends_qemu_img(tmp_path: Path, install: Install) -> None:
     install(f"echo $$ >{tmp_path}/pid; printf '    (12.50/100%%)\\r'; exec cat {tmp_path}/pipe")
     os.mkfifo(tmp_path / "pipe")  # nobody writes: it would wait for ever
     started = asyncio.Event()

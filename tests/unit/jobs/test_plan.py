@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qbackup.errors import DiskError, NoSpaceError, RefusedError
+from qbackup.errors import DiskError, NoSpaceError, RefusedError, UsageError
 from qbackup.jobs.plan import BackupOptions, Plan, choose_disks, make_plan, readable_backups
 from qbackup.jobs.trust import newest_bases
 from qbackup.model.backup import MAX_DISK_BYTES, Backup
@@ -40,7 +40,7 @@ THREE = make_inventory(
     [
         (None, (), (), ["system", "data", "swap"], {}),
         (("data", "system"), (), (), ["system", "data"], {"swap": "not in the configuration"}),
-        (None, ("swap",), (), ["swap"], {"system": "excluded", "data": "excluded"}),
+        (None, ("swap",), (), ["swap"], {"system": "not chosen", "data": "not chosen"}),
         (None, (), ("swap",), ["system", "data"], {"swap": "excluded"}),
         (
             ("system", "data"),
@@ -54,7 +54,7 @@ THREE = make_inventory(
             ("swap",),
             (),
             ["swap"],
-            {"system": "excluded", "data": "not in the configuration"},
+            {"system": "not chosen", "data": "not in the configuration"},
         ),
     ],
 )
@@ -80,7 +80,6 @@ def test_disks_are_chosen_by_configuration_and_command_line(
         (None, {"exclude": ("nope",)}, "no disk 'nope'"),
         (None, {"disks": ("cd0",)}, r"no disk 'cd0' to back up \(it is empty\)"),
         (None, {"exclude": ("system", "data", "swap")}, "no disk to back up"),
-        (None, {"disks": ("data",), "exclude": ("data",)}, "no disk to back up"),
     ],
 )
 def test_a_choice_that_makes_no_sense_is_refused_with_a_hint(
@@ -90,6 +89,19 @@ def test_a_choice_that_makes_no_sense_is_refused_with_a_hint(
         choose_disks(
             THREE, vm=make_vm(disks=configured), options=BackupOptions(kind="full", **options)
         )
+    assert caught.value.hint is not None
+
+
+def test_a_disk_cannot_be_chosen_and_excluded() -> None:
+    options = BackupOptions(kind="full", disks=("data", "swap"), exclude=("data",))
+    with pytest.raises(UsageError, match="--disk and --exclude both name data"):
+        choose_disks(THREE, vm=make_vm(), options=options)
+
+
+def test_a_disk_that_another_job_hides_is_not_taken_for_a_missing_one() -> None:
+    inventory = make_inventory(make_disk("system"), busy=("data",))
+    with pytest.raises(DiskError, match=f"{VM}: another block job is using data") as caught:
+        choose_disks(inventory, vm=make_vm(disks=("data",)), options=BackupOptions(kind="full"))
     assert caught.value.hint is not None
 
 
@@ -147,7 +159,9 @@ async def test_a_fallback_is_told_with_its_reason(
     await publish(make_backup(ID1))
     plan = plan_for(make_inventory(make_disk("system"), make_disk("new")))
     assert reasons(plan) == {"system": "missing", "new": "new-disk"}
-    assert ["(missing)" in n or "(new-disk)" in n for n in reporter.notices] == [True, True]
+    # A chain that breaks off is a warning; a disk that never had one is none.
+    assert ["(missing)" in warning for warning in reporter.warnings] == [True]
+    assert ["(new-disk)" in notice for notice in reporter.notices] == [True]
 
 
 async def test_a_fallback_that_was_ruled_out_is_refused(
@@ -165,14 +179,6 @@ async def test_the_first_backup_has_no_parent(plan_for: Callable[..., Plan]) -> 
     assert (plan.checkpoints, plan.newest_id) == ({}, None)
 
 
-async def test_a_disk_in_no_earlier_backup_is_new_whichever_disks_are_left(
-    publish: Publish, plan_for: Callable[..., Plan]
-) -> None:
-    # `status` says new-disk here; the backup itself must say the same.
-    await publish(make_backup(ID1))
-    assert reasons(plan_for(make_inventory(make_disk("data")))) == {"data": "new-disk"}
-
-
 async def test_a_chain_with_a_missing_link_is_not_built_upon(
     repository: Repository,
     publish: Publish,
@@ -185,7 +191,7 @@ async def test_a_chain_with_a_missing_link_is_not_built_upon(
     assert reasons(plan_for(inventory)) == {"system": None}
     (repository.path / VM / ID1 / "manifest.json").write_bytes(b"")
     assert reasons(plan_for(inventory)) == {"system": "no-parent"}
-    assert "the chain is broken" in reporter.warnings[-1]
+    assert ID1 in reporter.warnings[-1] and "(no-parent)" in reporter.warnings[-1]
 
 
 async def test_a_chain_with_a_shortened_image_is_not_built_upon(
@@ -233,7 +239,7 @@ async def test_too_little_room_is_told_before_anything_is_written(
 async def test_an_incremental_needs_room_for_what_changed_only(
     publish: Publish, plan_for: Callable[..., Plan]
 ) -> None:
-    size = {"virtual_size_bytes": MAX_DISK_BYTES}
+    size: dict[str, Any] = {"virtual_size_bytes": MAX_DISK_BYTES}
     await publish(make_backup(ID1, disks=[make_disk_backup(**size)]))
     source = make_source(actual_size_bytes=MAX_DISK_BYTES)
     small = make_disk("system", make_bitmap(ID1, dirty_bytes=SIZE), source=source, **size)

@@ -5,14 +5,20 @@ from typing import Any
 
 import pytest
 
-from qbackup.jobs.reconcile import prune_bitmaps, remove_partials, roll_back_bitmaps
+from qbackup.jobs.reconcile import (
+    as_rolled_back,
+    prune_bitmaps,
+    remove_partials,
+    roll_back_bitmaps,
+)
 from qbackup.model.names import bitmap_name, owner_prefix
+from qbackup.qmp.disks import Bitmap
 from qbackup.qmp.monitor import Monitor
 from qbackup.repository.repository import Repository
 
 from ..conftest import RecordingReporter
 from ..fake_qemu import FakeQmp, bitmap, block_device, block_node, block_replies
-from ..values import ID1, ID2, ID3, PREFIX, VM
+from ..values import GRANULARITY, ID1, ID2, ID3, PREFIX, VM, make_bitmap, make_disk
 
 MonitorOf = Callable[[dict[str, Any]], Awaitable[tuple[Monitor, FakeQmp]]]
 RECORDING, STOPPED = True, False
@@ -29,7 +35,7 @@ def device(node: str, **bitmaps: bool) -> dict[str, Any]:
         for key, recording in bitmaps.items()
     ]
     others = [bitmap("libvirt-1", recording=False), bitmap(FOREIGN + ID3, recording=False)]
-    return block_device(block_node(node, **{"dirty-bitmaps": [*shown, *others]}))
+    return block_device(block_node(node, bitmaps=[*shown, *others]))
 
 
 def short(fake: FakeQmp) -> list[Action]:
@@ -156,10 +162,34 @@ async def test_writes_that_no_bitmap_recorded_are_never_forgotten(monitor_of: Mo
     assert ("enable", ID1, "system") not in actions
 
 
+@pytest.mark.parametrize(
+    ("bitmaps", "checkpoint", "recording", "dirty_bytes"),
+    [
+        ([make_bitmap(ID1, recording=False), make_bitmap(ID2)], ID1, True, 2 * GRANULARITY),
+        ([make_bitmap(ID1), make_bitmap(ID2)], ID1, True, GRANULARITY),
+        ([make_bitmap(ID1, recording=False)], ID1, False, GRANULARITY),
+        (
+            [make_bitmap(ID1, recording=False), make_bitmap(ID2, recording=False)],
+            ID1,
+            False,
+            GRANULARITY,
+        ),
+    ],
+    ids=["failed incremental", "failed full", "nothing newer", "nothing records"],
+)
+def test_what_a_roll_back_would_leave_is_known_without_doing_it(
+    bitmaps: list[Bitmap], checkpoint: str, recording: bool, dirty_bytes: int
+) -> None:
+    disk = as_rolled_back(make_disk("system", *bitmaps), PREFIX, checkpoint)
+    base = disk.bitmap(bitmap_name(PREFIX, checkpoint))
+    assert base is not None
+    assert (base.recording, base.dirty_bytes) == (recording, dirty_bytes)
+
+
 async def test_after_the_commit_only_the_newest_bitmaps_of_ours_remain(
     monitor_of: MonitorOf,
 ) -> None:
-    below = block_node("file0", **{"dirty-bitmaps": [bitmap(PREFIX + ID1), bitmap("libvirt-1")]})
+    below = block_node("file0", bitmaps=[bitmap(PREFIX + ID1), bitmap("libvirt-1")])
     replies = block_replies(
         device("system", id1=STOPPED, id2=STOPPED, id3=RECORDING),
         device("data", id1=RECORDING),

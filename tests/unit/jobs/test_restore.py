@@ -3,7 +3,6 @@
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -65,15 +64,14 @@ async def test_a_backup_is_chosen_by_id_or_by_time(
         ("20261123-09", BackupNotFoundError, "3 backups begin with"),
         ("20200101-000000.000-ffff", BackupNotFoundError, "no backup"),
         ("yesterday", UsageError, "is no backup id and no time"),
-        ("", QbackupError, ""),
+        (" ", UsageError, "--at needs a backup id or a time"),
     ],
 )
-async def test_a_choice_that_fits_no_backup_is_refused_with_a_hint(
+async def test_a_choice_that_fits_no_backup_is_refused(
     three: Repository, at: str, error: type[QbackupError], said: str
 ) -> None:
-    with pytest.raises(error, match=said) as caught:
+    with pytest.raises(error, match=said):
         choose_backup(three, VM, at)
-    assert caught.value.hint is not None
 
 
 async def test_a_vm_without_backups_is_told_what_to_run(repository: Repository) -> None:
@@ -91,22 +89,15 @@ async def test_an_older_backup_is_never_taken_in_place_of_a_damaged_one(
     assert choose_backup(three, VM, ID2).id == ID2
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "said"),
-    [
-        ({"disks": ("nope",)}, DiskError, "does not hold a disk 'nope'"),
-        ({}, ChainBrokenError, "not a qcow2 image"),
-    ],
-)
+@pytest.mark.parametrize(("disks", "error"), [(("nope",), DiskError), ((), ChainBrokenError)])
 async def test_a_restore_that_cannot_succeed_writes_nothing(
     three: Repository,
     reporter: RecordingReporter,
     tmp_path: Path,
-    options: dict[str, Any],
+    disks: tuple[str, ...],
     error: type[QbackupError],
-    said: str,
 ) -> None:
     target = tmp_path / "target"
-    with pytest.raises(error, match=said):
-        await restore(three, VM, RestoreOptions(to=target, **options), reporter)
+    with pytest.raises(error, match=r"does not hold a disk 'nope'|not a qcow2 image"):
+        await restore(three, VM, RestoreOptions(to=target, disks=disks), reporter)
     assert not target.exists()

@@ -6,6 +6,7 @@ import pytest
 
 from qbackup.jobs.trust import Base, checkpoints, judge, newest_bases
 from qbackup.model.backup import Reason
+from qbackup.model.names import bitmap_name
 from qbackup.qmp.disks import Disk
 
 from ..values import (
@@ -30,7 +31,6 @@ def reason_for(disk: Disk, **changes: Any) -> Reason | None:
     """Return why the disk's bitmap is not trusted."""
     facts: dict[str, Any] = {
         "bases": BASES,
-        "any_backup": True,
         "prefix": PREFIX,
         "not_loaded": {},
         "granularity_bytes": GRANULARITY,
@@ -43,7 +43,6 @@ def test_the_bitmap_of_the_newest_backup_that_recorded_all_the_time_is_trusted()
     verdict = judge(
         disk,
         bases=BASES,
-        any_backup=True,
         prefix=PREFIX,
         not_loaded={},
         granularity_bytes=GRANULARITY,
@@ -55,9 +54,8 @@ def test_the_bitmap_of_the_newest_backup_that_recorded_all_the_time_is_trusted()
 @pytest.mark.parametrize(
     ("disk", "changes", "reason"),
     [
-        (make_disk("system"), {"bases": {}, "any_backup": False}, "no-parent"),
-        (make_disk("system", GOOD), {"bases": {}, "any_backup": False}, "no-parent"),
-        (make_disk("system"), {"bases": {}}, "new-disk"),
+        (make_disk("system"), {"bases": {}}, "no-parent"),
+        (make_disk("system", GOOD), {"bases": {}}, "no-parent"),
         (make_disk("data"), {}, "new-disk"),
         (make_disk("system"), {}, "missing"),
         (make_disk("system", make_bitmap(name="libvirt-1")), {}, "missing"),
@@ -81,7 +79,13 @@ def test_the_bitmap_of_the_newest_backup_that_recorded_all_the_time_is_trusted()
             {"not_loaded": {("system", GOOD.name): "image-changed"}},
             "image-changed",
         ),
+        (
+            make_disk("system"),
+            {"not_loaded": {("system", bitmap_name(PREFIX, ID1)): "unclean"}},
+            "unclean",
+        ),
         (make_disk("system"), {"not_loaded": {("data", GOOD.name): "corrupt"}}, "missing"),
+        (make_disk("system"), {"not_loaded": {("system", "libvirt-1"): "corrupt"}}, "missing"),
         (make_disk("system", GOOD), {"not_loaded": {("system", GOOD.name): "corrupt"}}, None),
         (make_disk("system", make_bitmap(ID1), GOOD, make_bitmap(ID3)), {}, None),
         (make_disk("system", make_bitmap(ID2, dirty_bytes=SIZE * 2)), {}, None),

@@ -1,5 +1,6 @@
 """Verification names everything that is wrong, and the first problem does not hide the rest."""
 
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +27,11 @@ async def chain(repository: Repository) -> list[Backup]:
     backups = []
     for backup_id, parent in PARENTS.items():
         async with repository.partial(VM, backup_id) as partial:
-            with open(partial.create_image("system"), "r+b") as file:  # noqa: PTH123 - a descriptor
-                write_empty_image(file.fileno(), virtual_size_bytes=SIZE, compression="zlib")
-                if parent is not None:
-                    write_backing_file(file.fileno(), backing_file(parent, "system"))
+            fd = partial.create_image("system")
+            write_empty_image(fd, virtual_size_bytes=SIZE, compression="zlib")
+            if parent is not None:
+                write_backing_file(fd, backing_file(parent, "system"))
+            os.close(fd)
             backup = make_backup(backup_id, parent=parent)
             image = partial.image("system")
             backup.disks[0] = replace(

@@ -115,30 +115,44 @@ async def test_two_disks_of_one_name_are_refused(inventory_of: Ask) -> None:
 
 
 @pytest.mark.parametrize("driver", ["copy-before-write", "mirror_top", "commit_top", "backup-top"])
-@pytest.mark.parametrize(("device", "qdev"), [("", PERIPHERAL), ("drive0", None), ("", ANONYMOUS)])
-async def test_a_disk_under_another_block_job_is_told_as_such(
-    inventory_of: Ask, driver: str, device: str, qdev: str | None
+@pytest.mark.parametrize(
+    ("device", "qdev", "name"),
+    [
+        ("", PERIPHERAL, "disk0"),
+        ("drive0", None, "drive0"),
+        ("", ANONYMOUS, "/images/a.raw"),
+    ],
+    ids=["device id", "drive id", "node name only"],
+)
+async def test_a_disk_under_another_block_job_is_busy(
+    inventory_of: Ask, driver: str, device: str, qdev: str | None, name: str
 ) -> None:
     # QEMU shows the job's filter, with a name of its own making, in place of the disk's node.
-    filtered = block_node(AUTOMATIC, drv=driver)
-    with pytest.raises(DiskError, match="another block job is using it"):
-        await inventory_of(
-            block_device(filtered, device=device, qdev=qdev), nodes=(block_node("system"),)
-        )
+    found = await inventory_of(
+        block_device(block_node(AUTOMATIC, drv=driver), device=device, qdev=qdev),
+        nodes=(block_node("system"),),
+    )
+    assert (found.disks, found.left_out, found.busy) == ((), {}, (name,))
+
+
+async def test_every_image_that_a_disk_is_made_of_is_named(inventory_of: Ask) -> None:
+    base: dict[str, Any] = {"filename": "/base.qcow2", "virtual-size": 1024}
+    base["format-specific"] = {"type": "qcow2", "data": {"data-file": "/base.raw"}}
+    image = {"filename": "/top.qcow2", "virtual-size": 1024, "backing-image": base}
+    found = await inventory_of(block_device({**block_node("system"), "image": image}))
+    assert found.disks[0].images == ("/top.qcow2", "/base.qcow2", "/base.raw")
 
 
 async def test_bitmaps_are_those_of_the_disk_s_own_node(inventory_of: Ask) -> None:
     system = block_node(
         "system",
-        **{
-            "dirty-bitmaps": [
-                bitmap("a", count=131072, granularity=4096, recording=False, busy=True),
-                bitmap(None),
-                bitmap("b", inconsistent=True),
-            ]
-        },
+        bitmaps=[
+            bitmap("a", count=131072, granularity=4096, recording=False, busy=True),
+            bitmap(None),
+            bitmap("b", inconsistent=True),
+        ],
     )
-    below = block_node("file0", **{"dirty-bitmaps": [bitmap("c")]})
+    below = block_node("file0", bitmaps=[bitmap("c")])
     found = await inventory_of(block_device(system), nodes=(below,))
     (disk,) = found.disks
     assert [b.name for b in disk.bitmaps] == ["a", "b"]
@@ -158,7 +172,9 @@ async def test_bitmaps_are_those_of_the_disk_s_own_node(inventory_of: Ask) -> No
 async def test_a_backing_chain_is_not_asked_for(monitor_of: MonitorOf) -> None:
     # qemu-facts: a 30-deep chain is 905 KB without `flat`.
     monitor, fake = await monitor_of(block_replies())
-    assert await query_inventory(monitor) == Inventory(disks=(), left_out={}, bitmaps=(), nodes=())
+    assert await query_inventory(monitor) == Inventory(
+        disks=(), left_out={}, busy=(), bitmaps=(), nodes=()
+    )
     assert fake.commands("query-named-block-nodes") == [{"flat": True}]
 
 

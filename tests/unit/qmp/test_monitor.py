@@ -203,18 +203,17 @@ async def test_a_reply_of_the_wrong_type_is_told(monitor_of: MonitorOf, reply: o
 
 @pytest.mark.parametrize("reply", [None, [], {}, {"fdset-id": None}, {"fdset-id": "x"}])
 async def test_a_malformed_answer_to_a_descriptor_is_told(
-    monitor_of: MonitorOf, reply: object
+    monitor_of: MonitorOf, null: int, reply: object
 ) -> None:
     monitor, _ = await monitor_of({"add-fd": reply})
-    with Path("/dev/null").open("rb") as file, pytest.raises(MonitorError):
-        await monitor.send_descriptor(file.fileno(), opaque="x")
+    with pytest.raises(MonitorError):
+        await monitor.send_descriptor(null, opaque="x")
 
 
-async def test_a_descriptor_is_sent_and_its_set_returned(monitor_of: MonitorOf) -> None:
+async def test_a_descriptor_is_sent_and_its_set_returned(monitor_of: MonitorOf, null: int) -> None:
     monitor, fake = await monitor_of({"add-fd": {"fdset-id": 3, "fd": 9}})
     assert monitor.can_send_descriptors
-    with Path("/dev/null").open("rb") as file:
-        assert await monitor.send_descriptor(file.fileno(), opaque="x") == 3
+    assert await monitor.send_descriptor(null, opaque="x") == 3
     assert fake.commands("add-fd") == [{"opaque": "x"}]
 
 

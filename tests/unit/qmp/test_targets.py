@@ -17,21 +17,29 @@ MonitorOf = Callable[[dict[str, Any]], Awaitable[tuple[Monitor, FakeQmp]]]
 GOOD = {"add-fd": {"fdset-id": 7, "fd": 9}, "blockdev-add": {}, "blockdev-del": {}, "remove-fd": {}}
 
 
-async def attach(
-    monitor: Monitor, *, engine: Engine = "blockdev-backup", error: Exception | None = None
-) -> str:
-    """Attach /dev/null, raise `error` if there is one, and return the target's name."""
-    path = Path("/dev/null")
-    with path.open("rb") as file:
+Attach = Callable[..., Awaitable[str]]
+
+
+@pytest.fixture
+def attach(null: int) -> Attach:
+    """Return what attaches /dev/null, raises an error if given one, and tells the target's name."""
+
+    async def run(
+        monitor: Monitor, *, engine: Engine = "blockdev-backup", error: Exception | None = None
+    ) -> str:
         async with attached(
-            monitor, fd=file.fileno(), path=path, node="ours-t0", engine=engine
+            monitor, fd=null, path=Path("/dev/null"), node="ours-t0", engine=engine
         ) as target:
             if error is not None:
                 raise error
             return target.name
 
+    return run
 
-async def test_a_node_is_opened_by_its_descriptor_and_closed_again(monitor_of: MonitorOf) -> None:
+
+async def test_a_node_is_opened_by_its_descriptor_and_closed_again(
+    monitor_of: MonitorOf, attach: Attach
+) -> None:
     monitor, fake = await monitor_of(GOOD)
     assert await attach(monitor) == "ours-t0"
     (added,) = fake.commands("blockdev-add")
@@ -42,13 +50,15 @@ async def test_a_node_is_opened_by_its_descriptor_and_closed_again(monitor_of: M
     assert fake.commands("remove-fd") == [{"fdset-id": 7}]
 
 
-async def test_drive_backup_opens_the_file_itself(monitor_of: MonitorOf) -> None:
+async def test_drive_backup_opens_the_file_itself(monitor_of: MonitorOf, attach: Attach) -> None:
     monitor, fake = await monitor_of(GOOD)
     assert await attach(monitor, engine="drive-backup") == "/dev/null"
     assert [m["execute"] for m in fake.received] == ["qmp_capabilities"]
 
 
-async def test_where_io_uring_is_refused_threads_are_used(monitor_of: MonitorOf) -> None:
+async def test_where_io_uring_is_refused_threads_are_used(
+    monitor_of: MonitorOf, attach: Attach
+) -> None:
     def add(arguments: dict[str, Any]) -> object:
         uring = arguments["file"]["aio"] == "io_uring"
         return Refusal(description="no io_uring") if uring else {}
@@ -58,7 +68,9 @@ async def test_where_io_uring_is_refused_threads_are_used(monitor_of: MonitorOf)
     assert [a["file"]["aio"] for a in fake.commands("blockdev-add")] == ["io_uring", "threads"]
 
 
-async def test_a_node_that_cannot_be_opened_leaves_no_descriptor(monitor_of: MonitorOf) -> None:
+async def test_a_node_that_cannot_be_opened_leaves_no_descriptor(
+    monitor_of: MonitorOf, attach: Attach
+) -> None:
     monitor, fake = await monitor_of({**GOOD, "blockdev-add": Refusal(description="no")})
     with pytest.raises(QmpCommandError, match="QEMU refused blockdev-add"):
         await attach(monitor)
@@ -66,7 +78,9 @@ async def test_a_node_that_cannot_be_opened_leaves_no_descriptor(monitor_of: Mon
     assert fake.commands("remove-fd") == [{"fdset-id": 7}]
 
 
-async def test_a_failing_clean_up_is_a_note_on_the_cause(monitor_of: MonitorOf) -> None:
+async def test_a_failing_clean_up_is_a_note_on_the_cause(
+    monitor_of: MonitorOf, attach: Attach
+) -> None:
     monitor, fake = await monitor_of({**GOOD, "blockdev-del": Refusal(description="in use")})
     with pytest.raises(RuntimeError, match="the cause") as caught:
         await attach(monitor, error=RuntimeError("the cause"))
@@ -74,7 +88,7 @@ async def test_a_failing_clean_up_is_a_note_on_the_cause(monitor_of: MonitorOf) 
     assert fake.commands("remove-fd") == [{"fdset-id": 7}]
 
 
-async def test_a_clean_up_that_fails_alone_is_told(monitor_of: MonitorOf) -> None:
+async def test_a_clean_up_that_fails_alone_is_told(monitor_of: MonitorOf, attach: Attach) -> None:
     monitor, fake = await monitor_of({**GOOD, "blockdev-del": Refusal(description="in use")})
     with pytest.raises(QmpCommandError, match="in use"):
         await attach(monitor)

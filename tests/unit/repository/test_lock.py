@@ -170,7 +170,7 @@ async def test_asking_for_the_lock_never_disturbs_a_run(tmp_path: Path) -> None:
         for _ in range(2):
             asking.submit(ask)
         try:
-            for _ in range(2000):
+            for _ in range(500):
                 async with locked(tmp_path, vm="vm1", wait_s=0):
                     pass
         finally:

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,7 +28,7 @@ def modes(top: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def open_umask() -> object:
+def open_umask() -> Iterator[None]:
     """Let every permission through that is not withheld on purpose."""
     before = os.umask(0)
     yield
@@ -68,7 +68,7 @@ async def test_a_repository_is_not_made_twice(repository: Repository) -> None:
 
 async def test_a_repository_cannot_be_made_where_a_file_is(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RepositoryError, match="cannot make a repository here"):
+    with pytest.raises(RepositoryError, match="this is a file, not a directory"):
         await Repository.create(tmp_path / "file")
 
 

@@ -1,0 +1,96 @@
+"""The command line: what is understood, and that mistakes are ordinary errors."""
+
+import subprocess
+import sys
+
+import pytest
+
+from qbackup.cli.arguments import parse_arguments
+from qbackup.errors import UsageError
+
+HEAVY = ("asyncio", "rich", "qemu", "msgspec", "blake3", "aiofiles")
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["--version"], ["full", "--help"], ["incremental", "--help"]]
+)
+def test_help_comes_without_slow_imports(argv: list[str]) -> None:
+    program = (
+        "import sys\nfrom qbackup.cli.main import run\n"
+        "try:\n    run(sys.argv[1:])\nexcept SystemExit as err:\n    code = err.code\n"
+        f"print('loaded:', code, [name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *argv], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == "loaded: 0 []"
+    assert "qbackup" in done.stdout
+
+
+def test_help_tells_every_command_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    # Design, section 4.
+    commands = ["init", "full", "incremental", "list", "show", "restore", "verify", "status"]
+    codes = ["0 done", "1 failed", "2 usage", "3 done, but degraded", "4 refused", "10 no", "11 lo"]
+    codes += ["12 QEMU", "13 verification", "130 interrupted"]
+    assert [word for word in commands + codes if word not in text] == []
+
+
+@pytest.mark.parametrize("name", ["incremental", "inc"])
+def test_a_backup_takes_everything_that_the_design_names(name: str) -> None:
+    arguments = parse_arguments(
+        f"{name} vm1 --disk a --disk b --exclude c --label x --speed-limit 50M --lock-wait 10m"
+        " --no-fallback --strict --compress".split()
+    )
+    assert (arguments.name, arguments.module, arguments.vm) == ("incremental", "backup", "vm1")
+    assert (arguments.disk, arguments.exclude, arguments.label) == (["a", "b"], ["c"], "x")
+    assert (arguments.speed_limit, arguments.lock_wait) == (50 * 2**20, 600)
+    assert arguments.no_fallback and arguments.strict and arguments.compress
+
+
+def test_two_command_lines_do_not_share_their_lists() -> None:
+    assert parse_arguments(["full", "vm1", "--disk", "a"]).disk == ["a"]
+    assert parse_arguments(["full", "vm1"]).disk == []
+
+
+@pytest.mark.parametrize(
+    "argv", [["-c", "f", "--json", "-q", "list"], ["list", "-c", "f", "--json", "-q"]]
+)
+def test_common_arguments_stand_before_or_after_the_command(argv: list[str]) -> None:
+    arguments = parse_arguments(argv)
+    assert (arguments.config, arguments.json, arguments.quiet) == ("f", True, True)
+    assert not arguments.verbose
+
+
+def test_what_is_not_given_has_its_default() -> None:
+    arguments = parse_arguments(["list"])
+    assert (arguments.config, arguments.json, arguments.quiet) == (None, False, False)
+    assert arguments.vm is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "required: COMMAND"),
+        (["explode"], "invalid choice: 'explode'"),
+        (["full"], "required: VM"),
+        (["full", "vm1", "vm2"], "unrecognized arguments: vm2"),
+        (["full", "vm1", "--no-fallback"], "unrecognized arguments: --no-fallback"),
+        (["full", "vm1", "--lab", "x"], "unrecognized arguments: --lab"),
+        (["full", "vm1", "--speed-limit", "fast"], "'fast' is not a size"),
+        (["full", "vm1", "--lock-wait", "-1"], "--lock-wait"),
+        (["inc", "vm1", "--lock-wait", "10 parsecs"], "is not a duration"),
+        (["restore", "vm1"], "required: --to"),
+        (["restore", "vm1", "--to", "x", "--format", "vmdk"], "invalid choice: 'vmdk'"),
+        (["show", "vm1"], "required: ID"),
+        (["-q", "-v", "list"], "not allowed with argument"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_told_with_where_to_read(argv: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        parse_arguments(argv)
+    assert caught.value.hint is not None and "--help" in caught.value.hint

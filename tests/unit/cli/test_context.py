@@ -1,0 +1,96 @@
+"""Which configuration file is read."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qbackup.cli.context import (
+    find_configuration,
+    new_configuration_path,
+    read_configuration,
+    user_configuration,
+)
+from qbackup.errors import ConfigurationError
+from qbackup.formats.configuration import MAX_CONFIGURATION_BYTES
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Be a user with an empty home and no variables."""
+    for name in ("QBACKUP_CONFIG", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def touch(path: Path) -> Path:
+    """Make a file and its folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
+
+
+def test_the_command_line_comes_before_the_environment_before_the_home(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = touch(home / ".config/qbackup/config.toml")
+    assert find_configuration(None) == own == user_configuration()
+    monkeypatch.setenv("QBACKUP_CONFIG", "/env.toml")
+    assert find_configuration(None) == Path("/env.toml")
+    assert find_configuration("/given.toml") == Path("/given.toml")
+    monkeypatch.setenv("QBACKUP_CONFIG", "")
+    assert find_configuration(None) == own
+
+
+def test_xdg_config_home_is_honoured(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(home / ".config/qbackup/config.toml")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "xdg"))
+    own = touch(home / "xdg/qbackup/config.toml")
+    assert find_configuration(None) == own
+
+
+def test_none_at_all_is_told_with_every_place_that_was_looked_at(home: Path) -> None:
+    assert not Path("/etc/qbackup/config.toml").exists(), "this machine has qbackup installed"
+    with pytest.raises(ConfigurationError) as caught:
+        find_configuration(None)
+    for place in (home / ".config/qbackup/config.toml", "/etc/qbackup/config.toml"):
+        assert str(place) in caught.value.message
+    assert caught.value.hint is not None and "qbackup init" in caught.value.hint
+
+
+def test_init_writes_where_the_others_would_look(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert new_configuration_path("x.toml") == Path("x.toml")
+    own = touch(home / ".config/qbackup/config.toml")
+    assert new_configuration_path(None) == own
+    monkeypatch.setenv("QBACKUP_CONFIG", "/env.toml")
+    assert new_configuration_path(None) == Path("/env.toml")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "No such file"),
+        (b"\xff\xfe", "not UTF-8 text"),
+        (b"#" * (MAX_CONFIGURATION_BYTES + 1), "larger than"),
+        (b"", "the key repository is missing"),
+    ],
+    ids=["missing", "no text", "huge", "empty"],
+)
+def test_a_file_that_cannot_be_read_is_named(home: Path, content: bytes | None, said: str) -> None:
+    path = home / "config.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        read_configuration(path)
+    assert caught.value.message.startswith(f"{path}: ")
+
+
+def test_a_folder_is_no_configuration(home: Path) -> None:
+    with pytest.raises(ConfigurationError, match="Is a directory"):
+        read_configuration(home)
+    shutil.rmtree(home)
+    with pytest.raises(ConfigurationError, match="No such file"):
+        read_configuration(home)
