@@ -10,7 +10,7 @@ from support.qemu import DiskSpec
 KIB, MIB = 1024, 1024 * 1024
 
 
-async def exercise(lab: Lab, *, rounds: int = 3, discard: bool = False) -> None:
+async def exercise(lab: Lab, *, rounds: int = 2, discard: bool = False) -> None:
     """Back up in full, then some incrementals with writes of every kind between them."""
     randomness = random.Random(4711)
     await lab.back_up("full")
@@ -106,14 +106,14 @@ async def test_all_disks_of_a_vm_are_restored_exactly(tmp_path: Path, count: int
         for number, name in enumerate(names)
     ]
     async with lab(tmp_path, specs, size_bytes=2 * MIB + 512) as it:
-        await exercise(it, rounds=2)
+        await exercise(it)
 
 
 @pytest.mark.parametrize("engine", ["blockdev-backup", "drive-backup"])
 async def test_a_tcp_monitor_works_as_a_socket_does(tmp_path: Path, engine: str) -> None:
     specs = disk_specs(tmp_path, "a", "b")
     async with lab(tmp_path, specs, tcp_port=free_port(), extra=f'engine = "{engine}"') as it:
-        await exercise(it, rounds=2)
+        await exercise(it)
 
 
 @pytest.mark.parametrize("engine", ["blockdev-backup", "drive-backup"])
@@ -124,7 +124,7 @@ async def test_a_disk_in_an_iothread_is_restored_exactly(
     specs = disk_specs(tmp_path, "a", "b", image_format=image_format, iothread=True)
     async with lab(tmp_path, specs, extra=f'engine = "{engine}"') as it:
         # QEMU 7.2's qemu-io aborts when it writes zeroes to a disk in an iothread.
-        await exercise(it, rounds=2, discard=True)
+        await exercise(it, discard=True)
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])

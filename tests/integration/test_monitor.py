@@ -138,12 +138,34 @@ async def test_a_job_of_somebody_else_is_a_clear_error_and_left_alone(
             result = await it.fail(command)
             assert result.code == 1
             assert "block job" in result.last["message"]
-            # A mirror's filter is hidden: then QEMU says it, with the node's name.
-            assert re.search("disk a|disk dev-a|Node '[^']+'", result.last["message"])
+            # A mirror's filter is hidden: then QEMU says it, with the name of the node.
+            assert re.search(r"\b(dev-)?a\b|#block", result.last["message"])
         assert [job["id"] for job in await it.qemu.qmp("query-jobs")] == ["theirs"]
         await finish_theirs(it, kind)
         assert await raw_bytes(target, "raw") == expected
         await it.write("b", 0, 512, 2)
+        await it.incremental()
+        await it.check_restores()
+
+
+async def test_a_job_that_somebody_starts_during_a_backup_costs_no_bitmap(tmp_path: Path) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a", "b")) as it:
+        await it.back_up("full")
+        await it.write("a", 0, 3 * MIB, 1)
+        await it.write("b", 0, 3 * MIB, 1)
+        backup = await it.begin("incremental", "--disk", "a")
+        target = tmp_path / "foreign.raw"
+        await create_image(target, "raw", it.models["b"].size_bytes)
+        await it.qemu.qmp(
+            "blockdev-add", driver="raw", node_name="foreign",
+            file={"driver": "file", "filename": str(target)},
+        )  # fmt: skip
+        await it.qemu.qmp(
+            "blockdev-backup",
+            job_id="theirs", device="b", target="foreign", speed=65536, sync="full",
+        )  # fmt: skip
+        await it.finish(backup)
+        await finish_theirs(it, "blockdev-backup")
         await it.incremental()
         await it.check_restores()
 

@@ -105,7 +105,7 @@ async def test_a_node_with_an_external_snapshot_is_backed_up_right_and_in_full(
         # The user's name for what the guest sees is now another one.
         it.models["overlay"] = it.models.pop("a")
         del it.bases["a"]
-        assert reasons(await it.back_up()) == {"overlay": "new-disk"}
+        assert kinds(await it.back_up()) == {"overlay": "full"}
         await it.qemu.write("a", 2 * MIB, 512, 3)
         it.models["overlay"].write(2 * MIB, 512, 3)
         await it.incremental()
