@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.lab import free_port, small_file_system
-from support.qemu import DiskSpec, Qemu, create_image, started
+from support.qemu import QEMU, DiskSpec, Qemu, create_image, run_tool, started
 
 from qbackup.errors import MonitorLostError, QmpCommandError
 from qbackup.formats.qcow2 import Qcow2Error, write_empty_image
@@ -241,8 +241,11 @@ async def test_a_qemu_of_another_user_needs_no_right_to_the_directory(tmp_path: 
     private = tmp_path / "private"
     private.mkdir(mode=0o700)
     bits = patterns(10 * GIB, 64 * KIB)["random"]
+    # QEMU 10 took the old option away.
+    old = "\n-runas" in await run_tool(QEMU, "-help")
+    as_nobody = ["-runas", "nobody"] if old else ["-run-with", "user=nobody"]
     async with (
-        started(tmp_path, [], extra=["-runas", "nobody"]) as qemu,
+        started(tmp_path, [], extra=as_nobody) as qemu,
         connected(qemu.qmp_socket) as monitor,
     ):
         assert Path(f"/proc/{qemu.process.pid}").stat().st_uid != os.getuid()

@@ -317,6 +317,39 @@ def test_a_file_that_shrinks_while_it_is_read_is_corrupt() -> None:
         qbm.read(Shrinking(data[:-1]))
 
 
+def resized(identity: bytes) -> bytes:
+    """Return a file with another identity section, and all else right."""
+    data = bytearray(encode(SMALL))
+    old = decode_header(bytes(data[:512])).identity_bytes
+    data[512 : 512 + old] = identity
+    for offset in (88, 96, 112):
+        (value,) = struct.unpack_from(">Q", data, offset)
+        struct.pack_into(">Q", data, offset, value + len(identity) - old)
+    return resealed(data)
+
+
+NAMES = b"\0\1r\0\1v\0\1d\0\1c\0\1h"
+
+
+@pytest.mark.parametrize(
+    ("identity", "why"),
+    [
+        (NAMES[:-3], "ends within"),
+        (NAMES[:-2], "ends within"),
+        (NAMES[:-1], "ends within"),
+        (NAMES + b"\0", "longer than"),
+        (NAMES[:-3] + b"\0\0", "impossible length"),
+        (NAMES[:-3] + b"\1\0" + b"x" * 256, "impossible length"),
+        (NAMES[:-1] + b"\xff", "not UTF-8"),
+        (NAMES[:-3] + b"\0\2\xc3\x28", "not UTF-8"),
+    ],
+)
+def test_a_forged_identity_is_corruption(identity: bytes, why: str) -> None:
+    assert decode(resized(NAMES)) == SMALL
+    with pytest.raises(QbmCorruptError, match=why):
+        decode(resized(identity))
+
+
 def of(data: bytes, *, size: int, granularity: int = 64 * KIB) -> BitmapFile:
     bits = Bits.from_bytes(data, virtual_size_bytes=size, granularity_bytes=granularity)
     return replace(SMALL, bits=bits)
