@@ -9,7 +9,7 @@ from qbackup.model.backup import Backup
 from qbackup.model.quantities import format_size
 from qbackup.repository.repository import DamagedBackup
 from qbackup.ui.reporters import print_line
-from qbackup.ui.tables import printable, table
+from qbackup.ui.tables import table
 
 
 async def run(arguments: argparse.Namespace) -> int:
@@ -21,7 +21,7 @@ async def run(arguments: argparse.Namespace) -> int:
     for name in names:
         for backup in reversed(list(repository.newest_first(name))):
             if isinstance(backup, DamagedBackup):
-                print_line(f"warning: {printable(backup.error.message)}")
+                print_line(f"warning: {backup.error.message}")
             else:
                 backups.append(backup)
     backups.sort(key=lambda backup: backup.id)

@@ -1,7 +1,6 @@
 """The entry point: runs one command and turns what becomes of it into an exit code."""
 
 import importlib
-import json
 import os
 import signal
 import sys
@@ -10,6 +9,7 @@ from typing import Any, NoReturn
 
 from qbackup.cli.arguments import parse_arguments
 from qbackup.errors import InterruptedByUserError, QbackupError, UsageError
+from qbackup.ui.reporters import print_json_line, print_line
 
 _BUG_HINT = "this is a bug in qbackup; run it again with -v and report what it prints"
 
@@ -21,6 +21,15 @@ def main() -> NoReturn:
 
 def run(argv: list[str]) -> int:
     """Run a command and return its exit code; every error is reported here, once."""
+    try:
+        return _run_and_report(argv)
+    except BrokenPipeError:
+        # The reader of our output has gone; nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run_and_report(argv: list[str]) -> int:
     json_output = "--json" in argv
     verbose = "-v" in argv or "--verbose" in argv
     try:
@@ -28,9 +37,7 @@ def run(argv: list[str]) -> int:
         module = importlib.import_module(f"qbackup.cli.{arguments.module}")
         return _run_interruptible(module.run(arguments))
     except BrokenPipeError:
-        # The reader of our output has gone; nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        raise
     except QbackupError as err:
         _report(err, json_output=json_output, verbose=verbose)
         return err.exit_code
@@ -64,7 +71,7 @@ def _run_interruptible(command: Coroutine[Any, Any, int]) -> int:
             nonlocal interrupted
             if not interrupted:
                 interrupted = True
-                print("qbackup: interrupted; cleaning up", file=sys.stderr, flush=True)
+                print_line("qbackup: interrupted; cleaning up")
                 task.cancel()
 
         loop = asyncio.get_running_loop()
@@ -92,13 +99,14 @@ def _report(err: QbackupError, *, json_output: bool, verbose: bool) -> None:
             document["problems"] = list(problems)
         if notes:
             document["notes"] = notes
-        print(json.dumps(document), flush=True)
+        print_json_line(document)
     else:
         lines = [f"qbackup: {err.message}", *(f"  {p}" for p in getattr(err, "problems", ()))]
         lines += [f"note: {note}" for note in notes]
         if err.hint:
             lines.append(f"hint: {err.hint}")
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        for line in lines:
+            print_line(line)
     if verbose and not isinstance(err, UsageError):
         import traceback  # noqa: PLC0415 - only when asked for
 

@@ -4,7 +4,7 @@ import argparse
 
 from qbackup.cli.context import make_context
 from qbackup.cli.output import summary
-from qbackup.errors import UsageError, VerificationError
+from qbackup.errors import ManifestDamagedError, UsageError, VerificationError
 from qbackup.jobs.restore import choose_backup
 from qbackup.jobs.verify import Scope, Verifier, scope_of_chain
 from qbackup.model.quantities import format_size
@@ -23,7 +23,10 @@ async def run(arguments: argparse.Namespace) -> int:
         if arguments.vm is None:
             raise UsageError("--at needs a VM", hint="qbackup verify VM --at ID")
         vm = context.vm_name(repository, arguments.vm)
-        scopes = [scope_of_chain(repository, choose_backup(repository, vm, arguments.at))]
+        try:
+            scopes = [scope_of_chain(repository, choose_backup(repository, vm, arguments.at))]
+        except ManifestDamagedError as err:
+            raise VerificationError([err.message]) from err
     else:
         names = [context.vm_name(repository, arguments.vm)] if arguments.vm else repository.vms()
         scopes = [Scope(vm=name, ids=repository.backup_ids(name)) for name in names]

@@ -4,6 +4,7 @@ Every mistake is told with the file, the key and what is allowed there. This mod
 open files: it is given the text, and the folder that relative paths are relative to.
 """
 
+import re
 import tomllib
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
@@ -88,7 +89,7 @@ _EXPECTED = {
     "state": 'a directory, such as state = "/var/lib/qbackup"',
     "trust_block_devices": "true or false",
     "vm": "tables such as [vm.vm1]",
-    "qmp": 'QEMU\'s monitor, such as qmp = "/run/vm1/qmp.sock" or "tcp:127.0.0.1:4444"',
+    "qmp": 'a socket\'s path or tcp:HOST:PORT, such as qmp = "/run/vm1/qmp.sock"',
     "agent": 'the guest agent\'s socket, such as agent = "/run/vm1/qga.sock"',
     "disks": 'a list of names, such as disks = ["system", "data"]',
     "granularity": 'a power of two from 4K to 2M, such as granularity = "64K"',
@@ -105,7 +106,7 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
     """
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as err:
+    except (ValueError, RecursionError) as err:
         raise ConfigurationError(f"{path}: not TOML: {err}") from err
     top = _table(document, _File, path=path, where="")
     folder = path.absolute().parent
@@ -162,6 +163,7 @@ def _table(document: dict[str, Any], target: type[Any], *, path: Path, where: st
     for key, value in document.items():
         try:
             convert(value, _key_type(target, key))
+            _require_text(value)
         except DocumentError as err:
             raise ConfigurationError(
                 f"{path}: {prefix}{key}: {value!r} is not allowed",
@@ -180,6 +182,12 @@ def _require(document: dict[str, Any], target: type[Any], *, path: Path, prefix:
             )
 
 
+def _require_text(value: object) -> None:
+    """Refuse what is no name and no path, whatever the key."""
+    if isinstance(value, str) and (not value or "\0" in value):
+        raise DocumentError("empty, or with a NUL in it")
+
+
 def _key_type(target: type[Any], key: str) -> Any:
     annotations: Iterable[Any] = (entry.type for entry in fields(target) if entry.name == key)
     return next(iter(annotations))
@@ -187,11 +195,14 @@ def _key_type(target: type[Any], key: str) -> Any:
 
 def _qmp_address(text: str, *, where: str, folder: Path) -> Path | tuple[str, int]:
     if not text.startswith("tcp:"):
-        if not text:
-            raise ConfigurationError(f"{where}: expected a socket's path or tcp:HOST:PORT")
-        return folder / text.removeprefix("unix:")
-    host, separator, port = text.removeprefix("tcp:").rpartition(":")
-    if not (separator and host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        socket = text.removeprefix("unix:")
+        if not socket:
+            raise ConfigurationError(
+                f"{where}: {text!r} is not an address", hint=f"expected {_EXPECTED['qmp']}"
+            )
+        return folder / socket
+    host, _, port = text.removeprefix("tcp:").rpartition(":")
+    if not (host and re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 65536):
         raise ConfigurationError(
             f"{where}: {text!r} is not an address", hint='write for example "tcp:127.0.0.1:4444"'
         )
@@ -232,5 +243,11 @@ state = {_quoted(state)}
 
 
 def _quoted(path: Path) -> str:
-    text = str(path).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{text}"'
+    """Write a path as a TOML basic string."""
+    return '"' + "".join(map(_escaped, str(path))) + '"'
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable() and character not in '"\\':
+        return character
+    return f"\\U{ord(character):08x}"

@@ -7,7 +7,8 @@ reader in any language can compute it.
 """
 
 import json
-from typing import Any, TypeVar
+import math
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 from blake3 import blake3
@@ -27,7 +28,7 @@ def encode_document(*, format_name: str, version: int, content: dict[str, Any]) 
     """Write a document: indented for people, with its checksum for programs."""
     body = {"format": format_name, "version": version, **content}
     body["checksum"] = _checksum(body)
-    return json.dumps(body, indent=1, ensure_ascii=False).encode() + b"\n"
+    return _bytes(json.dumps(body, indent=1, ensure_ascii=False)) + b"\n"
 
 
 def decode_document(data: bytes, *, format_name: str, version: int) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def decode_document(data: bytes, *, format_name: str, version: int) -> dict[str,
         DocumentError: it is no JSON object, of another format, or damaged.
     """
     try:
-        body = json.loads(data)
+        body = json.loads(data, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as err:
         raise DocumentError(f"not JSON ({err})") from err
     if not isinstance(body, dict) or body.get("format") != format_name:
@@ -69,4 +70,20 @@ def convert(value: object, target: type[T]) -> T:
 
 def _checksum(body: dict[str, Any]) -> str:
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return blake3(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+    return blake3(_bytes(canonical)).hexdigest()
+
+
+def _bytes(text: str) -> bytes:
+    """Encode JSON; what is no Unicode (half a surrogate pair) becomes JSON's own `\\uXXXX`."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large a number")
+    return number

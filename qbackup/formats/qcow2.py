@@ -68,7 +68,7 @@ def write_empty_image(fd: int, *, virtual_size_bytes: int, compression: Compress
     if not 0 <= virtual_size_bytes <= MAX_DISK_BYTES:
         raise Qcow2Error(f"size {virtual_size_bytes} is not supported")
     l1_entries = -(-virtual_size_bytes // (CLUSTER_BYTES * _L2_ENTRIES))
-    l1_clusters = max(1, -(-l1_entries * 8 // CLUSTER_BYTES))
+    l1_clusters = -(-l1_entries * 8 // CLUSTER_BYTES)
     first_l1_cluster = 3
     cluster_count = first_l1_cluster + l1_clusters
     features = 0 if compression == "zlib" else _INCOMPATIBLE_COMPRESSION
@@ -155,10 +155,12 @@ def _end_of_extensions(data: bytes) -> int:
 
 
 def _backing_format(data: bytes) -> str | None:
-    for kind, offset, length in header_extensions(data):
-        if kind == _EXTENSION_BACKING_FORMAT:
-            return _text(data[offset : offset + length])
-    return None
+    found = [
+        _text(data[offset : offset + length])
+        for kind, offset, length in header_extensions(data)
+        if kind == _EXTENSION_BACKING_FORMAT
+    ]
+    return found[-1] if found else None  # of several, QEMU takes the last
 
 
 def _text(data: bytes) -> str:

@@ -46,18 +46,19 @@ async def convert(
         raise RestoreError(
             "qemu-img is not installed", hint="on Debian: apt-get install qemu-utils"
         ) from err
+    reading_errors = asyncio.create_task(_read_errors(process))
     try:
-        async with asyncio.TaskGroup() as group:
-            errors = group.create_task(_read_errors(process))
-            group.create_task(_follow(process, on_fraction))
+        await _follow(process, on_fraction)
+        errors = await reading_errors
         status = await process.wait()
     except BaseException:
         if process.returncode is None:
             process.kill()
             await process.wait()
+        reading_errors.cancel()
         raise
     if status != 0:
-        raise RestoreError(f"qemu-img failed: {errors.result() or f'exit status {status}'}")
+        raise RestoreError(f"qemu-img failed: {errors or f'exit status {status}'}")
 
 
 def _file_argument(path: Path) -> str:

@@ -72,7 +72,7 @@ def as_rolled_back(disk: Disk, prefix: str, checkpoint: str | None) -> Disk:
     """Return the disk with its bitmaps as `roll_back_bitmaps` would leave them."""
     base = disk.bitmap(bitmap_name(prefix, checkpoint)) if checkpoint else None
     newer = _newer(disk, prefix, checkpoint or "")
-    if base is None or base.recording or not newer:
+    if base is None or base.recording or not _cover(newer):
         return disk
     whole = replace(
         base,
@@ -99,12 +99,22 @@ def _roll_back(
     if base is None:
         own = disk.bitmap(bitmap_name(prefix, uncommitted)) if uncommitted else None
         return [commands.bitmap_remove(node=disk.node, name=own.name)] if own else []
-    newer = [bitmap.name for bitmap in _newer(disk, prefix, checkpoint or "")]
+    newer = _newer(disk, prefix, checkpoint or "")
     actions: list[Command] = []
-    if newer and not base.recording:
+    if not base.recording and _cover(newer):
         actions.append(commands.bitmap_enable(node=disk.node, name=base.name))
         actions += [
-            commands.bitmap_merge(node=disk.node, target=base.name, source=name) for name in newer
+            commands.bitmap_merge(node=disk.node, target=base.name, source=bitmap.name)
+            for bitmap in newer
         ]
-    actions += [commands.bitmap_remove(node=disk.node, name=name) for name in newer]
+    actions += [commands.bitmap_remove(node=disk.node, name=bitmap.name) for bitmap in newer]
     return actions
+
+
+def _cover(newer: Iterable[Bitmap]) -> bool:
+    """Tell whether these recorded every write since the one before them was stopped.
+
+    Only the oldest began at that instant, and only if it still records there was no gap.
+    """
+    oldest = min(newer, key=lambda bitmap: bitmap.name, default=None)
+    return oldest is not None and oldest.recording and not oldest.inconsistent

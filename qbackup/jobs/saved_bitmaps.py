@@ -279,13 +279,12 @@ async def _complete_stopped_bitmaps(monitor: Monitor, disks: Sequence[Disk]) -> 
     actions: list[Command] = []
     for disk in disks:
         for bitmap in _ours(disk):
-            younger = [
-                other.name
-                for other in _ours(disk)
-                if other.recording and _is_younger(other.name, bitmap.name)
-            ]
-            if bitmap.recording or not younger:
+            if bitmap.recording:
                 continue
+            younger = sorted(o.name for o in _ours(disk) if _is_younger(o.name, bitmap.name))
+            oldest = disk.bitmap(younger[0]) if younger else None
+            if oldest is None or not oldest.recording:
+                continue  # there was a gap in what was recorded
             actions.append(commands.bitmap_enable(node=disk.node, name=bitmap.name))
             actions += [
                 commands.bitmap_merge(node=disk.node, target=bitmap.name, source=name)

@@ -112,9 +112,15 @@ def scope_of_chain(repository: Repository, backup: Backup) -> Scope:
     waiting = [disk.parent for disk in backup.disks if disk.parent is not None]
     while waiting:
         parent = waiting.pop()
-        if parent in needed or repository.find(backup.vm, parent) is None:
+        if parent in needed:
+            continue
+        try:
+            found = repository.find(backup.vm, parent)
+        except ManifestDamagedError:
+            needed.add(parent)  # verifying it tells what is wrong
+            continue
+        if found is None:
             continue
         needed.add(parent)
-        found = repository.backup(backup.vm, parent)
         waiting += [disk.parent for disk in found.disks if disk.parent is not None]
     return Scope(vm=backup.vm, ids=sorted(needed))

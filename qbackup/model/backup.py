@@ -5,7 +5,9 @@ nothing of where they are stored or how they were made.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 Kind = Literal["full", "incremental"]
 
@@ -51,6 +53,10 @@ MAX_DISK_BYTES = 64 * 1024**4
 """Disks up to 64 TiB; larger sizes in a file are taken for damage."""
 
 
+ByteCount = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+"""A size or an amount in bytes. Decoding refuses what no disk can have."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceImage:
     """What QEMU said of a disk when it was backed up."""
@@ -60,7 +66,7 @@ class SourceImage:
     qdev: str
     format: str
     filename: str
-    actual_size_bytes: int
+    actual_size_bytes: ByteCount
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +83,12 @@ class DiskBackup:
     kind: Kind
     reason: Reason | None
     parent: str | None
-    virtual_size_bytes: int
-    granularity_bytes: int
-    copied_bytes: int
-    stored_bytes: int
+    virtual_size_bytes: ByteCount
+    granularity_bytes: ByteCount
+    copied_bytes: ByteCount
+    stored_bytes: ByteCount
     file: str
-    file_size_bytes: int
+    file_size_bytes: ByteCount
     blake3: str
     source: SourceImage
 
@@ -115,7 +121,7 @@ class Backup:
     label: str | None
     consistency: Consistency
     disks: list[DiskBackup]
-    seconds: float
+    seconds: Annotated[float, Meta(ge=0)]
     qemu_version: str
     vm_configuration: VmConfiguration
     left_out: dict[str, str] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from qbackup.errors import UsageError
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
-_BACKUP_ID = re.compile(r"(\d{8}-\d{6}\.\d{3})-([0-9a-f]{4})\Z")
+_BACKUP_ID = re.compile(r"([0-9]{8}-[0-9]{6}\.[0-9]{3})-[0-9a-f]{4}\Z")
 _BITMAP_NAME = re.compile(r"qbackup-([0-9a-f]{12})-(.+)\Z")
 _TIME_FORMAT = "%Y%m%d-%H%M%S.%f"
 
@@ -42,8 +42,8 @@ def check_name(what: str, name: str) -> str:
 
 
 def is_backup_id(text: str) -> bool:
-    """Tell whether `text` has the form of a backup id."""
-    return _BACKUP_ID.match(text) is not None
+    """Tell whether `text` is a backup id: its form is right, and it names a time that exists."""
+    return _time_of(text) is not None
 
 
 def new_backup_id(*, now: datetime, newest: str | None, random_bits: int) -> tuple[str, datetime]:
@@ -64,10 +64,20 @@ def new_backup_id(*, now: datetime, newest: str | None, random_bits: int) -> tup
 
 def backup_time(backup_id: str) -> datetime:
     """Return the instant in a backup id (UTC, milliseconds)."""
+    moment = _time_of(backup_id)
+    if moment is None:
+        raise UsageError(f"{backup_id!r} is not a backup id")
+    return moment
+
+
+def _time_of(backup_id: str) -> datetime | None:
     match = _BACKUP_ID.match(backup_id)
     if match is None:
-        raise UsageError(f"{backup_id!r} is not a backup id")
-    return datetime.strptime(match.group(1), _TIME_FORMAT).replace(tzinfo=UTC)
+        return None
+    try:
+        return datetime.strptime(match.group(1), _TIME_FORMAT).replace(tzinfo=UTC)
+    except ValueError:
+        return None
 
 
 def owner_prefix(repository_id: str, vm: str) -> str:

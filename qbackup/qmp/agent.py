@@ -40,8 +40,7 @@ class Agent:
         """
         if await self._execute("guest-fsfreeze-status", timeout_s=SYNC_TIMEOUT_S) == "frozen":
             await self.thaw()
-        count = await self._execute("guest-fsfreeze-freeze", timeout_s=FREEZE_TIMEOUT_S)
-        return int(count)
+        return _count(await self._execute("guest-fsfreeze-freeze", timeout_s=FREEZE_TIMEOUT_S))
 
     async def thaw(self) -> int:
         """Thaw the guest's file systems and return how many were still frozen.
@@ -49,7 +48,7 @@ class Agent:
         Raises:
             AgentError: the agent does not say that they are thawed.
         """
-        return int(await self._execute("guest-fsfreeze-thaw", timeout_s=THAW_TIMEOUT_S))
+        return _count(await self._execute("guest-fsfreeze-thaw", timeout_s=THAW_TIMEOUT_S))
 
     async def close(self) -> None:
         """End the session, so that another client can have the channel."""
@@ -67,22 +66,30 @@ class Agent:
         await self._send("guest-sync-delimited", {"id": number}, prefix=_DELIMITER)
         async with _deadline("guest-sync-delimited", SYNC_TIMEOUT_S):
             while True:
+                await self._skip_to_delimiter()
+                if _parse(await self._reader.readline()).get("return") == number:
+                    return
+
+    async def _skip_to_delimiter(self) -> None:
+        while True:
+            try:
                 await self._reader.readuntil(_DELIMITER)
-                with suppress(ValueError, KeyError):
-                    if json.loads(await self._reader.readline())["return"] == number:
-                        return
+            except asyncio.LimitOverrunError as err:
+                await self._reader.readexactly(err.consumed)
+            else:
+                return
 
     async def _execute(self, command: str, *, timeout_s: float) -> Any:
         await self._send(command, {})
         async with _deadline(command, timeout_s):
             line = await self._reader.readline()
-        try:
-            reply = json.loads(line)
-        except ValueError as err:
-            raise AgentError(f"guest agent: the connection ended during {command}") from err
-        if not isinstance(reply, dict) or "return" not in reply:
-            error = reply.get("error", {}) if isinstance(reply, dict) else {}
-            raise AgentError(f"guest agent: {command} failed: {error.get('desc', 'no reason')}")
+        if not line:
+            raise AgentError(f"guest agent: the connection ended during {command}")
+        reply = _parse(line)
+        if "return" not in reply:
+            error = reply.get("error")
+            reason = error.get("desc") if isinstance(error, dict) else None
+            raise AgentError(f"guest agent: {command} failed: {reason or 'no sensible answer'}")
         return reply["return"]
 
     async def _send(self, command: str, arguments: dict[str, Any], prefix: bytes = b"") -> None:
@@ -90,6 +97,21 @@ class Agent:
         self._writer.write(prefix + json.dumps(message).encode() + b"\n")
         async with _deadline(command, SYNC_TIMEOUT_S):
             await self._writer.drain()
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """Read one line of the guest's; whatever is no JSON object is an empty one."""
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise AgentError("guest agent: a count of file systems is no number")
+    return value
 
 
 @asynccontextmanager
@@ -119,5 +141,7 @@ async def _deadline(command: str, timeout_s: float) -> AsyncIterator[None]:
             yield
     except TimeoutError as err:
         raise AgentError(f"guest agent: no answer to {command} in {timeout_s:.0f} s") from err
-    except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError) as err:
+    except (asyncio.IncompleteReadError, ConnectionError) as err:
         raise AgentError(f"guest agent: the connection ended during {command}") from err
+    except ValueError as err:  # what readline() raises for a line beyond the limit
+        raise AgentError(f"guest agent: the answer to {command} is too long") from err

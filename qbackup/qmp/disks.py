@@ -77,7 +77,7 @@ class _FormatSpecific(msgspec.Struct):
 
 
 class _Image(msgspec.Struct, rename="kebab"):
-    virtual_size: Annotated[int, msgspec.Meta(ge=0, le=MAX_DISK_BYTES)]
+    virtual_size: Annotated[int, msgspec.Meta(ge=0)]
     filename: str = ""
     actual_size: int = 0
     format_specific: _FormatSpecific = msgspec.field(default_factory=_FormatSpecific)
@@ -155,6 +155,11 @@ def _disk(
         raise DiskError(
             f"the disk {node.image.filename!r} has no name that stays the same",
             hint="give it a node-name (-blockdev) or an id (-drive or -device)",
+        )
+    if node.image.virtual_size > MAX_DISK_BYTES:
+        raise DiskError(
+            f"disk {name}: {node.image.virtual_size} bytes are more than qbackup supports",
+            hint=f"at most {MAX_DISK_BYTES // 1024**4} TiB",
         )
     node_name = node.node_name or ""
     return Disk(

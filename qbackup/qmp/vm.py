@@ -1,17 +1,19 @@
 """What QEMU says of the VM as a whole: its state, version and configuration."""
 
 import asyncio
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from qbackup.errors import QmpCommandError
+from qbackup.errors import MonitorError, MonitorLostError, QmpCommandError
 from qbackup.model.backup import VmConfiguration
 from qbackup.qmp import commands
+from qbackup.qmp.commands import Command
 from qbackup.qmp.monitor import Monitor
+
+T = TypeVar("T")
 
 _MAX_COMMAND_LINE_BYTES = 1024 * 1024
 
@@ -46,28 +48,44 @@ async def query_version(monitor: Monitor) -> str:
     return f"{version.major}.{version.minor}.{version.micro}"
 
 
+class _Name(msgspec.Struct):
+    name: str | None = None
+
+
+class _Uuid(msgspec.Struct, rename="upper"):
+    uuid: str | None = None
+
+
+class _Memory(msgspec.Struct, rename="kebab"):
+    base_memory: int | None = None
+
+
 async def query_configuration(monitor: Monitor) -> VmConfiguration:
     """Collect what is needed to start the VM again; what QEMU does not tell is None."""
-    name = await _fact(monitor, commands.query("name"))
-    uuid = await _fact(monitor, commands.query("uuid"))
-    machine = await _fact(monitor, commands.qom_get("/machine", "type"))
-    memory = await _fact(monitor, commands.query("memory-size-summary"))
-    cpus = await _fact(monitor, commands.query("cpus-fast"))
+    name = await _fact(monitor, commands.query("name"), _Name)
+    uuid = await _fact(monitor, commands.query("uuid"), _Uuid)
+    machine = await _fact(monitor, commands.qom_get("/machine", "type"), str)
+    memory = await _fact(monitor, commands.query("memory-size-summary"), _Memory)
+    cpus = await _fact(monitor, commands.query("cpus-fast"), list[Any])
     pid = monitor.peer_pid()
     return VmConfiguration(
-        name=name.get("name") if isinstance(name, dict) else None,
-        uuid=uuid.get("UUID") if isinstance(uuid, dict) else None,
-        machine=machine.removesuffix("-machine") if isinstance(machine, str) else None,
-        cpu_count=len(cpus) if isinstance(cpus, list) else None,
-        memory_bytes=memory.get("base-memory") if isinstance(memory, dict) else None,
+        name=name.name if name else None,
+        uuid=uuid.uuid if uuid else None,
+        machine=machine.removesuffix("-machine") if machine else None,
+        cpu_count=None if cpus is None else len(cpus),
+        memory_bytes=memory.base_memory if memory else None,
         command_line=None if pid is None else await asyncio.to_thread(_command_line, pid),
     )
 
 
-async def _fact(monitor: Monitor, command: commands.Command) -> Any:
-    with suppress(QmpCommandError):
-        return await monitor.execute(command)
-    return None
+async def _fact(monitor: Monitor, command: Command, reply_type: type[T]) -> T | None:
+    """Ask for something that a backup can do without."""
+    try:
+        return await monitor.query(command, reply_type)
+    except MonitorLostError:
+        raise
+    except (QmpCommandError, MonitorError):
+        return None
 
 
 def _command_line(pid: int) -> list[str] | None:

@@ -1,12 +1,14 @@
 """One run per VM and repository: a lock that dies with its holder.
 
-The kernel drops an `flock` when the last process that holds it ends, however it ends, so
-there is no such thing as a stale lock. The file itself stays; its content is for people.
+The kernel drops an open file description's lock (fcntl(2), `F_OFD_SETLK`) when the last
+process that has it open ends, however it ends, so there is no such thing as a stale lock, and
+`F_OFD_GETLK` can look without taking part. The file itself stays; its content is for people.
 """
 
 import asyncio
 import fcntl
 import os
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +18,9 @@ from qbackup.repository.durable import FILE_MODE
 
 LOCK_NAME = ".lock"
 _POLL_S = 0.2
+_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
+_WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+"""`struct flock`: an exclusive lock from the first byte to the end."""
 
 
 @asynccontextmanager
@@ -25,7 +30,7 @@ async def locked(directory: Path, *, vm: str, wait_s: float) -> AsyncIterator[No
     Raises:
         LockedError: another process holds it.
     """
-    fd = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+    fd = os.open(directory / LOCK_NAME, _FLAGS | os.O_RDWR | os.O_CREAT, FILE_MODE)
     try:
         await _acquire(fd, vm=vm, wait_s=wait_s)
         os.ftruncate(fd, 0)
@@ -38,25 +43,24 @@ async def locked(directory: Path, *, vm: str, wait_s: float) -> AsyncIterator[No
 def is_locked(directory: Path) -> bool:
     """Tell whether a run is under way, without disturbing it."""
     try:
-        fd = os.open(directory / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(directory / LOCK_NAME, _FLAGS | os.O_RDONLY)
     except OSError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _WHOLE_FILE)
     finally:
         os.close(fd)
-    return False
+    (kind,) = struct.unpack_from("h", found)
+    return bool(kind != fcntl.F_UNLCK)
 
 
 async def _acquire(fd: int, *, vm: str, wait_s: float) -> None:
-    # flock has no event to wait for; polling leaves the wait open to Ctrl-C.
+    # A lock has no event to wait for; polling leaves the wait open to Ctrl-C.
     deadline = asyncio.get_running_loop().time() + wait_s
     while True:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _WHOLE_FILE)
+        except (BlockingIOError, PermissionError):
             if asyncio.get_running_loop().time() >= deadline:
                 holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
                 raise LockedError(

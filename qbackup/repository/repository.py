@@ -31,6 +31,8 @@ from qbackup.repository.lock import is_locked, locked
 
 REPOSITORY_FILE = "qbackup.json"
 MANIFEST_FILE = "manifest.json"
+_UNFINISHED_FILE = f".{REPOSITORY_FILE}.new"
+"""What an `init` that was killed may have left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +88,9 @@ class Repository:
             if path.exists() and not path.is_dir():
                 raise RepositoryError(f"{path}: this is a file, not a directory")
             path.mkdir(mode=durable.DIRECTORY_MODE, parents=True, exist_ok=True)
-            if any(path.iterdir()):
+            if (path / REPOSITORY_FILE).exists():
+                raise RepositoryError(f"{path}: is a repository already")
+            if any(entry for entry in path.iterdir() if entry.name != _UNFINISHED_FILE):
                 raise RepositoryError(
                     f"{path}: the directory is not empty, and it is not a repository",
                     hint="choose an empty or a new directory",
@@ -240,15 +244,20 @@ class Repository:
             yield partial
         except BaseException as err:
             try:
-                await self.remove_partial(partial.directory)
+                await self._remove_if_there(partial.directory)
             except OSError as cleanup:
                 err.add_note(f"{partial.directory} could not be removed: {cleanup.strerror}")
             raise
+        await self._remove_if_there(partial.directory)
 
     async def remove_partial(self, directory: Path) -> None:
         """Remove what an unfinished run wrote. Call only with the VM's lock held."""
         await asyncio.to_thread(shutil.rmtree, directory)
         await durable.sync_directory(directory.parent)
+
+    async def _remove_if_there(self, directory: Path) -> None:
+        if directory.is_dir():
+            await self.remove_partial(directory)
 
     def free_bytes(self) -> int:
         """Return what the file system offers to this user."""

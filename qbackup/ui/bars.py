@@ -15,6 +15,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from qbackup.ui.tables import printable
+
 
 class BarReporter:
     """Draws on stderr while its block lasts; the finished bars stay."""
@@ -46,7 +48,7 @@ class BarReporter:
 
     def progress(self, *, vm: str, disk: str, done_bytes: int, total_bytes: int) -> None:
         """Move a disk's bar. A disk with nothing to copy is done at once."""
-        label = escape(f"{vm} {disk}")
+        label = escape(printable(f"{vm} {disk}"))
         if disk not in self._tasks:
             self._tasks[disk] = self._progress.add_task(label, total=max(1, total_bytes))
         done = done_bytes if total_bytes else 1
@@ -54,8 +56,8 @@ class BarReporter:
 
     def notice(self, message: str) -> None:
         """Print a line above the bars."""
-        self._console.print(message, markup=False)
+        self._console.print(printable(message), markup=False)
 
     def warning(self, message: str) -> None:
         """Print a line above the bars, so that it is seen."""
-        self._console.print(f"warning: {message}", style="yellow", markup=False)
+        self._console.print(f"warning: {printable(message)}", style="yellow", markup=False)

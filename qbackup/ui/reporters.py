@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from qbackup.model.quantities import format_duration, format_size
+from qbackup.ui.tables import printable
 
 LINE_INTERVAL_S = 5.0
 JSON_INTERVAL_S = 0.5
@@ -118,8 +119,8 @@ class JsonReporter(_Plain):
 
 
 def print_line(text: str) -> None:
-    """Write one line for people to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Write one line for people to stderr; whatever is in it, it stays one line."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def print_json_line(document: dict[str, Any]) -> None:

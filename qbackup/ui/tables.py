@@ -10,6 +10,7 @@ _GAP = "  "
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int]) -> str:
     """Align `rows` under `header`; the columns whose numbers are in `right` are numbers."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = []
     for row in (header, *rows):
@@ -24,7 +25,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequen
 def facts(pairs: Sequence[tuple[str, str]]) -> str:
     """Write `name  value` lines, the values aligned."""
     width = max((len(name) for name, _ in pairs), default=0)
-    return "\n".join(f"{name.ljust(width)}{_GAP}{value}" for name, value in pairs)
+    return "\n".join(f"{name.ljust(width)}{_GAP}{printable(value)}" for name, value in pairs)
 
 
 def printable(text: str) -> str:

@@ -78,10 +78,10 @@ async def test_the_bits_of_a_failed_incremental_go_back_and_are_recorded_again(
     ]
 
 
-async def test_the_bits_of_several_failed_incrementals_all_go_back(monitor_of: MonitorOf) -> None:
+async def test_the_bits_of_several_unfinished_runs_all_go_back(monitor_of: MonitorOf) -> None:
     fake = await roll_back(
         monitor_of,
-        device("system", id1=STOPPED, id2=STOPPED, id3=RECORDING),
+        device("system", id1=STOPPED, id2=RECORDING, id3=RECORDING),
         checkpoints={"system": ID1},
     )
     assert short(fake) == [
@@ -91,6 +91,15 @@ async def test_the_bits_of_several_failed_incrementals_all_go_back(monitor_of: M
         ("remove", ID2, "system"),
         ("remove", ID3, "system"),
     ]
+
+
+async def test_a_bitmap_that_was_stopped_in_between_may_have_a_gap(monitor_of: MonitorOf) -> None:
+    fake = await roll_back(
+        monitor_of,
+        device("system", id1=STOPPED, id2=STOPPED, id3=RECORDING),
+        checkpoints={"system": ID1},
+    )
+    assert [action[0] for action in short(fake)] == ["remove", "remove"]
 
 
 async def test_after_a_failed_full_the_old_bitmap_has_all_bits_itself(
