@@ -89,7 +89,7 @@ _EXPECTED = {
     "state": 'a directory, such as state = "/var/lib/qbackup"',
     "trust_block_devices": "true or false",
     "vm": "tables such as [vm.vm1]",
-    "qmp": 'a socket\'s path or tcp:HOST:PORT, such as qmp = "/run/vm1/qmp.sock"',
+    "qmp": "QEMU's monitor, a socket's path or tcp:HOST:PORT",
     "agent": 'the guest agent\'s socket, such as agent = "/run/vm1/qga.sock"',
     "disks": 'a list of names, such as disks = ["system", "data"]',
     "granularity": 'a power of two from 4K to 2M, such as granularity = "64K"',

@@ -31,7 +31,7 @@ Reason = Literal[
 ]
 
 REASON_TEXT: dict[Reason, str] = {
-    "missing": "QEMU has no bitmap of the last backup; was the VM restarted?",
+    "missing": "there is no bitmap of the last backup; did the VM restart unwatched?",
     "unclean": "the bitmap may have missed writes",
     "corrupt": "the bitmap file is damaged",
     "unsupported": "the bitmap file is of an unknown version",
