@@ -126,7 +126,8 @@ def guest_arguments(
     ids used here begin with "guest-".
     """
     arguments = [
-        *("-accel", "tcg"),
+        # Without a source of random numbers, mkfs waits seconds for the kernel to gather some.
+        *("-accel", "tcg", "-cpu", "qemu64,+rdrand"),
         *("-machine", machine),
         *("-m", str(memory_mib)),
         *("-no-user-config", "-nodefaults"),

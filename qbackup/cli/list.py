@@ -35,7 +35,7 @@ async def run(arguments: argparse.Namespace) -> int:
             str(len(backup.disks)),
             format_size(backup.virtual_size_bytes),
             format_size(backup.stored_bytes),
-            backup.chain,
+            backup.chain[-4:],
             backup.label or "",
         )
         for backup in backups

@@ -14,7 +14,6 @@ One line of JSON each way, then silence until the end:
 
 import asyncio
 import json
-import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from typing import Any, Literal
 from qbackup.errors import MonitorError, MonitorLostError, QbackupError
 from qbackup.formats.configuration import Vm
 from qbackup.qmp.monitor import Monitor, connected
+from qbackup.qmp.sockets import short_address
 from qbackup.repository import durable
 
 _MAX_LINE_BYTES = 4096
@@ -74,23 +74,17 @@ async def listening(socket: Path, inbox: "asyncio.Queue[Any]") -> AsyncIterator[
             del clients[task]
 
     socket.unlink(missing_ok=True)
-    folder = os.open(socket.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with short_address(socket) as name:
+        server = await asyncio.start_unix_server(serve, name, limit=_MAX_LINE_BYTES)
+    socket.chmod(durable.FILE_MODE)
     try:
-        # Through the directory's descriptor the address is short, however deep it lies.
-        server = await asyncio.start_unix_server(
-            serve, f"/proc/self/fd/{folder}/{socket.name}", limit=_MAX_LINE_BYTES
-        )
-        socket.chmod(durable.FILE_MODE)
-        try:
-            yield
-        finally:
-            server.close()
-            socket.unlink(missing_ok=True)
-            for writer in clients.values():
-                writer.close()
-            await asyncio.gather(*clients)
+        yield
     finally:
-        os.close(folder)
+        server.close()
+        socket.unlink(missing_ok=True)
+        for writer in clients.values():
+            writer.close()
+        await asyncio.gather(*clients)
 
 
 def _parse(line: bytes, writer: asyncio.StreamWriter) -> Request | None:
@@ -171,17 +165,10 @@ async def _connect(
     socket: Path,
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
     try:
-        folder = os.open(socket.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        return await asyncio.open_unix_connection(
-            f"/proc/self/fd/{folder}/{socket.name}", limit=_MAX_LINE_BYTES
-        )
+        with short_address(socket) as name:
+            return await asyncio.open_unix_connection(name, limit=_MAX_LINE_BYTES)
     except (FileNotFoundError, ConnectionRefusedError):
         return None
-    finally:
-        os.close(folder)
 
 
 async def _ask(

@@ -89,7 +89,7 @@ class Verifier:
             self._bytes += length
             self._reporter.progress(
                 vm=backup.vm,
-                disk=f"{backup.id}/{disk.name}",
+                disk=f"{disk.name} {backup.id}",
                 done_bytes=done,
                 total_bytes=disk.file_size_bytes,
             )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qbackup.errors import QbackupError
+from qbackup.qmp.sockets import short_address
 
 SYNC_TIMEOUT_S = 5.0
 FREEZE_TIMEOUT_S = 20.0
@@ -31,6 +32,7 @@ class Agent:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
+        self._unanswered = False
 
     async def freeze(self) -> int:
         """Freeze the guest's file systems and return how many; thaw what was frozen before.
@@ -45,9 +47,15 @@ class Agent:
     async def thaw(self) -> int:
         """Thaw the guest's file systems and return how many were still frozen.
 
+        If a command before this one has no answer yet, the guest may still be freezing: it is
+        told to thaw at once, and told again when it has caught up.
+
         Raises:
             AgentError: the agent does not say that they are thawed.
         """
+        if self._unanswered:
+            await self._send("guest-fsfreeze-thaw", {})
+            await self.synchronize(timeout_s=THAW_TIMEOUT_S)
         return _count(await self._execute("guest-fsfreeze-thaw", timeout_s=THAW_TIMEOUT_S))
 
     async def close(self) -> None:
@@ -56,18 +64,19 @@ class Agent:
         with suppress(OSError):
             await self._writer.wait_closed()
 
-    async def synchronize(self) -> None:
-        """Throw away what the channel holds of earlier sessions.
+    async def synchronize(self, *, timeout_s: float = SYNC_TIMEOUT_S) -> None:
+        """Throw away what the channel holds of earlier sessions and commands.
 
         Raises:
             AgentError: nobody answers.
         """
         number = secrets.randbits(31)
         await self._send("guest-sync-delimited", {"id": number}, prefix=_DELIMITER)
-        async with _deadline("guest-sync-delimited", SYNC_TIMEOUT_S):
+        async with _deadline("guest-sync-delimited", timeout_s):
             while True:
                 await self._skip_to_delimiter()
                 if _parse(await self._reader.readline()).get("return") == number:
+                    self._unanswered = False
                     return
 
     async def _skip_to_delimiter(self) -> None:
@@ -80,9 +89,11 @@ class Agent:
                 return
 
     async def _execute(self, command: str, *, timeout_s: float) -> Any:
+        self._unanswered = True
         await self._send(command, {})
         async with _deadline(command, timeout_s):
             line = await self._reader.readline()
+        self._unanswered = False
         if not line:
             raise AgentError(f"guest agent: the connection ended during {command}")
         reply = _parse(line)
@@ -123,7 +134,8 @@ async def connected(path: Path) -> AsyncIterator[Agent]:
     """
     try:
         async with _deadline("connect", SYNC_TIMEOUT_S):
-            reader, writer = await asyncio.open_unix_connection(path, limit=_MAX_REPLY_BYTES)
+            with short_address(path) as name:
+                reader, writer = await asyncio.open_unix_connection(name, limit=_MAX_REPLY_BYTES)
     except OSError as err:
         raise AgentError(f"guest agent: {path}: {err.strerror or err}") from err
     agent = Agent(reader, writer)

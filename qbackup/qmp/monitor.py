@@ -26,6 +26,7 @@ from qbackup.errors import MonitorBusyError, MonitorError, MonitorLostError, Qmp
 from qbackup.formats.documents import DocumentError, convert
 from qbackup.qmp import commands
 from qbackup.qmp.commands import Command
+from qbackup.qmp.sockets import short_address
 
 T = TypeVar("T")
 
@@ -140,9 +141,13 @@ class Monitor:
         if not self.can_send_descriptors:
             return None
         size = struct.calcsize("3i")
-        with suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+        with (
+            suppress(OSError),
+            short_address(Path(self._text)) as name,
+            socket.socket(socket.AF_UNIX) as probe,
+        ):
             probe.setblocking(False)
-            probe.connect(str(self._address))
+            probe.connect(name)
             credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
             return int(struct.unpack("3i", credentials)[0]) or None
         return None
@@ -169,10 +174,9 @@ async def connected(
         MonitorBusyError: the monitor does not greet us.
     """
     client = QMPClient("qbackup")
-    target = str(address) if isinstance(address, Path) else address
     try:
         async with asyncio.timeout(timeout_s):
-            await client.connect(target)
+            await _connect(client, address)
     except TimeoutError as err:
         await _disconnect(client)
         raise MonitorBusyError(
@@ -180,13 +184,21 @@ async def connected(
             hint="a QMP monitor serves one client at a time: end the other one, "
             "or give QEMU a second -qmp for it",
         ) from err
-    except ConnectError as err:
+    except (ConnectError, OSError) as err:
         await _disconnect(client)
         raise _unreachable(address, err) from err
     try:
         yield Monitor(client, address)
     finally:
         await _disconnect(client)
+
+
+async def _connect(client: QMPClient, address: Address) -> None:
+    if isinstance(address, Path):
+        with short_address(address) as name:
+            await client.connect(name)
+    else:
+        await client.connect(address)
 
 
 async def _disconnect(client: QMPClient) -> None:
@@ -198,9 +210,9 @@ async def _disconnect(client: QMPClient) -> None:
                 await client.disconnect()
 
 
-def _unreachable(address: Address, err: ConnectError) -> MonitorError:
+def _unreachable(address: Address, err: ConnectError | OSError) -> MonitorError:
     text = address_text(address)
-    cause = err.exc
+    cause = err.exc if isinstance(err, ConnectError) else err
     if isinstance(cause, FileNotFoundError):
         return MonitorError(
             f"{text}: no such socket",

@@ -14,8 +14,13 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Column
 
 from qbackup.ui.tables import printable
+
+
+def _one_line(ratio: int | None = None) -> Column:
+    return Column(no_wrap=True, ratio=ratio)
 
 
 class BarReporter:
@@ -24,11 +29,11 @@ class BarReporter:
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("{task.description}", table_column=_one_line(ratio=3)),
+            BarColumn(bar_width=None, table_column=Column(ratio=2)),
+            DownloadColumn(binary_units=True, table_column=_one_line()),
+            TransferSpeedColumn(table_column=_one_line()),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=_one_line()),
             console=self._console,
             expand=True,
         )

@@ -70,15 +70,19 @@ class LineReporter(_Plain):
     def __init__(self, *, quiet: bool) -> None:
         super().__init__(quiet=quiet)
         self._started: dict[str, float] = {}
+        self._turn_began = time.monotonic()
         self._last: dict[str, float] = {}
 
     def progress(self, *, vm: str, disk: str, done_bytes: int, total_bytes: int) -> None:
         """Print a line if the last one is long enough ago."""
         now = time.monotonic()
-        started = self._started.setdefault(disk, now)
+        # Disks that are copied together began together, the next one when the last was done.
+        started = self._started.setdefault(disk, self._turn_began)
         if self._quiet or self._last.get(disk) == float("inf"):
             return
         done = done_bytes >= total_bytes
+        if done:
+            self._turn_began = now
         if not done and now - self._last.setdefault(disk, now) < LINE_INTERVAL_S:
             return
         self._last[disk] = float("inf") if done else now
