@@ -1,6 +1,7 @@
 """`qbackup list`: the backups, newest last."""
 
 import argparse
+from collections.abc import Sequence
 from datetime import datetime
 
 from qbackup.cli.context import make_context
@@ -25,27 +26,31 @@ async def run(arguments: argparse.Namespace) -> int:
             else:
                 backups.append(backup)
     backups.sort(key=lambda backup: backup.id)
-    head = ("VM", "ID", "LOCAL TIME", "KIND", "DISKS", "SIZE", "STORED", "CHAIN", "LABEL")
-    rows = [
-        (
-            backup.vm,
-            backup.id,
-            _local_time(backup.time),
-            backup.kind,
-            str(len(backup.disks)),
-            format_size(backup.virtual_size_bytes),
-            format_size(backup.stored_bytes),
-            backup.chain[-4:],
-            backup.label or "",
-        )
-        for backup in backups
-    ]
     answer(
         [backup.summary() for backup in backups],
-        text=table(head, rows, right=(4, 5, 6)) if rows else "no backups yet",
+        text=_table(backups, with_vm=arguments.vm is None) if backups else "no backups yet",
         json_output=context.json_output,
     )
     return 0
+
+
+def _table(backups: Sequence[Backup], *, with_vm: bool) -> str:
+    """Write what fits a terminal; the chain is shown by the end of its id."""
+    first = ["VM"] if with_vm else []
+    head = [*first, "ID", "LOCAL TIME", "KIND", "STORED", "CHAIN", "LABEL"]
+    rows = [
+        [
+            *([backup.vm] if with_vm else []),
+            backup.id,
+            _local_time(backup.time),
+            backup.kind,
+            format_size(backup.stored_bytes),
+            backup.chain[-4:],
+            backup.label or "",
+        ]
+        for backup in backups
+    ]
+    return table(head, rows, right=(head.index("STORED"),))
 
 
 def _local_time(time: str) -> str:
