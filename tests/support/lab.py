@@ -19,6 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qemu.qmp import ExecuteError
+
 from support.cli import Qbackup, Result, make_qbackup
 from support.model import DiskModel, Instant, patchwork
 from support.qcow2_clusters import stored_clusters
@@ -203,7 +205,8 @@ class Lab:
         """Let the running jobs finish quickly."""
         for job in await self.qemu.qmp("query-jobs"):
             if job["id"].startswith(OURS) and job["status"] == "running":
-                await self.qemu.qmp("block-job-set-speed", device=job["id"], speed=0)
+                with contextlib.suppress(ExecuteError):  # it may have ended this moment
+                    await self.qemu.qmp("block-job-set-speed", device=job["id"], speed=0)
 
     async def job_reaches(self, job_id: str, status: str) -> None:
         """Wait until a job has a status; `null` is that it is gone."""
