@@ -1,4 +1,4 @@
-"""The demo: three days of a VM, backed up while it runs, then restored and proved right.
+"""The demo: four days of a VM, backed up while it runs, then restored and proved right.
 
 Started by scripts/demo, which sets up what this needs. It uses qbackup as a user does, as a
 command. What it shows is what happened: every figure on the page is measured or compared here.
@@ -27,20 +27,30 @@ from qemu.qmp import QMPError
 VM = "vm1"
 MARKER = ".qbackup-demo"
 POWER_OFF_TIMEOUT_S = 30.0
+COMPARED = "Wednesday"
 COMMAND_WIDTH = 77
 
-SYSTEM = Disk(name="system", file=Path("system.raw"), image_format="raw")
-DATA = Disk(name="data", file=Path("data.qcow2"), image_format="qcow2")
+# QEMU keeps the bitmaps of neither: only qcow2 version 3 has room for them.
+SYSTEM = Disk(name="system", file=Path("system.qcow2"), image_format="qcow2")
+DATA = Disk(name="data", file=Path("data.raw"), image_format="raw")
 DISKS = (SYSTEM, DATA)
-SIZES = {"system": "256M", "data": "1G"}
+CREATE = {"system": ["-o", "compat=0.10", "256M"], "data": ["1G"]}
 
 # Everything is written at once, so that only the story's changes are in the incrementals.
 MKFS = "lazy_itable_init=0,lazy_journal_init=0"
 
+# After each boot, once.
+MOUNT = """
+for disk in system data; do
+    [ -d /$disk ] || { mkdir /$disk && mount /dev/disk/$disk /$disk; } || exit
+done
+"""
+
 # Writes a numbered line to the system disk, then to the data disk, and waits for neither
-# memory nor anybody: each line is on the disk before the next one begins.
+# memory nor anybody: each line is on the disk before the next one begins. After a restart it
+# goes on where it was.
 DIARY = """
-n=0
+n=$(tail -n 1 /system/diary 2>/dev/null | tr -dc 0-9)
 while [ ! -e /run/diary-ends ]; do
     n=$((n + 1))
     for disk in system data; do
@@ -87,8 +97,11 @@ class Page:
                 lines.append(word)
             else:
                 lines[-1] = f"{lines[-1]} {word}".lstrip()
-        text = " \\\n      ".join(lines)
-        print(f"\n{self._styled('$', '2')} {self._styled(text, '1;32')}", flush=True)
+        self.typed(" \\\n      ".join(lines))
+
+    def typed(self, line: str) -> None:
+        """Print what is typed into a shell."""
+        print(f"\n{self._styled('$', '2')} {self._styled(line, '1;32')}", flush=True)
 
     def hint(self, command: str, explanation: str, *, width: int) -> None:
         """Print a command for the reader and what it is for."""
@@ -140,6 +153,11 @@ class Folder:
         return self.path / "config.toml"
 
     @property
+    def start(self) -> Path:
+        """The script that starts the VM."""
+        return self.path / "start"
+
+    @property
     def vm(self) -> Vm:
         """The VM that is backed up, as it may run already."""
         return Vm(self.path / VM)
@@ -180,13 +198,23 @@ class Folder:
             elif entry.name != MARKER:
                 entry.unlink()
 
-    def write_activate(self) -> None:
-        """Write the file that tells a shell where qbackup and its configuration are."""
+    def write_scripts(self) -> None:
+        """Write what a shell needs to find qbackup and its configuration, and to start the VM."""
         self.path.joinpath("activate").write_text(
             "# Source this: afterwards the shell finds qbackup and the demo's configuration.\n"
             f"export PATH={shlex.quote(str(TOP / '.venv/bin'))}:$PATH\n"
             f"export QBACKUP_CONFIG={shlex.quote(str(self.configuration))}\n"
         )
+        words = [shlex.quote(word) for word in self.vm.command(DISKS)]
+        options = re.sub(r" (?=-)", " \\\n    ", " ".join(words))
+        self.start.write_text(
+            f"""#!/bin/sh
+# Starts the VM under qbackup, which keeps its bitmaps. Ctrl-C ends both.
+cd "$(dirname "$0")/{VM}" && . ../activate || exit
+exec qbackup run {VM} -- {options}
+"""
+        )
+        self.start.chmod(0o755)
 
 
 # --- commands ---------------------------------------------------------------------
@@ -267,90 +295,122 @@ class Demo:
             DemoError: something failed, or was not proved right.
         """
         started = time.monotonic()
-        self._page.title("qbackup: three days of a virtual machine")
+        self._page.title("qbackup: four days of a virtual machine")
         self._page.say(
             "A small Linux runs in QEMU. qbackup backs up its two disks while it works,\n"
-            "first in full, then only what changed. Every day is restored and checked."
+            "first in full, then only what changed, also after the VM was off. Then QEMU\n"
+            "crashes. Every day is restored and checked."
         )
-        async with await self._start_vm() as guest:
-            await self._set_up()
+        await self._set_up()
+        async with await self._first_start() as guest:
             await self._monday(guest)
             await self._tuesday(guest)
+            await self._switch_off(guest)
+        async with await self._start_again() as guest:
             await self._wednesday(guest)
+            await self._crash(guest)
+        async with await self._start_again() as guest:
+            await self._thursday(guest)
             await guest.run("touch /run/diary-ends")
         await self._restore()
         await self._prove()
         self._your_turn(time.monotonic() - started)
 
-    async def _start_vm(self) -> Guest:
-        self._page.step("1. A VM with two disks")
-        self._vm.folder.mkdir()
-        for disk in DISKS:
-            image = str(self._vm.folder / disk.file)
-            create = ["qemu-img", "create", "-q", "-f", disk.image_format, image]
-            await run_command([*create, SIZES[disk.name]], quiet=True)
-        began = time.monotonic()
-        self._vm.start(DISKS)
-        guest = await self._vm.connect()
-        boot_s = time.monotonic() - began
-        for disk in DISKS:
-            name = disk.name
-            device = f"/dev/disk/{name}"
-            await guest.run(f"mkfs.ext4 -q -E {MKFS} {device}")
-            await guest.run(f"mkdir /{name} && mount {device} /{name}")
-        await guest.run(f"({DIARY}) </dev/null >/dev/null 2>&1 &")
-        self._page.say(
-            f"It booted in {boot_s:.1f} s. Both disks carry a file system:\n\n"
-            "  system   256 MiB   raw\n"
-            "  data       1 GiB   qcow2\n\n"
-            "A program in the guest writes a diary: a numbered line to system, then to\n"
-            "data, then the next line. It goes on while backups are made."
-        )
-        return guest
-
     async def _set_up(self) -> None:
         here = self._folder.shown
-        self._page.say("\nqbackup gets a place for backups, and learns where the VM's sockets are:")
+        self._page.step("1. A VM with two disks")
+        self._page.say("qbackup gets a place for backups, and learns where the VM's sockets are:")
         await self._qbackup("init", "--repository", f"{here}/backups", "--state", f"{here}/state")
         table = f'[vm.{VM}]\nqmp = "{VM}/qmp.sock"\nagent = "{VM}/qga.sock"\n'
         with self._folder.configuration.open("a") as file:
             file.write(f"\n{table}")
         self._page.command(["tail", "-n", "3", f"{here}/config.toml"])
         self._page.say(table.rstrip())
+        self._page.say(
+            "\nThe disks are a raw file and a qcow2 of version 2. QEMU could not keep a record\n"
+            "of changes for either beyond its own end. So qbackup starts QEMU, and stays:"
+        )
+        self._vm.folder.mkdir()
+        for disk in DISKS:
+            image = str(self._vm.folder / disk.file)
+            create = ["qemu-img", "create", "-q", "-f", disk.image_format]
+            options = CREATE[disk.name]
+            await run_command([*create, *options[:-1], image, options[-1]], quiet=True)
+        await self._show(["head", "-n", "8", f"{here}/start"])
+
+    async def _first_start(self) -> Guest:
+        guest = await self._boot()
+        for disk in DISKS:
+            await guest.run(f"mkfs.ext4 -q -E {MKFS} /dev/disk/{disk.name}")
+        await self._begin_work(guest)
+        self._page.say(
+            "A program in the guest writes a diary: a numbered line to system, then to\n"
+            "data, then the next line. It goes on while backups are made."
+        )
+        return guest
+
+    async def _start_again(self) -> Guest:
+        guest = await self._boot()
+        await self._begin_work(guest)
+        return guest
+
+    async def _boot(self) -> Guest:
+        self._page.typed(f"{self._folder.shown}/start &")
+        began = time.monotonic()
+        self._vm.start([str(self._folder.start)])
+        guest = await self._vm.connect()
+        self._page.say(f"(The guest booted in {time.monotonic() - began:.1f} s.)\n")
+        return guest
+
+    async def _begin_work(self, guest: Guest) -> None:
+        await guest.run(MOUNT)
+        await guest.run(f"({DIARY}) </dev/null >/dev/null 2>&1 &")
 
     async def _monday(self, guest: Guest) -> None:
         self._page.step("2. Monday: everything")
         self._page.say("In the guest: a letter, and 24 photos of 1 MiB.")
-        await guest.run(
-            "mkdir /data/photos && echo 'Dear reader,' >/system/letter.txt && "
-            "for n in $(seq 24); do "
-            "dd if=/dev/urandom of=/data/photos/$n.jpg bs=1M count=1 2>/dev/null; done && sync"
-        )
+        await guest.run("echo 'Dear reader,' >/system/letter.txt")
+        await self._take_photos(guest, 1, 24)
         await self._back_up("Monday", "full", guest)
 
     async def _tuesday(self, guest: Guest) -> None:
         self._page.step("3. Tuesday: only what changed")
         self._page.say("In the guest: two new photos, and the letter goes on.")
-        await guest.run(
-            "echo 'all is well.' >>/system/letter.txt && for n in 25 26; do "
-            "dd if=/dev/urandom of=/data/photos/$n.jpg bs=1M count=1 2>/dev/null; done && sync"
-        )
+        await guest.run("echo 'all is well.' >>/system/letter.txt")
+        await self._take_photos(guest, 25, 26)
         await self._back_up("Tuesday", "incremental", guest)
 
-    async def _wednesday(self, guest: Guest) -> None:
-        self._page.step("4. Wednesday: a bad day")
+    async def _switch_off(self, guest: Guest) -> None:
+        self._page.step("4. Wednesday: off, and on again")
+        self._page.say("In the guest: three new photos. Then the VM is switched off.")
+        await self._take_photos(guest, 27, 29)
+        await self._qbackup("stop", VM)
+        if not await asyncio.to_thread(self._vm.wait_stopped, POWER_OFF_TIMEOUT_S):
+            raise DemoError("the VM is stopped, but its processes do not end")
         self._page.say(
-            "In the guest: all photos are deleted, the letter is overwritten. Nobody\n"
-            "notices, and the backup runs as every day. Only here we pause the VM, so that\n"
-            "its disks stand still and can be compared with restored ones, byte for byte."
+            "\nWith QEMU its record of what changed since Tuesday's backup is gone: the dirty\n"
+            "bitmaps. qbackup has saved them, each in a file. This is the one of data:"
         )
-        await guest.run("rm -r /data/photos && echo 'HAHAHA' >/system/letter.txt && sync")
+        (file,) = (self._folder.path / "state" / VM / DATA.name).glob("*.qbm")
+        shown = file.relative_to(self._folder.path)
+        await self._qbackup("bitmap", "show", f"{self._folder.shown}/{shown}")
+        self._page.say(
+            "\nThe VM is started again. qbackup loads them, and then lets the guest run:"
+        )
+
+    async def _wednesday(self, guest: Guest) -> None:
+        self._page.say(
+            "In the guest: one more photo. The backup must now hold what changed before the\n"
+            "power cycle and after it. Here we pause the VM, so that its disks stand still\n"
+            "and can be compared with restored ones, byte for byte."
+        )
+        await self._take_photos(guest, 30, 30)
         frozen = "fsfreeze --freeze /system && fsfreeze --freeze /data"
         files = await guest.run(f"{FILES} && {frozen}")
         try:
             await self._vm.qmp("stop")
             try:
-                await self._back_up("Wednesday", "incremental", files=files)
+                await self._back_up(COMPARED, "incremental", files=files)
                 await self._restore_day(self._days[-1])
                 await self._compare_live()
             finally:
@@ -358,18 +418,61 @@ class Demo:
         finally:
             await guest.run("fsfreeze --unfreeze /data; fsfreeze --unfreeze /system")
 
+    async def _crash(self, guest: Guest) -> None:
+        self._page.step("5. Thursday: a bad day")
+        self._page.say(
+            "In the guest: all photos are deleted, the letter is overwritten, and nobody\n"
+            "notices. Then QEMU crashes, and nothing can be saved any more."
+        )
+        await guest.run("rm -r /data/photos && echo 'HAHAHA' >/system/letter.txt && sync")
+        self._page.typed(f"kill -9 {self._vm.pid()}")
+        self._vm.kill(signal.SIGKILL)
+        if not await asyncio.to_thread(self._vm.wait_stopped, POWER_OFF_TIMEOUT_S):
+            raise DemoError("QEMU was killed, but its processes do not end")
+        self._page.say(self._vm.last_words())
+
+    async def _thursday(self, guest: Guest) -> None:
+        self._page.say(
+            "What was written last is in no bitmap. So the daily backup must not be\n"
+            "incremental, and it is not:"
+        )
+        await self._back_up("Thursday", "incremental", guest, reason="unclean")
+
+    async def _take_photos(self, guest: Guest, first: int, last: int) -> None:
+        await guest.run(
+            f"mkdir -p /data/photos && for n in $(seq {first} {last}); do "
+            "dd if=/dev/urandom of=/data/photos/$n.jpg bs=1M count=1 2>/dev/null; done && sync"
+        )
+
     async def _back_up(
-        self, day: str, kind: str, guest: Guest | None = None, *, files: str = ""
+        self,
+        day: str,
+        command: str,
+        guest: Guest | None = None,
+        *,
+        files: str = "",
+        reason: str | None = None,
     ) -> None:
-        """Note the files as the guest sees them, and back up."""
+        """Note the files as the guest sees them, and back up.
+
+        `reason` is why an incremental must be a full backup.
+
+        Raises:
+            DemoError: the backup fails, or it is of another kind than it has to be.
+        """
         if guest is not None:
             files = await guest.run(FILES)
-        await self._qbackup(kind, VM)
+        await self._qbackup(command, VM)
         backups = json.loads(
             await run_command(
                 ["qbackup", "--json", "list", VM], environment=self._environment, quiet=True
             )
         )
+        wanted = ("full", "requested") if command == "full" else ("incremental", None)
+        for disk in backups[-1]["disks"]:
+            found = disk["kind"], disk["reason"]
+            if found != (("full", reason) if reason else wanted):
+                raise DemoError(f"{day}, disk {disk['name']}: a backup of another kind: {found}")
         self._days.append(Day(name=day, backup=backups[-1], files=files))
 
     async def _compare_live(self) -> None:
@@ -380,10 +483,11 @@ class Demo:
             await self._show(["qemu-img", "compare", *flags, live, restored])
 
     async def _restore(self) -> None:
-        self._page.step("5. Back to the days before")
+        self._page.step("6. Back to the days before")
         self._page.say("Wednesday is restored already. Now the others, while the VM works on:")
-        for day in self._days[:-1]:
-            await self._restore_day(day)
+        for day in self._days:
+            if day.name != COMPARED:
+                await self._restore_day(day)
         self._page.say("\nAnd is everything in the repository still as it was written?")
         await self._qbackup("verify", VM)
 
@@ -391,9 +495,9 @@ class Demo:
         await self._qbackup("restore", VM, "--at", day.backup["id"], "--to", self._restored(day))
 
     async def _prove(self) -> None:
-        self._page.step("6. The proof")
+        self._page.step("7. The proof")
         self._page.say(
-            "A second VM starts with all six restored disks, read-only. It runs e2fsck on\n"
+            "A second VM starts with all eight restored disks, read-only. It runs e2fsck on\n"
             "each and computes the SHA-256 of every file but the diary. They must be those\n"
             "that the first VM computed on that day.\n"
         )
@@ -416,7 +520,7 @@ class Demo:
                     *(day.name, disks[0]["kind"], f"{day.backup['seconds']:.1f} s"),
                     f"{stored:.1f} MiB",
                     *cells,
-                    "same" if day is self._days[-1] else "-",
+                    "same" if day.name == COMPARED else "-",
                 )
             )
         self._page.table(rows)
@@ -426,7 +530,7 @@ class Demo:
         )
         if wrong:
             raise DemoError("what was restored is not what was backed up: " + "; ".join(wrong))
-        self._page.good("\nAll three days are back. The photos are in Tuesday's restore.")
+        self._page.good("\nAll four days are back. The photos are in Wednesday's restore.")
 
     async def _look_into_restored(self) -> list[Found]:
         disks = [
@@ -442,7 +546,7 @@ class Demo:
         check = Vm(self._folder.path / "check")
         check.folder.mkdir()
         try:
-            check.start(disks)
+            check.start(check.command(disks))
             async with await check.connect() as guest:
                 return [await self._look_into_day(guest, day) for day in self._days]
         finally:
@@ -469,7 +573,8 @@ class Demo:
         here = self._folder.shown
         self._page.step("Your turn")
         self._page.say(
-            f"That took {seconds:.0f} s. The VM is still running. In this checkout's folder:\n"
+            f"That took {seconds:.0f} s. The VM is still running, under qbackup run. In this\n"
+            "checkout's folder:\n"
         )
         commands = {
             f". {here}/activate": "qbackup and its config",
@@ -478,7 +583,8 @@ class Demo:
             "qbackup incremental vm1": "back it up",
             "qbackup list vm1": "all backups",
             f"qbackup restore vm1 --to {here}/mine": "the newest one",
-            "./scripts/demo stop": "power the VM down",
+            "qbackup stop vm1": "power it off, bitmaps saved",
+            f"{here}/start &": "power it on again",
         }
         width = max(map(len, commands))
         for command, explanation in commands.items():
@@ -507,7 +613,7 @@ async def run_demo(page: Page, folder: Folder) -> None:
     """Run the demo from scratch. If it fails or is interrupted, nothing is left running."""
     with folder.claimed():
         folder.empty()
-        folder.write_activate()
+        folder.write_scripts()
         vm = folder.vm
         try:
             await Demo(page, folder, vm).run()
@@ -518,25 +624,25 @@ async def run_demo(page: Page, folder: Folder) -> None:
 
 async def run_in_guest(folder: Folder, command: str) -> None:
     """Run a command in the demo's guest and show what it prints."""
-    _require_running(folder.vm)
+    _require_running(folder)
     async with await folder.vm.connect() as guest:
+        await guest.run(MOUNT)
         print(await guest.run(command), end="", flush=True)
 
 
 async def stop_vm(folder: Folder) -> None:
-    """Power the demo's VM down."""
-    vm = folder.vm
-    _require_running(vm)
-    async with await vm.connect() as guest:
-        await guest.power_off()
-    if not await asyncio.to_thread(vm.wait_stopped, POWER_OFF_TIMEOUT_S):
-        vm.stop()
-    print(f"{VM} is off")
+    """Power the demo's VM down, as `qbackup stop` does."""
+    _require_running(folder)
+    environment = {"QBACKUP_CONFIG": str(folder.configuration)}
+    await run_command(["qbackup", "stop", VM], environment=environment)
 
 
-def _require_running(vm: Vm) -> None:
-    if vm.pid() is None:
-        raise DemoError("the demo's VM is not running; start over with: ./scripts/demo")
+def _require_running(folder: Folder) -> None:
+    if folder.vm.pid() is None:
+        raise DemoError(
+            f"the demo's VM is not running; start it: {folder.shown}/start &\n"
+            "or start over with: ./scripts/demo"
+        )
 
 
 async def _main(arguments: Sequence[str], page: Page, folder: Folder) -> None:

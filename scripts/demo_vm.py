@@ -1,13 +1,12 @@
 """A QEMU with the test guest, in a folder of its own: started, driven, stopped.
 
 QEMU runs inside the folder and is given relative names, so that the length of the folder's
-path does not matter to it. It outlives the program that starts it. This module does not know
-qbackup, and it prints nothing.
+path does not matter to it. It may be started by another program, which then stays with it.
+Both outlive the program that uses this module. It does not know qbackup, and prints nothing.
 """
 
 import asyncio
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -48,16 +47,12 @@ class Disk:
     read_only: bool = False
 
     def arguments(self) -> list[str]:
-        """Return the QEMU arguments for the disk, with its name as the node's name."""
-        node = {
-            "node-name": self.name,
-            "driver": self.image_format,
-            "read-only": self.read_only,
-            "discard": "unmap",
-            "file": {"driver": "file", "filename": str(self.file)},
-        }
-        device = {"driver": "virtio-blk-pci", "drive": self.name, "serial": self.name}
-        return ["-blockdev", json.dumps(node), "-device", json.dumps(device)]
+        """Return the QEMU arguments for the disk, with its name as the drive's id."""
+        file = str(self.file).replace(",", ",,")
+        drive = f"if=none,id={self.name},format={self.image_format},file={file}"
+        drive += ",read-only=on" if self.read_only else ",discard=unmap"
+        device = f"virtio-blk-pci,drive={self.name},serial={self.name}"
+        return ["-drive", drive, "-device", device]
 
 
 class Vm:
@@ -69,17 +64,11 @@ class Vm:
         self.qemu_log = folder / "qemu.log"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, disks: Sequence[Disk]) -> None:
-        """Start QEMU; the guest boots by itself.
-
-        Raises:
-            DemoError: QEMU is not installed.
-        """
-        program = shutil.which(QEMU)
-        if program is None:
-            raise DemoError(f"{QEMU} is not installed")
-        arguments = [
-            program,
+    def command(self, disks: Sequence[Disk]) -> list[str]:
+        """Return the command that starts QEMU in the folder; the guest boots by itself."""
+        return [
+            QEMU,
+            *(argument for disk in disks for argument in disk.arguments()),
             *guest_arguments(
                 guest_images(build=False),
                 control_socket=Path("guest.sock"),
@@ -90,13 +79,20 @@ class Vm:
             # With this instruction the guest has random numbers at once.
             *("-cpu", "qemu64,+rdrand"),
             *("-name", self.folder.name, "-pidfile", "pid"),
-            *("-qmp", "unix:qmp.sock,server=on,wait=off"),
             *("-qmp", "unix:demo.sock,server=on,wait=off"),
-            *(argument for disk in disks for argument in disk.arguments()),
         ]
+
+    def start(self, command: Sequence[str]) -> None:
+        """Run a command that is QEMU, or that starts it here and stays with it.
+
+        Raises:
+            DemoError: QEMU is not installed.
+        """
+        if shutil.which(QEMU) is None:
+            raise DemoError(f"{QEMU} is not installed")
         with self.qemu_log.open("wb") as log:
             self._process = subprocess.Popen(
-                arguments,
+                command,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -114,7 +110,7 @@ class Vm:
         try:
             while not connecting.done():
                 if self._process is not None and self._process.poll() is not None:
-                    raise DemoError(f"QEMU ended at once: {self._last_words()}")
+                    raise DemoError(f"QEMU ended at once: {self.last_words()}")
                 await asyncio.wait({connecting}, timeout=_POLL_S)
         finally:
             connecting.cancel()
@@ -161,29 +157,32 @@ class Vm:
         Raises:
             DemoError: it does not end.
         """
-        if self._process is not None:
-            pid: int | None = self._process.pid if self._process.poll() is None else None
-        else:
-            pid = self.pid()
-        if pid is None:
-            return
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+            self.kill(number)
             if self.wait_stopped(STOP_TIMEOUT_S):
                 return
-        raise DemoError(f"QEMU, process {pid}, does not end")
+        raise DemoError(f"QEMU in {self.folder} does not end")
+
+    def kill(self, number: signal.Signals) -> None:
+        """Send a signal to QEMU, if it runs."""
+        pid = self.pid()
+        if pid is None and self._process is not None and self._process.poll() is None:
+            pid = self._process.pid
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def wait_stopped(self, timeout_s: float) -> bool:
-        """Wait for QEMU to end; tell whether it has."""
+        """Wait for QEMU to end, and for what started it here; tell whether they have."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
-            if self._process.poll() is not None if self._process else self.pid() is None:
+            if self.pid() is None and (self._process is None or self._process.poll() is not None):
                 return True
             time.sleep(_POLL_S)
         return False
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """Return the last line that QEMU, or what started it, has said."""
         lines = self.qemu_log.read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
 
