@@ -1,0 +1,227 @@
+"""Whole commands as a user runs them: backups, restores, listings."""
+
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+from measure import (
+    GIB,
+    MIB,
+    QBACKUP,
+    TMPFS,
+    Row,
+    alternate,
+    command,
+    peak_mib,
+    row_within,
+    tool,
+    vm_with,
+)
+from support.cli import Qbackup
+from support.qemu import Qemu, create_image
+
+from qbackup.formats.manifest import disk_file, encode_manifest
+from qbackup.model.names import backup_time, new_backup_id
+from qbackup.repository.repository import Repository
+
+
+async def full(rounds: int, base: Path, where: str) -> list[Row]:
+    """Full backup of 1 GiB of random data in a 4 GiB disk."""
+    with tempfile.TemporaryDirectory(dir=base) as name:
+        folder = Path(name)
+        source, copy = folder / "d0.raw", folder / "copy"
+        await create_image(source, "raw", "4G")
+        with source.open("r+b") as file:
+            file.seek(GIB)
+            for _ in range(256):
+                file.write(os.urandom(4 * MIB))
+        async with vm_with(folder, "4G") as (_, qbackup):
+
+            async def clean() -> None:
+                copy.unlink(missing_ok=True)
+                for backup in (folder / "repo" / "vm1").glob("2*"):
+                    shutil.rmtree(backup)
+                os.sync()
+
+            convert = ("qemu-img", "convert", "-U", "-f", "raw", "-O", "qcow2")
+            medians = await alternate(
+                rounds,
+                {
+                    "qbackup": command(qbackup, "full", "vm1"),
+                    "convert": tool(*convert, str(source), str(copy)),
+                    "convert -W -m 16": tool(*convert, "-W", "-m", "16", str(source), str(copy)),
+                    "cp": tool("cp", str(source), str(copy)),
+                },
+                before=clean,
+            )
+            await clean()
+            peak = await peak_mib(QBACKUP, "-q", "-c", str(qbackup.configuration), "full", "vm1")
+        what = f"full, 1 GiB of data, {where}"
+        better = min(("convert", "convert -W -m 16"), key=lambda n: medians[n])
+        return [
+            Row(
+                what=what,
+                seconds=medians["qbackup"],
+                reference=f"qemu-img {better}",
+                reference_seconds=medians[better],
+                limit=1.5,
+                peak_mib=peak,
+            ),
+            Row(
+                what=what,
+                seconds=medians["qbackup"],
+                reference="cp",
+                reference_seconds=medians["cp"],
+            ),
+        ]
+
+
+async def nothing(rounds: int) -> list[Row]:
+    """Incremental with nothing dirty, against the imports alone."""
+    with tempfile.TemporaryDirectory(dir=TMPFS) as name:
+        async with vm_with(Path(name), "4G") as (_, qbackup):
+            await qbackup.ok("full", "vm1")
+            medians = await alternate(
+                max(rounds, 9),
+                {
+                    "qbackup": command(qbackup, "incremental", "vm1"),
+                    "imports": tool(
+                        sys.executable, "-c", "import qemu.qmp, rich.progress, aiofiles"
+                    ),
+                },
+            )
+    return [
+        Row(
+            what="incremental, nothing dirty",
+            seconds=medians["qbackup"],
+            reference="import qemu.qmp, rich.progress, aiofiles",
+            reference_seconds=medians["imports"],
+            limit=2.0,
+        )
+    ]
+
+
+async def dirty(rounds: int) -> list[Row]:
+    """Incremental of 100 MiB in a 64 GiB disk, against the same in an 8 GiB disk."""
+    with tempfile.TemporaryDirectory(dir=TMPFS) as name:
+        async with vm_with(Path(name), "8G", "64G") as (vm, qbackup):
+            await qbackup.ok("full", "vm1")
+            medians = await alternate(
+                rounds,
+                {
+                    disk: command(qbackup, "incremental", "vm1", "--disk", disk)
+                    for disk in ("d0", "d1")
+                },
+                before=lambda: _dirty_100_mib(vm),
+            )
+            peak = await peak_mib(
+                QBACKUP, "-q", "-c", str(qbackup.configuration), "incremental", "vm1"
+            )
+    return [
+        Row(
+            what="incremental, 100 MiB in 64 GiB",
+            seconds=medians["d1"],
+            reference="the same in 8 GiB",
+            reference_seconds=medians["d0"],
+            limit=1.2,
+            peak_mib=peak,
+        )
+    ]
+
+
+async def _dirty_100_mib(vm: Qemu) -> None:
+    for disk in ("d0", "d1"):
+        for part in range(10):
+            await vm.write(disk, part * 700 * MIB, 10 * MIB, part + 1)
+
+
+async def restore(rounds: int) -> list[Row]:
+    """Restore a chain of 10, against qemu-img convert of its top."""
+    with tempfile.TemporaryDirectory(dir=TMPFS) as name:
+        folder = Path(name)
+        async with vm_with(folder, "4G") as (vm, qbackup):
+            await vm.write("d0", 0, 512 * MIB, 1)
+            await qbackup.ok("full", "vm1")
+            for number in range(9):
+                await vm.write("d0", number * 100 * MIB, 30 * MIB, number + 2)
+                last = await qbackup.summary("incremental", "vm1")
+            top = folder / "repo" / last["disks"][0]["file"]
+
+            async def clean() -> None:
+                shutil.rmtree(folder / "out", ignore_errors=True)
+                (folder / "out").mkdir()
+
+            convert = ("qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(top))
+            medians = await alternate(
+                rounds,
+                {
+                    "qbackup": command(qbackup, "restore", "vm1", "--to", str(folder / "out")),
+                    "convert": tool(*convert, str(folder / "out" / "copy")),
+                },
+                before=clean,
+            )
+    return [
+        Row(
+            what="restore of a chain of 10, 0.8 GiB",
+            seconds=medians["qbackup"],
+            reference="qemu-img convert of its top",
+            reference_seconds=medians["convert"],
+            limit=1.3,
+        )
+    ]
+
+
+async def help_text(rounds: int) -> list[Row]:
+    """--help against the imports that no asyncio program does without."""
+    medians = await alternate(
+        max(rounds, 9),
+        {
+            "qbackup": tool(QBACKUP, "--help"),
+            "imports": tool(sys.executable, "-c", "import asyncio, argparse"),
+        },
+    )
+    return [
+        Row(
+            what="--help",
+            seconds=medians["qbackup"],
+            reference="import asyncio, argparse",
+            reference_seconds=medians["imports"],
+            limit=2.0,
+        )
+    ]
+
+
+async def listing(rounds: int) -> list[Row]:
+    """List of 1,000 backups, against half a second."""
+    with tempfile.TemporaryDirectory(dir=TMPFS) as name:
+        folder = Path(name)
+        async with vm_with(folder, "1M") as (_, qbackup):
+            await qbackup.ok("full", "vm1")
+            for _ in range(3):
+                await qbackup.ok("incremental", "vm1")
+        _multiply_backups(qbackup, 1000)
+        medians = await alternate(rounds, {"qbackup": command(qbackup, "list", "vm1")})
+        peak = await peak_mib(QBACKUP, "-c", str(qbackup.configuration), "list", "vm1")
+    return [replace(row_within("list of 1,000 backups", medians["qbackup"], 0.5), peak_mib=peak)]
+
+
+def _multiply_backups(qbackup: Qbackup, count: int) -> None:
+    """Fill the repository with manifests of further incrementals."""
+    repository = Repository.open(qbackup.configuration.parent / "repo")
+    ids = repository.backup_ids("vm1")
+    last = repository.backup("vm1", ids[-1])
+    for number in range(count - len(ids)):
+        moment = backup_time(last.id) + timedelta(hours=1)
+        backup_id, _ = new_backup_id(now=moment, newest=last.id, random_bits=number)
+        disk = replace(
+            last.disks[0], parent=last.id, file=disk_file("vm1", backup_id, last.disks[0].name)
+        )
+        last = replace(last, id=backup_id, parent=last.id, disks=[disk])
+        folder = repository.vm_directory("vm1") / backup_id
+        folder.mkdir()
+        data = encode_manifest(last, repository_id=repository.id)
+        (folder / "manifest.json").write_bytes(data)
