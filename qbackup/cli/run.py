@@ -3,6 +3,9 @@
 import argparse
 import asyncio
 import signal
+from asyncio.subprocess import Process
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from qbackup.cli.context import make_context
@@ -12,8 +15,8 @@ from qbackup.jobs.watch import Watcher, WatchOptions
 from qbackup.ui.reporters import LineReporter
 
 CONNECT_TIMEOUT_S = 30.0
+_END_TIMEOUT_S = 1.0
 _STAY_PAUSED = "-S"
-_COMMAND_NOT_FOUND = 127
 
 
 async def run(arguments: argparse.Namespace) -> int:
@@ -21,40 +24,59 @@ async def run(arguments: argparse.Namespace) -> int:
     context = make_context(arguments)
     vm = context.vm(arguments.vm)
     command = qemu_command(arguments.qemu, vm)
+    repository, state = context.open_repository(), context.state(vm)
     reporter = LineReporter(quiet=context.quiet)
+    process = await _start(command)
     watcher = Watcher(
         vm,
-        context.state(vm),
-        context.open_repository(),
+        state,
+        repository,
         WatchOptions(
             resume=_STAY_PAUSED not in arguments.qemu,
             connect_timeout_s=CONNECT_TIMEOUT_S,
             trust_block_devices=context.configuration.trust_block_devices,
         ),
         reporter,
+        pid=process.pid,
     )
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, watcher.end)
-    # QEMU ends at once at these signals, without a save. It shares our terminal, so Ctrl-C
-    # and a hang-up reach it, too: it starts with both blocked, and leaves them to us.
-    blocked = {signal.SIGINT, signal.SIGHUP}
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
-    try:
-        process = await asyncio.create_subprocess_exec(*command)
-    except FileNotFoundError as err:
-        raise UsageError(f"{command[0]}: no such program") from err
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+    _on_signals(watcher.end)
     try:
         await watcher.watch(gone=lambda: process.returncode is not None)
     except Exception as err:
-        if process.returncode is None:
-            reporter.warning(f"{err}; the VM goes on, and its bitmaps will not be kept")
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                loop.add_signal_handler(number, process.terminate)
+        reporter.warning(str(err))
+        if not await _has_ended(process):
+            # The VM matters more than its bitmaps.
+            reporter.warning(f"{vm.name}: the VM goes on, unwatched; its bitmaps will not be kept")
+            _on_signals(process.terminate)
     status = await process.wait()
     return status if status >= 0 else 128 - status
+
+
+async def _start(command: list[str]) -> Process:
+    """Start QEMU in our terminal, deaf to Ctrl-C and hang-ups.
+
+    They reach every process of the terminal, and QEMU would end at once, without a save.
+    """
+    blocked = {signal.SIGINT, signal.SIGHUP}
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        return await asyncio.create_subprocess_exec(*command)
+    except OSError as err:
+        raise UsageError(f"{command[0]}: cannot be started: {err.strerror}") from err
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _on_signals(act: Callable[[], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, act)
+
+
+async def _has_ended(process: Process) -> bool:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_END_TIMEOUT_S):
+            await process.wait()
+    return process.returncode is not None
 
 
 def qemu_command(arguments: list[str], vm: Vm) -> list[str]:

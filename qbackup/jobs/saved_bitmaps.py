@@ -10,6 +10,8 @@ newest one is asked by the backup that wants to use it.
 """
 
 import asyncio
+import os
+import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from qbackup.model.names import RESERVED_PREFIX, owner_prefix, split_bitmap_name
 from qbackup.model.progress import Reporter
 from qbackup.qmp import commands, jobs, targets
 from qbackup.qmp.commands import Command
-from qbackup.qmp.disks import Bitmap, Disk, query_inventory
+from qbackup.qmp.disks import Bitmap, Disk, query_inventory, query_written_nodes
 from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.sidecar import load_bitmap, save_bitmap
 from qbackup.repository.repository import Repository
@@ -55,6 +57,7 @@ async def load(
     Returns why each of the others was not loaded.
     """
     inventory = await query_inventory(monitor)
+    written = await query_written_nodes(monitor)
     verdicts: dict[tuple[str, str], Reason] = {}
     trusted: list[tuple[Disk, str, Path, Bits]] = []
     for (disk_name, bitmap), path in state.bitmap_files().items():
@@ -62,6 +65,10 @@ async def load(
         if disk is None or disk.bitmap(bitmap) is not None:
             continue
         images = image_paths(disk, pid)
+        if disk.node in written:
+            # This QEMU has run before, and nobody recorded what it wrote.
+            verdicts[disk_name, bitmap] = "image-changed"
+            continue
         if images is None or (not trust_block_devices and any(map(is_block_device, images))):
             verdicts[disk_name, bitmap] = "unsupported"
             continue
@@ -112,8 +119,8 @@ async def save(
         images = image_paths(disk, pid)
         if images is None and bitmaps:
             reporter.warning(
-                f"{vm}: disk {disk.name}: its image is no file or block device of this host, "
-                "so its bitmap cannot be kept"
+                f"{vm}: disk {disk.name}: QEMU has no file or block device of this host open "
+                f"under the name {disk.source.filename}, so its bitmap cannot be kept"
             )
         elif images is not None:
             saved += [
@@ -190,16 +197,27 @@ def _require_unchanged(file: qbm.BitmapFile, images: Sequence[Path]) -> None:
 def image_paths(disk: Disk, pid: int | None) -> tuple[Path, ...] | None:
     """Return the files and devices that hold a disk; None if any of it is something else.
 
+    A name proves nothing: another file may stand there by now. So each must be one that
+    QEMU's process has open, which also needs the right to look (root, or QEMU's user).
     QEMU's relative names are relative to where QEMU was started.
     """
-    folder = Path(f"/proc/{pid}/cwd").resolve() if pid is not None else None
-    paths = []
-    for name in disk.images:
-        path = Path(name) if folder is None else folder / name
-        if not path.is_absolute() or not (path.is_file() or path.is_block_device()):
-            return None
-        paths.append(path)
-    return tuple(paths)
+    if pid is None:
+        return None
+    process = Path("/proc") / str(pid)
+    try:
+        opened = {_file_identity(fd.stat()) for fd in (process / "fd").iterdir()}
+        paths = tuple((process / "cwd").readlink() / name for name in disk.images)
+        identities = {_file_identity(path.stat()) for path in paths}
+    except OSError:
+        return None
+    return paths if identities <= opened else None
+
+
+def _file_identity(facts: os.stat_result) -> tuple[int, ...]:
+    """Return what makes two names the same file, or the same device."""
+    if stat.S_ISBLK(facts.st_mode):
+        return (facts.st_rdev,)
+    return (facts.st_dev, facts.st_ino)
 
 
 async def _save_one(

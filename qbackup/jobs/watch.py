@@ -14,16 +14,17 @@ files as they are: not clean.
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-from qbackup.errors import MonitorError, MonitorLostError, QbackupError
+from qbackup.errors import MonitorBusyError, MonitorError, MonitorLostError, QbackupError
 from qbackup.formats.configuration import Vm
 from qbackup.jobs import saved_bitmaps
 from qbackup.jobs.control import Request, listening
 from qbackup.jobs.groups import task_group
+from qbackup.jobs.saved_bitmaps import Saved
 from qbackup.model.progress import Reporter
 from qbackup.qmp import commands
 from qbackup.qmp.monitor import Events, Monitor, connected
@@ -72,12 +73,13 @@ class Watcher:
         reporter: Reporter,
         *,
         on_ready: Callable[[], None] = lambda: None,
+        pid: int | None = None,
     ) -> None:
         self._vm, self._state, self._repository = vm, state, repository
         self._options, self._reporter = options, reporter
         self._on_ready: Callable[[], None] | None = on_ready
         self._inbox: asyncio.Queue[Request | _Signal | dict[str, Any]] = asyncio.Queue()
-        self._pid: int | None = None
+        self._pid = pid
 
     def end(self) -> None:
         """Pause the guest, save, and end QEMU (for SIGTERM and SIGINT)."""
@@ -115,17 +117,38 @@ class Watcher:
                 self._pid = monitor.peer_pid()
                 await monitor.execute(commands.stay_at_shutdown())
                 await self._power_down(monitor, timeout_s)
-                await self._save_and_quit(monitor)
+                if not await self._save_and_quit(monitor):
+                    raise QbackupError(f"{self._vm.name}: the guest was started again")
 
     async def _watch(self, gone: Callable[[], bool]) -> Ending:
         await self._wait_for_monitor(gone)
         while True:
-            async with connected(self._vm.qmp) as monitor:
+            async with AsyncExitStack() as session:
+                monitor = await self._reconnect(session)
                 request = await self._attend(monitor)
-                if request is None or request.command == "stop":
-                    await self._stop(monitor, request)
+                if (request is None or request.command == "stop") and await self._stop(
+                    monitor, request
+                ):
                     return Ending.SAVED
-            await self._lend(request)
+            if request is not None and request.command == "lend":
+                await self._lend(request)
+
+    async def _reconnect(self, session: AsyncExitStack) -> Monitor:
+        """Take the monitor (back). Whoever else has it will not have it for ever.
+
+        Raises:
+            MonitorLostError: QEMU is gone.
+        """
+        told = False
+        while True:
+            try:
+                return await session.enter_async_context(connected(self._vm.qmp))
+            except MonitorBusyError as err:
+                if not told:
+                    self._reporter.warning(f"{self._vm.name}: waiting for the monitor: {err}")
+                told = True
+            except MonitorError as err:
+                raise MonitorLostError(err.message) from err
 
     async def _wait_for_monitor(self, gone: Callable[[], bool]) -> None:
         deadline = asyncio.get_running_loop().time() + self._options.connect_timeout_s
@@ -142,7 +165,7 @@ class Watcher:
 
     async def _attend(self, monitor: Monitor) -> Request | None:
         """Serve until somebody wants the monitor (returned), or the VM is to end (None)."""
-        self._pid = self._pid or monitor.peer_pid()
+        self._pid = monitor.peer_pid() or self._pid
         with monitor.listen(_EVENTS, lambda _: True) as events:
             await monitor.execute(commands.stay_at_shutdown())
             status = (await query_state(monitor)).status
@@ -216,36 +239,71 @@ class Watcher:
         for item in later:
             self._inbox.put_nowait(item)
 
-    async def _stop(self, monitor: Monitor, request: Request | None) -> None:
-        """End the VM, and tell who asked for it."""
+    async def _stop(self, monitor: Monitor, request: Request | None) -> bool:
+        """End the VM, tell who asked for it, and return True; False if the guest runs again.
+
+        Raises:
+            QbackupError: QEMU has ended, or does not end, and its bitmaps are not saved.
+        """
         try:
             if request is not None:
                 timeout_s = request.timeout_s
                 await self._power_down(
                     monitor, DEFAULT_STOP_TIMEOUT_S if timeout_s is None else timeout_s
                 )
-            await self._save_and_quit(monitor)
+            ended = await self._save_and_quit(monitor)
         except QbackupError as err:
             if request is not None:
                 await request.answer(ok=False, message=err.message)
             raise
         if request is not None:
-            await request.answer(ok=True)
+            await request.answer(ok=ended, message="the guest was started again")
+        return ended
 
-    async def _save_and_quit(self, monitor: Monitor) -> None:
-        """Save the bitmaps of a guest that no longer runs, and make them count."""
-        saved = await saved_bitmaps.save(
-            monitor,
-            self._state,
-            repository=self._repository,
-            vm=self._vm.name,
-            pid=self._pid,
-            reporter=self._reporter,
-        )
-        await self._quit(monitor)
+    async def _save_and_quit(self, monitor: Monitor) -> bool:
+        """Save the bitmaps of a guest that no longer runs, end QEMU, and make them count.
+
+        Somebody may let the guest run again meanwhile (QMP system_reset and cont). Then what
+        was saved is worth nothing, and the VM is left alone: False.
+
+        Raises:
+            QbackupError: QEMU ended, or does not end, and its bitmaps are not saved.
+        """
+        resumed = False
+
+        def note(_: dict[str, Any]) -> bool:
+            nonlocal resumed
+            resumed = True
+            return False
+
+        problem = None
+        saved: list[Saved] = []
+        with monitor.listen(("RESUME",), note):
+            try:
+                saved = await saved_bitmaps.save(
+                    monitor,
+                    self._state,
+                    repository=self._repository,
+                    vm=self._vm.name,
+                    pid=self._pid,
+                    reporter=self._reporter,
+                )
+            except MonitorLostError:
+                raise
+            except (QbackupError, OSError) as err:
+                # The VM has to end all the same; its files stay as they are, not clean.
+                problem = f"{self._vm.name}: the bitmaps could not be saved: {err}"
+            if (await query_state(monitor)).running:
+                return False
+            await self._quit(monitor)
+        if resumed:
+            problem = f"{self._vm.name}: the guest ran again before QEMU ended; nothing is trusted"
+        if problem is not None:
+            raise QbackupError(problem, hint="the next backup will be a full one")
         await saved_bitmaps.set_clean(
             self._state, saved, trust_block_devices=self._options.trust_block_devices
         )
+        return True
 
     async def _power_down(self, monitor: Monitor, timeout_s: float) -> None:
         """Press the power button; a guest that does not react in time is paused."""
@@ -264,28 +322,17 @@ class Watcher:
         """End QEMU and wait until its images are closed and its process is gone.
 
         Raises:
-            QbackupError: it does not end, or the guest ran again before it did.
+            QbackupError: it does not end.
         """
-        resumed = False
-
-        def note(event: dict[str, Any]) -> bool:
-            nonlocal resumed
-            resumed = resumed or event["event"] == "RESUME"
-            return False
-
-        with monitor.listen(("RESUME",), note):
-            resumed = (await query_state(monitor)).running
-            with suppress(MonitorLostError):
-                await monitor.execute(commands.end_qemu())
-            try:
-                async with asyncio.timeout(EXIT_TIMEOUT_S):
-                    await _until_exited(monitor, self._pid)
-            except TimeoutError as err:
-                raise QbackupError(
-                    f"{self._vm.name}: QEMU does not end; its bitmaps are not trusted"
-                ) from err
-        if resumed:
-            raise QbackupError(f"{self._vm.name}: the guest ran again; nothing is trusted")
+        with suppress(MonitorLostError):
+            await monitor.execute(commands.end_qemu())
+        try:
+            async with asyncio.timeout(EXIT_TIMEOUT_S):
+                await _until_exited(monitor, self._pid)
+        except TimeoutError as err:
+            raise QbackupError(
+                f"{self._vm.name}: QEMU does not end; its bitmaps are not trusted"
+            ) from err
 
 
 async def _until_exited(monitor: Monitor, pid: int | None) -> None:

@@ -148,6 +148,33 @@ async def query_inventory(monitor: Monitor) -> Inventory:
     )
 
 
+class _Stats(msgspec.Struct):
+    wr_highest_offset: int = 0
+    wr_operations: int = 0
+    unmap_operations: int = 0
+
+
+class _NodeStats(msgspec.Struct, rename="kebab"):
+    stats: _Stats
+    node_name: str | None = None
+
+
+async def query_written_nodes(monitor: Monitor) -> frozenset[str]:
+    """Return the nodes that were written to, or discarded on, since QEMU started."""
+    nodes = await monitor.query(commands.query("blockstats"), list[_NodeStats])
+    nodes += await monitor.query(
+        commands.query("blockstats", **{"query-nodes": True}), list[_NodeStats]
+    )
+    return frozenset(
+        node.node_name
+        for node in nodes
+        if node.node_name is not None
+        and (
+            node.stats.wr_highest_offset or node.stats.wr_operations or node.stats.unmap_operations
+        )
+    )
+
+
 def _disk(
     device: _Device, node: _Node, name: str | None, bitmaps: dict[str, tuple[Bitmap, ...]]
 ) -> Disk:
