@@ -11,7 +11,9 @@ from datetime import UTC, datetime, timedelta
 from qbackup.errors import UsageError
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
-_BACKUP_ID = re.compile(r"([0-9]{8}-[0-9]{6}\.[0-9]{3})-[0-9a-f]{4}\Z")
+_BACKUP_ID = re.compile(
+    r"([0-9]{4})([0-9]{2})([0-9]{2})-([0-9]{2})([0-9]{2})([0-9]{2})\.([0-9]{3})-[0-9a-f]{4}\Z"
+)
 _BITMAP_NAME = re.compile(r"qbackup-([0-9a-f]{12})-(.+)\Z")
 _TIME_FORMAT = "%Y%m%d-%H%M%S.%f"
 
@@ -74,8 +76,9 @@ def _time_of(backup_id: str) -> datetime | None:
     match = _BACKUP_ID.match(backup_id)
     if match is None:
         return None
+    year, month, day, hour, minute, second, millisecond = map(int, match.groups())
     try:
-        return datetime.strptime(match.group(1), _TIME_FORMAT).replace(tzinfo=UTC)
+        return datetime(year, month, day, hour, minute, second, millisecond * 1000, tzinfo=UTC)
     except ValueError:
         return None
 

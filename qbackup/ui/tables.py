@@ -30,4 +30,6 @@ def facts(pairs: Sequence[tuple[str, str]]) -> str:
 
 def printable(text: str) -> str:
     """Make text that came from elsewhere safe to show: no escape sequences, no line breaks."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
