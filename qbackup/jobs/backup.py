@@ -86,23 +86,24 @@ async def back_up(
                 partial=partial,
                 reporter=reporter,
             )
-            copied = await copier.copy()
-            parent, chain = _place_in_chain(plan, copied, backup_id)
-            backup = Backup(
-                id=backup_id,
-                vm=vm.name,
-                time=moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-                chain=chain,
-                parent=parent,
-                label=options.label,
-                consistency=copied.consistency,
-                disks=copied.disks,
-                seconds=round(time.monotonic() - started, 3),
-                qemu_version=version,
-                vm_configuration=configuration,
-                left_out=plan.left_out,
-            )
-            await partial.publish(backup)
+            async with copier.rolled_back_on_failure():
+                copied = await copier.copy()
+                parent, chain = _place_in_chain(plan, copied, backup_id)
+                backup = Backup(
+                    id=backup_id,
+                    vm=vm.name,
+                    time=moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+                    chain=chain,
+                    parent=parent,
+                    label=options.label,
+                    consistency=copied.consistency,
+                    disks=copied.disks,
+                    seconds=round(time.monotonic() - started, 3),
+                    qemu_version=version,
+                    vm_configuration=configuration,
+                    left_out=plan.left_out,
+                )
+                await partial.publish(backup)
         await _forget_old_bitmaps(monitor, plan, backup, prefix, reporter)
     degraded = ("the guest's file systems were not frozen",) if copied.freeze_failed else ()
     return Outcome(backup=backup, degraded=degraded)

@@ -2,12 +2,13 @@
 
 The transaction adds the next bitmap to every disk and starts every job. For an incremental it
 also stops the old bitmap, from which the job copies and which it leaves as it is. If anything
-fails, the jobs are ended and the bitmaps rolled back before the error goes on.
+fails, the jobs are ended before the error goes on, and the bitmaps rolled back unless the backup
+exists by then.
 """
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from qbackup.jobs.freeze import frozen
 from qbackup.jobs.groups import task_group
 from qbackup.jobs.plan import BackupOptions, Plan
 from qbackup.jobs.reconcile import roll_back_bitmaps
+from qbackup.jobs.size_guard import ensure_size_guard
 from qbackup.jobs.trust import Verdict
 from qbackup.model.backup import Consistency, DiskBackup
 from qbackup.model.names import bitmap_name
@@ -29,6 +31,7 @@ from qbackup.qmp import commands, jobs
 from qbackup.qmp.commands import BackupRequest, Command, JobTuning
 from qbackup.qmp.jobs import JobError, JobState
 from qbackup.qmp.monitor import Monitor
+from qbackup.qmp.schema import has_argument
 from qbackup.qmp.targets import Target, attached
 from qbackup.qmp.vm import query_state
 from qbackup.repository import durable
@@ -93,12 +96,18 @@ class DiskCopier:
             MonitorError: QEMU went away.
         """
         async with AsyncExitStack() as targets:
-            copies = [
-                await self._attach(index, verdict, targets)
-                for index, verdict in enumerate(self._plan.verdicts)
-            ]
+            copies = []
+            for index, verdict in enumerate(self._plan.verdicts):
+                await ensure_size_guard(
+                    self._monitor,
+                    verdict.disk,
+                    prefix=self._prefix,
+                    granularity_bytes=self._vm.granularity_bytes,
+                    scratch=self._partial.directory / ".size",
+                )
+                copies.append(await self._attach(index, verdict, targets))
             with self._monitor.listen(jobs.EVENTS, self._is_ours) as events:
-                async with self._rolled_back_on_failure():
+                async with self._jobs_ended_on_failure():
                     consistency, freeze_failed = await self._start(copies)
                     states = jobs.follow(self._monitor, events, prefix=self._prefix)
                     disks = await self._finish(copies, states)
@@ -130,26 +139,50 @@ class DiskCopier:
         )
 
     @asynccontextmanager
-    async def _rolled_back_on_failure(self) -> AsyncIterator[None]:
+    async def rolled_back_on_failure(self) -> AsyncIterator[None]:
+        """Give the bits back to the old bitmaps unless the block makes the backup exist."""
         try:
             yield
         except BaseException as err:
-            try:
-                await jobs.end_jobs(self._monitor, prefix=self._prefix)
-                await roll_back_bitmaps(
-                    self._monitor,
-                    prefix=self._prefix,
-                    checkpoints=self._plan.checkpoints,
-                    uncommitted=self._id,
-                )
-            except QbackupError as cleanup:
-                if not isinstance(err, MonitorLostError):
-                    err.add_note(f"clean-up: {cleanup}")
+            if not self._partial.published:
+                await self._clean_up(err, self._roll_back)
             raise
+
+    async def _roll_back(self) -> None:
+        await roll_back_bitmaps(
+            self._monitor,
+            prefix=self._prefix,
+            checkpoints=self._plan.checkpoints,
+            uncommitted=self._id,
+        )
+
+    @asynccontextmanager
+    async def _jobs_ended_on_failure(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except BaseException as err:
+            await self._clean_up(err, self._end_jobs)
+            raise
+
+    async def _end_jobs(self) -> None:
+        await jobs.end_jobs(self._monitor, prefix=self._prefix)
+
+    async def _clean_up(self, err: BaseException, step: Callable[[], Awaitable[None]]) -> None:
+        """Do what can be done after `err`, and never hide it."""
+        try:
+            await step()
+        except QbackupError as cleanup:
+            if not isinstance(err, MonitorLostError):
+                err.add_note(f"clean-up: {cleanup}")
 
     async def _start(self, copies: Sequence[_DiskCopy]) -> tuple[Consistency, bool]:
         """Take the instant. Return its consistency, and whether a freeze was wanted in vain."""
-        actions = [action for copy in copies for action in self._actions(copy, len(copies))]
+        break_snapshot = await has_argument(self._monitor, self._vm.engine, "on-cbw-error")
+        actions = [
+            action
+            for copy in copies
+            for action in self._actions(copy, len(copies), break_snapshot=break_snapshot)
+        ]
         running = (await query_state(self._monitor)).running
         if not running or self._vm.agent is None:
             await self._monitor.execute(commands.transaction(actions))
@@ -158,7 +191,7 @@ class DiskCopier:
             await self._monitor.execute(commands.transaction(actions))
         return ("filesystem" if freeze.held else "crash"), not freeze.held
 
-    def _actions(self, copy: _DiskCopy, disk_count: int) -> list[Command]:
+    def _actions(self, copy: _DiskCopy, disk_count: int, *, break_snapshot: bool) -> list[Command]:
         disk, bitmap = copy.verdict.disk, copy.verdict.bitmap
         incremental = copy.verdict.reason is None and bitmap is not None
         request = BackupRequest(
@@ -169,6 +202,7 @@ class DiskCopier:
             speed_bytes_per_s=self._speed(disk_count),
             compress=self._options.compress,
             tuning=TUNING,
+            break_snapshot=break_snapshot,
         )
         actions = [
             commands.bitmap_add(
@@ -179,6 +213,10 @@ class DiskCopier:
         ]
         if request.bitmap is not None:
             actions.append(commands.bitmap_disable(node=disk.node, name=request.bitmap))
+        elif bitmap is not None and not bitmap.recording and not bitmap.busy:
+            # It has a gap. Were it still there after a failure, it would look as if we had
+            # stopped it, and would be given the new bitmap's bits and be believed.
+            actions.append(commands.bitmap_remove(node=disk.node, name=bitmap.name))
         return [*actions, commands.backup(request, engine=self._vm.engine)]
 
     def _speed(self, running_jobs: int) -> int:

@@ -96,8 +96,9 @@ def choose_disks(
     """
     left_out = dict(inventory.left_out)
     if inventory.busy:
+        names = ", ".join(disk.name for disk in inventory.busy)
         raise DiskError(
-            f"{vm.name}: another block job is using {', '.join(inventory.busy)}",
+            f"{vm.name}: another block job is using {names}",
             hint="wait until the job has ended (QMP query-jobs shows it)",
         )
     both = set(options.disks) & set(options.exclude)

@@ -57,6 +57,8 @@ async def roll_back_bitmaps(
 async def prune_bitmaps(monitor: Monitor, *, prefix: str, checkpoints: Mapping[str, str]) -> None:
     """Remove our bitmaps that no disk needs any more: call after the commit."""
     inventory = await query_inventory(monitor)
+    if inventory.busy:
+        return  # a disk behind a job's filter: what it needs cannot be seen; the next run prunes
     needed = {
         (disk.node, bitmap_name(prefix, checkpoints[disk.name]))
         for disk in inventory.disks
@@ -80,7 +82,8 @@ def as_rolled_back(disk: Disk, prefix: str, checkpoint: str | None) -> Disk:
         busy=False,
         dirty_bytes=base.dirty_bytes + sum(bitmap.dirty_bytes for bitmap in newer),
     )
-    return replace(disk, bitmaps=(whole,))
+    others = (bitmap for bitmap in disk.bitmaps if bitmap is not base and bitmap not in newer)
+    return replace(disk, bitmaps=(whole, *others))
 
 
 def _newer(disk: Disk, prefix: str, checkpoint: str) -> list[Bitmap]:

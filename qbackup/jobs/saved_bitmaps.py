@@ -20,6 +20,7 @@ from pathlib import Path
 from qbackup.errors import ManifestDamagedError
 from qbackup.formats import qbm
 from qbackup.images.stamp import is_block_device, take_stamp
+from qbackup.jobs.size_guard import ensure_size_guard
 from qbackup.model.backup import Reason
 from qbackup.model.bitmap import Bits, Identity, ImageStamp
 from qbackup.model.names import RESERVED_PREFIX, owner_prefix, split_bitmap_name
@@ -85,6 +86,13 @@ async def load(
     for _, _, path, _ in trusted:
         await state.rewrite_header(path, lambda header: qbm.with_clean(header, clean=False))
     for disk, bitmap, path, bits in trusted:
+        await ensure_size_guard(
+            monitor,
+            disk,
+            prefix=bitmap.removesuffix((split_bitmap_name(bitmap) or ("", ""))[1]),
+            granularity_bytes=bits.granularity_bytes,
+            scratch=_sidecar_path(path),
+        )
         await load_bitmap(
             monitor,
             disk_node=disk.node,

@@ -93,7 +93,9 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
             _saved_disks, state_directory, history, vm=vm, prefix=prefix
         )
         return replace(status, detail=err.message, disks=disks)
-    bases = newest_bases(history, inventory.disks)
+    # A job of our own that was left behind hides disks, but not from the next run.
+    present = (*inventory.disks, *inventory.busy)
+    bases = newest_bases(history, present)
     not_loaded = state_directory.read_verdicts()
     verdicts = [
         judge_with_chain(
@@ -104,14 +106,14 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
             vm=vm,
             repository=repository,
         )
-        for disk in inventory.disks
+        for disk in present
         if vm.disks is None or disk.name in vm.disks
     ]
     return replace(
         status,
         state=state,
         disks=tuple(_disk_status(verdict, vm) for verdict in verdicts),
-        left_out=inventory.left_out | dict.fromkeys(inventory.busy, "in use by a block job"),
+        left_out=inventory.left_out,
         leftovers=(*status.leftovers, *left_in_qemu),
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from qbackup.model.backup import Backup, DiskBackup, Reason
-from qbackup.model.names import bitmap_name, checkpoint_of_bitmap
+from qbackup.model.names import bitmap_name, checkpoint_of_bitmap, size_guard_name
 from qbackup.qmp.disks import Bitmap, Disk
 
 
@@ -80,7 +80,13 @@ def judge(
         disk=disk,
         base=base,
         bitmap=bitmap,
-        reason=_distrust(disk, base, bitmap, granularity_bytes=granularity_bytes),
+        reason=_distrust(
+            disk,
+            base,
+            bitmap,
+            guard=disk.bitmap(size_guard_name(prefix)),
+            granularity_bytes=granularity_bytes,
+        ),
     )
 
 
@@ -100,11 +106,15 @@ def _why_absent(disk: Disk, prefix: str, not_loaded: Mapping[tuple[str, str], Re
     return next(refused, "missing")
 
 
-def _distrust(disk: Disk, base: Base, bitmap: Bitmap, *, granularity_bytes: int) -> Reason | None:
+def _distrust(
+    disk: Disk, base: Base, bitmap: Bitmap, *, guard: Bitmap | None, granularity_bytes: int
+) -> Reason | None:
     if bitmap.inconsistent or bitmap.busy or not bitmap.recording:
         return "unclean"
     if disk.virtual_size_bytes != base.disk.virtual_size_bytes:
         return "size-changed"
+    if guard is not None and guard.dirty_bytes == 0:
+        return "size-changed"  # and back: what was cut off is in no bitmap
     if bitmap.granularity_bytes != granularity_bytes:
         return "granularity-changed"
     return None

@@ -128,6 +128,20 @@ class Bits:
         )
 
     @classmethod
+    def last_granule(cls, *, virtual_size_bytes: int, granularity_bytes: int) -> "Bits":
+        """Return a bitmap in which the disk's last granule is dirty and nothing else."""
+        bit_count = -(-virtual_size_bytes // granularity_bytes)
+        full, rest = divmod(bit_count - 1, CLUSTER_BITS)
+        tail = bytearray(-(-(rest + 1) // 8))
+        tail[rest // 8] = 1 << rest % 8
+        parts: list[Part] = [Fill.ZEROES] * full
+        return cls.from_parts(
+            [*parts, bytes(tail)],
+            virtual_size_bytes=virtual_size_bytes,
+            granularity_bytes=granularity_bytes,
+        )
+
+    @classmethod
     def from_bytes(
         cls, data: bytes | memoryview, *, virtual_size_bytes: int, granularity_bytes: int
     ) -> "Bits":

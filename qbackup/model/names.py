@@ -99,6 +99,11 @@ def bitmap_name(prefix: str, checkpoint: str) -> str:
     return prefix + checkpoint
 
 
+def size_guard_name(prefix: str) -> str:
+    """Return the name of the bitmap that tells whether a disk was ever smaller."""
+    return f"{prefix}size"
+
+
 def split_bitmap_name(name: str) -> tuple[str, str] | None:
     """Return the owner and the checkpoint in the name of a bitmap of any repository's."""
     match = _BITMAP_NAME.match(name)

@@ -45,6 +45,7 @@ class BackupRequest:
     speed_bytes_per_s: int
     compress: bool
     tuning: JobTuning
+    break_snapshot: bool
 
 
 def transaction(actions: Sequence[Command]) -> Command:
@@ -54,12 +55,12 @@ def transaction(actions: Sequence[Command]) -> Command:
     )
 
 
-def bitmap_add(*, node: str, name: str, granularity_bytes: int) -> Command:
-    """Start recording writes to `node`."""
-    return Command(
-        name="block-dirty-bitmap-add",
-        arguments={"node": node, "name": name, "granularity": granularity_bytes},
-    )
+def bitmap_add(*, node: str, name: str, granularity_bytes: int, recording: bool = True) -> Command:
+    """Add an empty bitmap, and start recording writes to `node` in it."""
+    arguments = {"node": node, "name": name, "granularity": granularity_bytes}
+    if not recording:
+        arguments["disabled"] = True
+    return Command(name="block-dirty-bitmap-add", arguments=arguments)
 
 
 def bitmap_add_persistent(*, node: str, name: str, granularity_bytes: int) -> Command:
@@ -107,7 +108,9 @@ def backup(request: BackupRequest, *, engine: Engine) -> Command:
     """Start a job that ends `concluded` and stays until it is dismissed.
 
     The bitmap is left as it is (`bitmap-mode=never`): what becomes of it is decided when the
-    backup is durable. An error on the target ends the job and lets the guest go on.
+    backup is durable. An error on the target ends the job. With `break_snapshot` (since QEMU
+    10.1) it also lets the guest go on if it was the guest's write that could not be saved first;
+    older ones report that error to the guest.
     """
     arguments: dict[str, Any] = {
         "job-id": request.job,
@@ -125,6 +128,8 @@ def backup(request: BackupRequest, *, engine: Engine) -> Command:
             "max-chunk": request.tuning.chunk_bytes,
         },
     }
+    if request.break_snapshot:
+        arguments["on-cbw-error"] = "break-snapshot"
     if request.bitmap is not None:
         arguments |= {"sync": "bitmap", "bitmap": request.bitmap, "bitmap-mode": "never"}
     if engine == "drive-backup":

@@ -18,6 +18,7 @@ from qbackup.qmp.monitor import Monitor
 
 _AUTOMATIC_NODE_PREFIX = "#block"
 _JOB_FILTERS = frozenset({"copy-before-write", "mirror_top", "commit_top", "backup-top"})
+_PROTOCOLS = frozenset({"file", "host_device", "nbd", "rbd", "iscsi", "blkdebug"})
 _PERIPHERAL = "/machine/peripheral/"
 
 
@@ -56,8 +57,8 @@ class Inventory:
 
     disks: tuple[Disk, ...]
     left_out: dict[str, str]
-    busy: tuple[str, ...]
-    """Disks that a block job hides behind a filter of its own; nothing else is known of them."""
+    busy: tuple[Disk, ...]
+    """Disks that a block job hides behind a filter of its own, as far as can be told."""
     bitmaps: tuple[tuple[str, Bitmap], ...]
     """Every named bitmap of every node, with the node's name."""
     nodes: tuple[str, ...]
@@ -122,7 +123,7 @@ async def query_inventory(monitor: Monitor) -> Inventory:
     }
     disks: dict[str, Disk] = {}
     left_out: dict[str, str] = {}
-    busy: list[str] = []
+    busy: list[Disk] = []
     for device in devices:
         name = _disk_name(device)
         if device.inserted is None:
@@ -130,7 +131,7 @@ async def query_inventory(monitor: Monitor) -> Inventory:
         elif device.inserted.ro:
             left_out[name or device.inserted.image.filename] = "read-only"
         elif device.inserted.drv in _JOB_FILTERS:
-            busy.append(name or device.inserted.image.filename)
+            busy.append(_busy_disk(device, device.inserted, nodes, bitmaps))
         else:
             disk = _disk(device, device.inserted, name, bitmaps)
             if disk.name in disks:
@@ -204,6 +205,22 @@ def _disk(
         bitmaps=bitmaps.get(node_name, ()),
         images=tuple(_image_names(node.image)),
     )
+
+
+def _busy_disk(
+    device: _Device, job_filter: _Node, nodes: list[_Node], bitmaps: dict[str, tuple[Bitmap, ...]]
+) -> Disk:
+    """Describe a disk by the node that has its image, since QEMU shows the filter as its root."""
+    below = [
+        node
+        for node in nodes
+        if node.image.filename == job_filter.image.filename
+        and node.drv not in (*_JOB_FILTERS, *_PROTOCOLS)
+    ]
+    below.sort(key=lambda node: not node.dirty_bitmaps)
+    device = _Device(device=device.device, inserted=(*below, job_filter)[0], qdev=device.qdev)
+    inserted = device.inserted or job_filter
+    return _disk(device, inserted, _disk_name(device), bitmaps)
 
 
 def _image_names(image: _Image) -> Iterator[str]:

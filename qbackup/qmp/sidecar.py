@@ -113,8 +113,9 @@ async def load_bitmap(
     path: Path,
     prefix: str,
     into_existing: bool,
+    recording: bool = True,
 ) -> None:
-    """Make a recording bitmap on a disk with these bits set, or set them in one that is there.
+    """Make a bitmap on a disk with these bits set, or set them in one that is there.
 
     `path` and `prefix` are as for `save_bitmap`. One call at a time on one monitor.
 
@@ -129,7 +130,12 @@ async def load_bitmap(
             hint="choose a larger granularity",
         )
     node = _node_name(prefix)
-    add = commands.bitmap_add(node=disk_node, name=name, granularity_bytes=bits.granularity_bytes)
+    add = commands.bitmap_add(
+        node=disk_node,
+        name=name,
+        granularity_bytes=bits.granularity_bytes,
+        recording=recording,
+    )
     merge = commands.bitmap_merge_from(
         node=disk_node, target=name, source_node=node, source=_BITMAP
     )

@@ -60,8 +60,17 @@ async def publish(source: Path, target: Path) -> None:
 
     Both are in the same directory. This is the moment from which `target` exists.
     """
-    await aiofiles.os.rename(source, target)
+    rename(source, target)
     await sync_directory(target.parent)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give something complete its final name; durable only after `sync_directory`.
+
+    Not asynchronous: a rename that went on in another thread while its caller was cancelled
+    and cleaned up could publish what is being removed.
+    """
+    source.rename(target)
 
 
 async def sync_file(path: Path) -> None:

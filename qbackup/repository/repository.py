@@ -50,6 +50,8 @@ class PartialBackup:
     def __init__(self, repository: "Repository", vm: str, backup_id: str) -> None:
         self._repository, self._vm, self._id = repository, vm, backup_id
         self.directory = repository.vm_directory(vm) / f"{backup_id}{PARTIAL_SUFFIX}"
+        self.published = False
+        """Whether the backup exists: true from the rename on."""
 
     def image(self, disk: str) -> Path:
         """Return where the disk's image is being written."""
@@ -68,7 +70,10 @@ class PartialBackup:
         data = encode_manifest(backup, repository_id=self._repository.id)
         await durable.write_new_file(self.directory / MANIFEST_FILE, data)
         await durable.sync_directory(self.directory)
-        await durable.publish(self.directory, self._repository.vm_directory(self._vm) / self._id)
+        target = self._repository.vm_directory(self._vm) / self._id
+        durable.rename(self.directory, target)
+        self.published = True
+        await durable.sync_directory(target.parent)
 
 
 class Repository:

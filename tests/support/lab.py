@@ -24,7 +24,16 @@ from qemu.qmp import ExecuteError
 from support.cli import Qbackup, Result, make_qbackup
 from support.model import DiskModel, Instant, patchwork
 from support.qcow2_clusters import stored_clusters
-from support.qemu import QEMU_IMG, DiskSpec, Qemu, create_image, raw_bytes, run_tool, started
+from support.qemu import (
+    QEMU_IMG,
+    DiskSpec,
+    Qemu,
+    create_image,
+    is_guard,
+    raw_bytes,
+    run_tool,
+    started,
+)
 
 VM = "vm1"
 OURS = "qbackup-"
@@ -285,7 +294,7 @@ class Lab:
         nodes = await self.qemu.qmp("query-named-block-nodes", flat=True)
         assert [n["node-name"] for n in nodes if n["node-name"].startswith(OURS)] == []
         bitmaps = [bitmap for node in nodes for bitmap in node.get("dirty-bitmaps", [])]
-        ours = [b for b in bitmaps if b.get("name", "").startswith(OURS)]
+        ours = [b for b in bitmaps if b.get("name", "").startswith(OURS) and not is_guard(b)]
         assert all(bitmap["recording"] and not bitmap["busy"] for bitmap in ours)
         checkpoints = sorted(bitmap["name"].split("-", 2)[2] for bitmap in ours)
         assert checkpoints == sorted(self.bases.values())

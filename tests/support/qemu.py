@@ -123,10 +123,10 @@ class Qemu:
         await self.io(disk, f"discard {offset} {length}")
 
     async def bitmaps(self, node: str) -> list[dict[str, Any]]:
-        """Return the named bitmaps of a node as QEMU shows them."""
+        """Return the named bitmaps of a node as QEMU shows them, but for size guards."""
         nodes = await self.qmp("query-named-block-nodes", flat=True)
         found = next(entry for entry in nodes if entry.get("node-name") == node)
-        return [b for b in found.get("dirty-bitmaps", []) if b.get("name")]
+        return [b for b in found.get("dirty-bitmaps", []) if b.get("name") and not is_guard(b)]
 
     async def kill(self) -> None:
         """Kill QEMU as a crash would."""
@@ -194,6 +194,11 @@ async def _connect(client: QMPClient, socket: Path, process: Process) -> None:
                     return
             # There is no event for "the socket is there"; this waits for a process to start.
             await asyncio.sleep(0.01)
+
+
+def is_guard(bitmap: dict[str, Any]) -> bool:
+    """Tell whether a bitmap is qbackup's guard against shrinking, which records nothing."""
+    return str(bitmap["name"]).startswith("qbackup-") and str(bitmap["name"]).endswith("-size")
 
 
 async def create_image(path: Path, image_format: str, size: str | int, *options: str) -> None:

@@ -135,7 +135,7 @@ def make_disk(name: str = "system", *bitmaps: Bitmap, **changes: Any) -> Disk:
 
 
 def make_inventory(
-    *disks: Disk, left_out: dict[str, str] | None = None, busy: tuple[str, ...] = ()
+    *disks: Disk, left_out: dict[str, str] | None = None, busy: tuple[Disk, ...] = ()
 ) -> Inventory:
     """Return an inventory of these disks."""
     return Inventory(

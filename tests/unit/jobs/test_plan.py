@@ -99,7 +99,7 @@ def test_a_disk_cannot_be_chosen_and_excluded() -> None:
 
 
 def test_a_disk_that_another_job_hides_is_not_taken_for_a_missing_one() -> None:
-    inventory = make_inventory(make_disk("system"), busy=("data",))
+    inventory = make_inventory(make_disk("system"), busy=(make_disk("data"),))
     with pytest.raises(DiskError, match=f"{VM}: another block job is using data") as caught:
         choose_disks(inventory, vm=make_vm(disks=("data",)), options=BackupOptions(kind="full"))
     assert caught.value.hint is not None
