@@ -2,6 +2,8 @@
 
 import argparse
 import asyncio
+import math
+import os
 import signal
 from asyncio.subprocess import Process
 from collections.abc import Callable
@@ -14,9 +16,7 @@ from qbackup.formats.configuration import Vm
 from qbackup.jobs.watch import Watcher, WatchOptions
 from qbackup.ui.reporters import LineReporter
 
-CONNECT_TIMEOUT_S = 30.0
 _END_TIMEOUT_S = 1.0
-_STAY_PAUSED = "-S"
 
 
 async def run(arguments: argparse.Namespace) -> int:
@@ -26,28 +26,28 @@ async def run(arguments: argparse.Namespace) -> int:
     command = qemu_command(arguments.qemu, vm)
     repository, state = context.open_repository(), context.state(vm)
     reporter = LineReporter(quiet=context.quiet)
-    process = await _start(command)
     watcher = Watcher(
         vm,
         state,
         repository,
         WatchOptions(
-            resume=_STAY_PAUSED not in arguments.qemu,
-            connect_timeout_s=CONNECT_TIMEOUT_S,
+            resume=not stays_paused(arguments.qemu),
+            connect_timeout_s=math.inf,
             trust_block_devices=context.configuration.trust_block_devices,
         ),
         reporter,
-        pid=process.pid,
     )
-    _on_signals(watcher.end)
-    try:
-        await watcher.watch(gone=lambda: process.returncode is not None)
-    except Exception as err:
-        reporter.warning(str(err))
-        if not await _has_ended(process):
-            # The VM matters more than its bitmaps.
-            reporter.warning(f"{vm.name}: the VM goes on, unwatched; its bitmaps will not be kept")
-            _on_signals(process.terminate)
+    async with watcher.ready():
+        process = await _start(command)
+        _on_signals(watcher.end)
+        try:
+            await watcher.watch(pid=process.pid, gone=lambda: process.returncode is not None)
+        except Exception as err:
+            reporter.warning(str(err))
+    if not await _has_ended(process):
+        # The VM matters more than its bitmaps.
+        reporter.warning(f"{vm.name}: the VM goes on, unwatched; its bitmaps will not be kept")
+        _on_signals(process.terminate)
     status = await process.wait()
     return status if status >= 0 else 128 - status
 
@@ -96,13 +96,19 @@ def qemu_command(arguments: list[str], vm: Vm) -> list[str]:
                 f"{argument} does not go with qbackup run",
                 hint="run it under systemd or with nohup instead",
             )
-    extra = [] if _STAY_PAUSED in command else [_STAY_PAUSED]
+    extra = [] if stays_paused(command) else ["-S"]
     if isinstance(vm.qmp, Path):
         address = f"unix:{vm.qmp}"
-        configured = any(str(vm.qmp) in argument for argument in command)
+        names = {address, f"unix:{os.path.relpath(vm.qmp)}", f"path={vm.qmp}"}
+        names.add(f"path={os.path.relpath(vm.qmp)}")
     else:
         address = f"tcp:{vm.qmp[0]}:{vm.qmp[1]}"
-        configured = any(address.removeprefix("tcp:") in argument for argument in command)
-    if not configured:
+        names = {address, f"port={vm.qmp[1]}"}
+    if not any(names & set(argument.split(",")) for argument in command):
         extra += ["-qmp", f"{address.replace(',', ',,')},server=on,wait=off"]
     return [*command, *extra]
+
+
+def stays_paused(command: list[str]) -> bool:
+    """Tell whether the user wants the guest to wait (QEMU takes one dash or two)."""
+    return "-S" in command or "--S" in command

@@ -31,14 +31,15 @@ async def run(arguments: argparse.Namespace) -> int:
     )
     # A watcher that is told to end leaves the VM alone: the bitmaps go on recording in QEMU,
     # and the next watcher takes over.
-    task = asyncio.ensure_future(watcher.watch())
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    try:
-        ending = await task
-    except asyncio.CancelledError:
-        print_line(f"{vm.name}: no longer watched; the VM and its bitmaps go on")
-        return 0
+    async with watcher.ready():
+        task = asyncio.ensure_future(watcher.watch())
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        try:
+            ending = await task
+        except asyncio.CancelledError:
+            print_line(f"{vm.name}: no longer watched; the VM and its bitmaps go on")
+            return 0
     return 0 if ending is Ending.SAVED else _EXIT_LOST
 
 

@@ -18,13 +18,14 @@ from qbackup.jobs import reconcile
 from qbackup.jobs.control import vm_monitor
 from qbackup.jobs.copy import Copied, DiskCopier
 from qbackup.jobs.plan import BackupOptions, Plan, make_plan, readable_backups
+from qbackup.jobs.saved_bitmaps import distrust_all
 from qbackup.jobs.trust import checkpoints, newest_bases
 from qbackup.model.backup import Backup
 from qbackup.model.names import new_backup_id, owner_prefix
 from qbackup.model.progress import Reporter
 from qbackup.qmp.disks import query_inventory
 from qbackup.qmp.monitor import Monitor
-from qbackup.qmp.vm import query_configuration, query_version
+from qbackup.qmp.vm import query_configuration, query_state, query_version
 from qbackup.repository.repository import Repository
 from qbackup.repository.state import StateDirectory
 
@@ -57,8 +58,11 @@ async def back_up(
     prefix = owner_prefix(repository.id, vm.name)
     async with (
         repository.lock(vm.name, wait_s=options.lock_wait_s),
-        vm_monitor(vm, state.control_socket) as monitor,
+        vm_monitor(vm, state.control_socket) as (monitor, watched),
     ):
+        if not watched and (await query_state(monitor)).status != "prelaunch":
+            # This VM runs unseen: whatever its files say, they must not be believed later.
+            await distrust_all(state)
         await reconcile.clear_jobs(monitor, vm=vm.name, prefix=prefix, reporter=reporter)
         await reconcile.remove_partials(repository, vm.name, reporter)
         plan = await _prepare(

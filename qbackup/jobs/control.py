@@ -29,6 +29,7 @@ from qbackup.repository import durable
 _MAX_LINE_BYTES = 4096
 REQUEST_TIMEOUT_S = 5.0
 LEND_TIMEOUT_S = 30.0
+MAX_TIMEOUT_S = 7 * 86400.0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -64,10 +65,12 @@ async def listening(socket: Path, inbox: "asyncio.Queue[Any]") -> AsyncIterator[
                 writer.write(b'{"ok": false, "message": "not understood"}\n')
                 return
             inbox.put_nowait(request)
-            # Nothing more is expected: reading returns when the client ends.
-            await reader.read()
-            request.ended.set()
-        except (TimeoutError, OSError, ValueError):
+            try:
+                while await reader.read(_MAX_LINE_BYTES):
+                    pass  # nothing more is expected; reading ends when the client does
+            finally:
+                request.ended.set()
+        except (TimeoutError, OSError, ValueError, RecursionError):
             pass
         finally:
             writer.close()
@@ -92,11 +95,9 @@ def _parse(line: bytes, writer: asyncio.StreamWriter) -> Request | None:
     if not isinstance(document, dict) or document.get("command") not in ("lend", "stop"):
         return None
     timeout = document.get("timeout_s")
-    return Request(
-        command=document["command"],
-        timeout_s=float(timeout) if isinstance(timeout, int | float) else None,
-        writer=writer,
-    )
+    if not isinstance(timeout, int | float) or not 0 <= timeout < MAX_TIMEOUT_S:
+        timeout = None
+    return Request(command=document["command"], timeout_s=timeout, writer=writer)
 
 
 @asynccontextmanager
@@ -125,14 +126,17 @@ async def borrowed_monitor(socket: Path, *, vm: str) -> AsyncIterator[bool]:
 
 
 @asynccontextmanager
-async def vm_monitor(vm: Vm, control_socket: Path) -> AsyncIterator[Monitor]:
-    """Connect to a VM's monitor, borrowed from its watcher where there is one.
+async def vm_monitor(vm: Vm, control_socket: Path) -> AsyncIterator[tuple[Monitor, bool]]:
+    """Connect to a VM's monitor, and tell whether it was borrowed from a watcher.
 
     Raises:
         MonitorError: nobody answers, or another client has the monitor.
     """
-    async with borrowed_monitor(control_socket, vm=vm.name), connected(vm.qmp) as monitor:
-        yield monitor
+    async with (
+        borrowed_monitor(control_socket, vm=vm.name) as watched,
+        connected(vm.qmp) as monitor,
+    ):
+        yield monitor, watched
 
 
 async def request_stop(socket: Path, *, timeout_s: float, margin_s: float) -> bool:
@@ -201,7 +205,7 @@ async def _cancelled_on_recall(reader: asyncio.StreamReader, *, vm: str) -> Asyn
 
     async def listen() -> None:
         nonlocal recalled
-        if await reader.readline() and task is not None:
+        if await reader.readline() and task is not None and not task.cancelling():
             recalled = True
             task.cancel()
 

@@ -40,6 +40,9 @@ from qbackup.repository.repository import PartialBackup
 TUNING = JobTuning(workers=8, chunk_bytes=512 * 1024)
 """Measured: docs/decisions/0002-job-tuning.md."""
 
+FROZEN_TIMEOUT_S = 10.0
+"""Longer than this no guest stands still for us."""
+
 STALL_TIMEOUT_S = 600.0
 """Without any progress for so long, a backup is given up."""
 
@@ -188,7 +191,7 @@ class DiskCopier:
             await self._monitor.execute(commands.transaction(actions))
             return ("crash" if running else "paused"), False
         async with frozen(self._vm.agent, vm=self._vm.name, reporter=self._reporter) as freeze:
-            await self._monitor.execute(commands.transaction(actions))
+            await self._monitor.execute(commands.transaction(actions), timeout_s=FROZEN_TIMEOUT_S)
         return ("filesystem" if freeze.held else "crash"), not freeze.held
 
     def _actions(self, copy: _DiskCopy, disk_count: int, *, break_snapshot: bool) -> list[Command]:

@@ -2,7 +2,7 @@
 
 The order of each step is what makes the clean flag mean something (design, section 2):
 
-    load   check everything → clear clean, sync → only then give the bits to QEMU
+    load   record → check everything → clear clean, sync → only then give the bits to QEMU
     save   write new files, not clean           → QEMU ends → stamp, set clean, sync, rename
 
 It takes every bitmap of ours, of whichever repository: whether a bitmap's checkpoint is the
@@ -30,6 +30,7 @@ from qbackup.qmp.commands import Command
 from qbackup.qmp.disks import Bitmap, Disk, query_inventory, query_written_nodes
 from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.sidecar import load_bitmap, save_bitmap
+from qbackup.repository import durable
 from qbackup.repository.repository import Repository
 from qbackup.repository.state import HEADER_BYTES, StateDirectory
 
@@ -45,6 +46,17 @@ class Saved:
     images: tuple[Path, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Candidate:
+    """A saved bitmap that is all right in itself."""
+
+    disk: Disk
+    name: str
+    path: Path
+    bits: Bits
+    stamp: ImageStamp | None
+
+
 async def load(
     monitor: Monitor,
     state: StateDirectory,
@@ -53,56 +65,83 @@ async def load(
     pid: int | None,
     trust_block_devices: bool,
 ) -> dict[tuple[str, str], Reason]:
-    """Give QEMU every saved bitmap that can be trusted. The VM must not have run yet.
+    """Give QEMU every saved bitmap that can be trusted. The VM should not have run yet.
+
+    Recording begins before anything is checked, so that a guest that somebody lets run
+    meanwhile is either caught by the checks or recorded. Afterwards no file is clean.
 
     Returns why each of the others was not loaded.
     """
-    inventory = await query_inventory(monitor)
-    written = await query_written_nodes(monitor)
     verdicts: dict[tuple[str, str], Reason] = {}
-    trusted: list[tuple[Disk, str, Path, Bits]] = []
-    for (disk_name, bitmap), path in state.bitmap_files().items():
+    candidates = []
+    inventory = await query_inventory(monitor)
+    for (disk_name, name), path in state.bitmap_files().items():
         disk = inventory.disk(disk_name)
-        if disk is None or disk.bitmap(bitmap) is not None:
-            continue
-        images = image_paths(disk, pid)
-        if disk.node in written:
-            # This QEMU has run before, and nobody recorded what it wrote.
-            verdicts[disk_name, bitmap] = "image-changed"
-            continue
-        if images is None or (not trust_block_devices and any(map(is_block_device, images))):
-            verdicts[disk_name, bitmap] = "unsupported"
+        if disk is None or disk.bitmap(name) is not None:
             continue
         try:
             file = await asyncio.to_thread(
-                read_saved, path, vm=vm, disk=disk.name, virtual_size_bytes=disk.virtual_size_bytes
+                read_saved, path, vm=vm, disk=disk_name, virtual_size_bytes=disk.virtual_size_bytes
             )
-            await asyncio.to_thread(_require_unchanged, file, images)
         except NotTrustedError as err:
-            verdicts[disk_name, bitmap] = err.reason
+            verdicts[disk_name, name] = err.reason
+            continue
+        candidate = _Candidate(disk=disk, name=name, path=path, bits=file.bits, stamp=file.stamp)
+        await _start_recording(monitor, candidate)
+        candidates.append(candidate)
+    written = await query_written_nodes(monitor)
+    trusted = []
+    for candidate in candidates:
+        try:
+            images = image_paths(candidate.disk, pid)
+            _require_local(images, trust_block_devices=trust_block_devices)
+            if candidate.disk.node in written:
+                raise NotTrustedError("image-changed")  # noqa: TRY301 - all reasons end below
+            await asyncio.to_thread(_require_unchanged, candidate.stamp, images or ())
+        except NotTrustedError as err:
+            verdicts[candidate.disk.name, candidate.name] = err.reason
+            await monitor.execute(
+                commands.bitmap_remove(node=candidate.disk.node, name=candidate.name)
+            )
         else:
-            trusted.append((disk, bitmap, path, file.bits))
+            trusted.append(candidate)
     await state.write_verdicts(verdicts)
-    for _, _, path, _ in trusted:
-        await state.rewrite_header(path, lambda header: qbm.with_clean(header, clean=False))
-    for disk, bitmap, path, bits in trusted:
-        await ensure_size_guard(
-            monitor,
-            disk,
-            prefix=bitmap.removesuffix((split_bitmap_name(bitmap) or ("", ""))[1]),
-            granularity_bytes=bits.granularity_bytes,
-            scratch=_sidecar_path(path),
-        )
+    await distrust_all(state)
+    for candidate in trusted:
         await load_bitmap(
             monitor,
-            disk_node=disk.node,
-            name=bitmap,
-            bits=bits,
-            path=_sidecar_path(path),
+            disk_node=candidate.disk.node,
+            name=candidate.name,
+            bits=candidate.bits,
+            path=_sidecar_path(candidate.path),
             prefix=RESERVED_PREFIX,
-            into_existing=False,
+            into_existing=True,
         )
     return verdicts
+
+
+async def _start_recording(monitor: Monitor, candidate: _Candidate) -> None:
+    disk, granularity = candidate.disk, candidate.bits.granularity_bytes
+    _, checkpoint = split_bitmap_name(candidate.name) or ("", "")
+    await ensure_size_guard(
+        monitor,
+        disk,
+        prefix=candidate.name.removesuffix(checkpoint),
+        granularity_bytes=granularity,
+        scratch=_sidecar_path(candidate.path),
+    )
+    await monitor.execute(
+        commands.bitmap_add(node=disk.node, name=candidate.name, granularity_bytes=granularity)
+    )
+
+
+async def distrust_all(state: StateDirectory) -> None:
+    """Clear the clean flag of every file: from now on QEMU may write unseen by them."""
+    for path in state.bitmap_files().values():
+        try:
+            await state.rewrite_header(path, lambda header: qbm.with_clean(header, clean=False))
+        except (qbm.QbmError, OSError):
+            await state.remove(path)
 
 
 async def save(
@@ -153,6 +192,8 @@ async def set_clean(
     for one in saved:
         if not trust_block_devices and any(map(is_block_device, one.images)):
             continue
+        for image in one.images:
+            await durable.sync_file(image)  # QEMU may have been told not to (cache=unsafe)
         stamp = await asyncio.to_thread(take_stamp, one.images)
 
         def set_flag(header: bytes, stamp: ImageStamp = stamp) -> bytes:
@@ -188,17 +229,24 @@ def read_saved(path: Path, *, vm: str, disk: str, virtual_size_bytes: int) -> qb
         raise NotTrustedError("unclean")
     if (file.identity.vm, file.identity.disk) != (vm, disk):
         raise NotTrustedError("wrong-disk")
+    if not path.stem.endswith(f"-{file.identity.checkpoint}"):
+        raise NotTrustedError("wrong-checkpoint")
     if file.bits.virtual_size_bytes != virtual_size_bytes:
         raise NotTrustedError("size-changed")
     return file
 
 
-def _require_unchanged(file: qbm.BitmapFile, images: Sequence[Path]) -> None:
+def _require_local(images: Sequence[Path] | None, *, trust_block_devices: bool) -> None:
+    if images is None or (not trust_block_devices and any(map(is_block_device, images))):
+        raise NotTrustedError("unsupported")
+
+
+def _require_unchanged(expected: ImageStamp | None, images: Sequence[Path]) -> None:
     try:
         stamp = take_stamp(images)
     except (OSError, ValueError) as err:
         raise NotTrustedError("image-changed") from err
-    if file.stamp != stamp:
+    if expected != stamp:
         raise NotTrustedError("image-changed")
 
 

@@ -80,7 +80,7 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
     status = replace(status, leftovers=tuple(path.name for path in repository.partials(vm.name)))
     state = status.state
     try:
-        async with vm_monitor(vm, state_directory.control_socket) as monitor:
+        async with vm_monitor(vm, state_directory.control_socket) as (monitor, _):
             state = (await query_state(monitor)).status
             inventory = await query_inventory(monitor)
             left_in_qemu = await _left_in_qemu(monitor, inventory, prefix)

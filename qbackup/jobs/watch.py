@@ -13,6 +13,7 @@ files as they are: not clean.
 
 import asyncio
 import os
+import select
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -32,9 +33,13 @@ from qbackup.qmp.vm import query_state
 from qbackup.repository.repository import Repository
 from qbackup.repository.state import StateDirectory
 
-_EVENTS = ("SHUTDOWN", "STOP", "RESUME")
+_EVENTS = ("SHUTDOWN", "STOP", "RESUME", "GUEST_PANICKED")
+_ENDED = frozenset({"shutdown", "guest-panicked"})
+"""Run states in which a guest writes no more and does not come back by itself."""
+
 _POLL_S = 2.0
 _CONNECT_RETRY_S = 0.05
+_RECONNECT_S = 0.2
 EXIT_TIMEOUT_S = 60.0
 DEFAULT_STOP_TIMEOUT_S = 60.0
 
@@ -73,37 +78,56 @@ class Watcher:
         reporter: Reporter,
         *,
         on_ready: Callable[[], None] = lambda: None,
-        pid: int | None = None,
     ) -> None:
         self._vm, self._state, self._repository = vm, state, repository
         self._options, self._reporter = options, reporter
-        self._on_ready: Callable[[], None] | None = on_ready
+        self._on_ready = on_ready
         self._inbox: asyncio.Queue[Request | _Signal | dict[str, Any]] = asyncio.Queue()
-        self._pid = pid
+        self._pid: int | None = None
+        self._attended = False
 
     def end(self) -> None:
         """Pause the guest, save, and end QEMU (for SIGTERM and SIGINT)."""
         self._inbox.put_nowait(_Signal.END)
 
-    async def watch(self, *, gone: Callable[[], bool] = lambda: False) -> Ending:
-        """Watch until QEMU has ended.
-
-        `gone` tells that QEMU has ended before it could be connected to.
+    @asynccontextmanager
+    async def ready(self) -> AsyncIterator[None]:
+        """Be the VM's only watcher, and listen for requests, for the duration of a block.
 
         Raises:
             LockedError: another process watches the VM.
-            MonitorError: QEMU cannot be reached.
         """
         with self._state.watched(self._vm.name):
             async with listening(self._state.control_socket, self._inbox):
-                try:
-                    return await self._watch(gone)
-                except MonitorLostError:
+                yield
+
+    async def watch(
+        self, *, pid: int | None = None, gone: Callable[[], bool] = lambda: False
+    ) -> Ending:
+        """Watch until QEMU has ended; within `ready`.
+
+        `pid` is QEMU's process where it is known; `gone` tells that QEMU has ended before it
+        could be connected to.
+
+        Raises:
+            MonitorError: QEMU cannot be reached.
+            QbackupError: QEMU has ended, and its bitmaps could not be saved.
+        """
+        self._pid = pid
+        await self._wait_for_monitor(gone)
+        while True:
+            try:
+                return await self._watch()
+            except MonitorLostError as err:
+                if _has_exited(self._pid):
                     self._reporter.warning(
                         f"{self._vm.name}: QEMU ended without warning; "
                         "the next backup will be a full one"
                     )
                     return Ending.GONE
+                # Only the connection was lost.
+                self._reporter.warning(f"{err.message}; connecting again")
+            await asyncio.sleep(_RECONNECT_S)
 
     async def stop(self, *, timeout_s: float) -> None:
         """Power the VM down, save and end QEMU; for a VM that nobody watches.
@@ -113,15 +137,14 @@ class Watcher:
             QbackupError: QEMU cannot be reached, or does not end.
         """
         with self._state.watched(self._vm.name):
-            async with connected(self._vm.qmp) as monitor:
+            async with connected(self._vm.qmp) as monitor, _staying_at_shutdown(monitor):
                 self._pid = monitor.peer_pid()
-                await monitor.execute(commands.stay_at_shutdown())
                 await self._power_down(monitor, timeout_s)
-                if not await self._save_and_quit(monitor):
-                    raise QbackupError(f"{self._vm.name}: the guest was started again")
+                ended = await self._save_and_quit(monitor)
+        if not ended:
+            raise QbackupError(f"{self._vm.name}: the guest was started again")
 
-    async def _watch(self, gone: Callable[[], bool]) -> Ending:
-        await self._wait_for_monitor(gone)
+    async def _watch(self) -> Ending:
         while True:
             async with AsyncExitStack() as session:
                 monitor = await self._reconnect(session)
@@ -167,19 +190,31 @@ class Watcher:
         """Serve until somebody wants the monitor (returned), or the VM is to end (None)."""
         self._pid = monitor.peer_pid() or self._pid
         with monitor.listen(_EVENTS, lambda _: True) as events:
-            await monitor.execute(commands.stay_at_shutdown())
-            status = (await query_state(monitor)).status
-            if status == "prelaunch" and self._on_ready is not None:
+            async with _staying_at_shutdown(monitor):
+                status = (await query_state(monitor)).status
+                if not self._attended:
+                    await self._begin(monitor, status)
+                    self._attended = True
+                    self._on_ready()
+                if status in _ENDED:
+                    return None
+                async with self._pumped(monitor, events):
+                    return await self._until_asked(monitor)
+
+    async def _begin(self, monitor: Monitor, status: str) -> None:
+        """Load what was saved and let the guest go, whatever becomes of the loading."""
+        try:
+            if status == "prelaunch":
                 await self._load(monitor)
-                if self._options.resume:
-                    await monitor.execute(commands.resume_guest())
-            if self._on_ready is not None:
-                self._on_ready()
-                self._on_ready = None
-            if status == "shutdown":
-                return None
-            async with self._pumped(monitor, events):
-                return await self._until_asked(monitor)
+            else:
+                # It has run unseen by these files, for all that we know.
+                await saved_bitmaps.distrust_all(self._state)
+        except MonitorLostError:
+            raise
+        except (QbackupError, OSError) as err:
+            self._reporter.warning(f"{self._vm.name}: bitmaps could not be loaded: {err}")
+        if status == "prelaunch" and self._options.resume:
+            await monitor.execute(commands.resume_guest())
 
     async def _load(self, monitor: Monitor) -> None:
         verdicts = await saved_bitmaps.load(
@@ -218,7 +253,7 @@ class Watcher:
             elif item is _Signal.END:
                 await monitor.execute(commands.pause_guest())
                 return None
-            elif (await query_state(monitor)).status == "shutdown":
+            elif (await query_state(monitor)).status in _ENDED:
                 return None
 
     async def _lend(self, request: Request) -> None:
@@ -293,7 +328,7 @@ class Watcher:
             except (QbackupError, OSError) as err:
                 # The VM has to end all the same; its files stay as they are, not clean.
                 problem = f"{self._vm.name}: the bitmaps could not be saved: {err}"
-            if (await query_state(monitor)).running:
+            if resumed or (await query_state(monitor)).running:
                 return False
             await self._quit(monitor)
         if resumed:
@@ -310,9 +345,9 @@ class Watcher:
         with monitor.listen(_EVENTS, lambda _: True) as events, suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await monitor.execute(commands.system_powerdown())
-                while (await query_state(monitor)).status != "shutdown":
+                while (await query_state(monitor)).status not in _ENDED:
                     await events.next(timeout_s=_POLL_S)
-        if (await query_state(monitor)).status != "shutdown":
+        if (await query_state(monitor)).status not in _ENDED:
             self._reporter.warning(
                 f"{self._vm.name}: the guest did not power off within {timeout_s:.0f} s; pausing it"
             )
@@ -335,6 +370,22 @@ class Watcher:
             ) from err
 
 
+@asynccontextmanager
+async def _staying_at_shutdown(monitor: Monitor) -> AsyncIterator[None]:
+    """Let QEMU stay when the guest powers off; if the block fails, let it end by itself again.
+
+    Nobody may come after a watcher that fails or is told to go, and a VM that waits to be
+    saved would wait for ever.
+    """
+    await monitor.execute(commands.set_shutdown_action("pause"))
+    try:
+        yield
+    except BaseException:
+        with suppress(QbackupError):
+            await monitor.execute(commands.set_shutdown_action("poweroff"))
+        raise
+
+
 async def _until_exited(monitor: Monitor, pid: int | None) -> None:
     """Wait for QEMU's process; without one to look at, for the end of the connection.
 
@@ -352,6 +403,20 @@ async def _until_exited(monitor: Monitor, pid: int | None) -> None:
             await _readable(fd)
         finally:
             os.close(fd)
+
+
+def _has_exited(pid: int | None) -> bool:
+    """Tell whether a process has ended; one that is not known is taken to have."""
+    if pid is None:
+        return True
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([fd], [], [], 0)[0])
+    finally:
+        os.close(fd)
 
 
 def _readable(fd: int) -> Awaitable[None]:

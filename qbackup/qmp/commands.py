@@ -6,7 +6,7 @@ talks to QEMU.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from qbackup.formats.configuration import Engine
 
@@ -218,9 +218,9 @@ def query(what: str, **arguments: Any) -> Command:
     return Command(name=f"query-{what}", arguments=arguments)
 
 
-def stay_at_shutdown() -> Command:
-    """Let QEMU stay, paused, when the guest powers off."""
-    return Command(name="set-action", arguments={"shutdown": "pause"})
+def set_shutdown_action(action: Literal["pause", "poweroff"]) -> Command:
+    """Let QEMU stay, paused, when the guest powers off; or let it end, as it does by itself."""
+    return Command(name="set-action", arguments={"shutdown": action})
 
 
 def system_powerdown() -> Command:

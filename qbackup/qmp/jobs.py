@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from qbackup.errors import MonitorLostError, QmpCommandError
+from qbackup.errors import MonitorError, QmpCommandError
 from qbackup.qmp import commands
 from qbackup.qmp.monitor import Events, Monitor
 
@@ -94,7 +94,7 @@ async def end_jobs(monitor: Monitor, *, prefix: str) -> int:
     """Cancel and dismiss every job of this prefix; return how many there were.
 
     Raises:
-        MonitorLostError: a job did not end in time, or QEMU went away.
+        MonitorError: a job did not end in time, or QEMU went away.
     """
     with monitor.listen(EVENTS, lambda event: is_event_of(prefix, event)) as events:
         jobs = await query_jobs(monitor, prefix=prefix)
@@ -125,7 +125,7 @@ async def _until_concluded(monitor: Monitor, events: Events, jobs: Iterable[str]
         if not waiting:
             return
         if waited_s >= CANCEL_TIMEOUT_S:
-            raise MonitorLostError(
+            raise MonitorError(
                 f"jobs did not end within {CANCEL_TIMEOUT_S:.0f} s: {', '.join(sorted(waiting))}",
                 hint="their target may hang; the next run will try to remove them again",
             )

@@ -5,6 +5,7 @@ never greeted. That is what `MonitorBusyError` means. This module knows no comma
 """
 
 import asyncio
+import errno
 import logging
 import socket
 import struct
@@ -34,6 +35,9 @@ Address = Path | tuple[str, int]
 
 CONNECT_TIMEOUT_S = 5.0
 COMMAND_TIMEOUT_S = 60.0
+
+_QUEUE_IS_FULL = (errno.EAGAIN, errno.EINVAL)
+"""What connecting to a UNIX socket ends with when too many wait (the second through asyncio)."""
 
 # qemu.qmp logs the errors that it also raises; they are reported once, by us.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
@@ -179,14 +183,13 @@ async def connected(
             await _connect(client, address)
     except TimeoutError as err:
         await _disconnect(client)
-        raise MonitorBusyError(
-            f"{address_text(address)}: the monitor does not answer; another client has it",
-            hint="a QMP monitor serves one client at a time: end the other one, "
-            "or give QEMU a second -qmp for it",
-        ) from err
+        raise _busy(address) from err
     except (ConnectError, OSError) as err:
         await _disconnect(client)
-        raise _unreachable(address, err) from err
+        cause = err.exc if isinstance(err, ConnectError) else err
+        if isinstance(cause, OSError) and cause.errno in _QUEUE_IS_FULL:
+            raise _busy(address) from err
+        raise _unreachable(address, cause) from err
     try:
         yield Monitor(client, address)
     finally:
@@ -210,9 +213,16 @@ async def _disconnect(client: QMPClient) -> None:
                 await client.disconnect()
 
 
-def _unreachable(address: Address, err: ConnectError | OSError) -> MonitorError:
+def _busy(address: Address) -> MonitorBusyError:
+    return MonitorBusyError(
+        f"{address_text(address)}: the monitor does not answer; another client has it",
+        hint="a QMP monitor serves one client at a time: end the other one, "
+        "or give QEMU a second -qmp for it",
+    )
+
+
+def _unreachable(address: Address, cause: BaseException) -> MonitorError:
     text = address_text(address)
-    cause = err.exc if isinstance(err, ConnectError) else err
     if isinstance(cause, FileNotFoundError):
         return MonitorError(
             f"{text}: no such socket",

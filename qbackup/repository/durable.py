@@ -75,17 +75,12 @@ def rename(source: Path, target: Path) -> None:
 
 async def sync_file(path: Path) -> None:
     """Wait until a file's content is on the disk."""
-    await _run(_sync_path, path, os.O_RDWR)
+    await _run(_sync_path, path, os.O_RDONLY)
 
 
 async def sync_directory(path: Path) -> None:
     """Wait until a directory's names are on the disk."""
     await _run(_sync_path, path, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def start_writeback(fd: int) -> None:
-    """Write out what is dirty so far, so that the final sync finds little left to do."""
-    os.fdatasync(fd)
 
 
 def _overwrite_start(path: Path, data: bytes) -> None:

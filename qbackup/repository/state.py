@@ -83,13 +83,18 @@ class StateDirectory:
         await durable.publish(new, target)
         return target
 
+    async def remove(self, path: Path) -> None:
+        """Remove one bitmap file, durably."""
+        path.unlink(missing_ok=True)
+        await durable.sync_directory(path.parent)
+
     async def remove_others(self, keep: set[Path]) -> None:
         """Remove bitmap files that no longer stand for anything, and unfinished ones."""
         for folder in self._disk_directories():
             stale = [
                 path
                 for path in folder.iterdir()
-                if path not in keep and path.name.endswith((BITMAP_SUFFIX, _NEW_SUFFIX))
+                if path not in keep and BITMAP_SUFFIX in path.suffixes
             ]
             for path in stale:
                 path.unlink()
