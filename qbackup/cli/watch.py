@@ -33,8 +33,13 @@ async def run(arguments: argparse.Namespace) -> int:
     # and the next watcher takes over.
     async with watcher.ready():
         task = asyncio.ensure_future(watcher.watch())
+
+        def leave() -> None:
+            if not watcher.saving:
+                task.cancel()
+
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+            asyncio.get_running_loop().add_signal_handler(number, leave)
         try:
             ending = await task
         except asyncio.CancelledError:

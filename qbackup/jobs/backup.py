@@ -88,6 +88,7 @@ async def back_up(
                 prefix=prefix,
                 backup_id=backup_id,
                 partial=partial,
+                scratch=state.scratch_file(),
                 reporter=reporter,
             )
             async with copier.rolled_back_on_failure():

@@ -11,6 +11,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qbackup.errors import JobFailedError, MonitorLostError, QbackupError
@@ -84,11 +85,12 @@ class DiskCopier:
         prefix: str,
         backup_id: str,
         partial: PartialBackup,
+        scratch: Path,
         reporter: Reporter,
     ) -> None:
         self._monitor, self._vm, self._plan, self._options = monitor, vm, plan, options
         self._prefix, self._id = prefix, backup_id
-        self._partial, self._reporter = partial, reporter
+        self._partial, self._scratch, self._reporter = partial, scratch, reporter
         self._last_error: dict[str, str] = {}
 
     async def copy(self) -> Copied:
@@ -106,7 +108,7 @@ class DiskCopier:
                     verdict.disk,
                     prefix=self._prefix,
                     granularity_bytes=self._vm.granularity_bytes,
-                    scratch=self._partial.directory / ".size",
+                    scratch=self._scratch,
                 )
                 copies.append(await self._attach(index, verdict, targets))
             with self._monitor.listen(jobs.EVENTS, self._is_ours) as events:

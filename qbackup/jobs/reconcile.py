@@ -57,11 +57,9 @@ async def roll_back_bitmaps(
 async def prune_bitmaps(monitor: Monitor, *, prefix: str, checkpoints: Mapping[str, str]) -> None:
     """Remove our bitmaps that no disk needs any more: call after the commit."""
     inventory = await query_inventory(monitor)
-    if inventory.busy:
-        return  # a disk behind a job's filter: what it needs cannot be seen; the next run prunes
     needed = {
         (disk.node, bitmap_name(prefix, checkpoints[disk.name]))
-        for disk in inventory.disks
+        for disk in (*inventory.disks, *inventory.busy)
         if disk.name in checkpoints
     }
     for node, bitmap in inventory.bitmaps:

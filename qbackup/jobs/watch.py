@@ -85,6 +85,8 @@ class Watcher:
         self._inbox: asyncio.Queue[Request | _Signal | dict[str, Any]] = asyncio.Queue()
         self._pid: int | None = None
         self._attended = False
+        self.saving = False
+        """Whether QEMU is being ended: from then on only the end of it can be waited for."""
 
     def end(self) -> None:
         """Pause the guest, save, and end QEMU (for SIGTERM and SIGINT)."""
@@ -280,6 +282,7 @@ class Watcher:
         Raises:
             QbackupError: QEMU has ended, or does not end, and its bitmaps are not saved.
         """
+        self.saving = True
         try:
             if request is not None:
                 timeout_s = request.timeout_s
@@ -291,6 +294,8 @@ class Watcher:
             if request is not None:
                 await request.answer(ok=False, message=err.message)
             raise
+        finally:
+            self.saving = False
         if request is not None:
             await request.answer(ok=ended, message="the guest was started again")
         return ended

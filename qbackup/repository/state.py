@@ -45,6 +45,11 @@ class StateDirectory:
         """Make the directory if it is not there."""
         self.path.mkdir(mode=durable.DIRECTORY_MODE, parents=True, exist_ok=True)
 
+    def scratch_file(self) -> Path:
+        """Return where a temporary file may be; call from one process at a time."""
+        self.create()
+        return self.path / ".scratch"
+
     def bitmap_files(self) -> dict[tuple[str, str], Path]:
         """Return all saved bitmaps: (disk, bitmap name) → file."""
         found = {}
