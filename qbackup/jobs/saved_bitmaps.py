@@ -34,6 +34,8 @@ from qbackup.repository import durable
 from qbackup.repository.repository import Repository
 from qbackup.repository.state import HEADER_BYTES, StateDirectory
 
+_RECORDER_PREFIX = f"{RESERVED_PREFIX}loading-"
+
 UNKNOWN_CHAIN = "unknown"
 """In a file of a bitmap whose backup is in a repository that we do not see."""
 
@@ -56,6 +58,11 @@ class _Candidate:
     bits: Bits
     stamp: ImageStamp | None
 
+    @property
+    def recorder(self) -> str:
+        """The bitmap that records while this one is not complete; no backup looks at it."""
+        return _RECORDER_PREFIX + self.name.removeprefix(RESERVED_PREFIX)
+
 
 async def load(
     monitor: Monitor,
@@ -68,12 +75,15 @@ async def load(
     """Give QEMU every saved bitmap that can be trusted. The VM should not have run yet.
 
     Recording begins before anything is checked, so that a guest that somebody lets run
-    meanwhile is either caught by the checks or recorded. Afterwards no file is clean.
+    meanwhile is either caught by the checks or recorded. It begins under another name, and the
+    bitmap appears at one instant, complete: whoever is killed in between leaves none that a
+    backup would trust. Afterwards no file is clean.
 
     Returns why each of the others was not loaded.
     """
     verdicts: dict[tuple[str, str], Reason] = {}
-    candidates = []
+    candidates: list[_Candidate] = []
+    await _remove_recorders(monitor)
     inventory = await query_inventory(monitor)
     for (disk_name, name), path in state.bitmap_files().items():
         disk = inventory.disk(disk_name)
@@ -87,7 +97,15 @@ async def load(
             verdicts[disk_name, name] = err.reason
             continue
         candidate = _Candidate(disk=disk, name=name, path=path, bits=file.bits, stamp=file.stamp)
-        await _start_recording(monitor, candidate)
+        if not any(_share_guard(candidate, other) for other in candidates):
+            await _guard_size(monitor, candidate)
+        await monitor.execute(
+            commands.bitmap_add(
+                node=disk.node,
+                name=candidate.recorder,
+                granularity_bytes=candidate.bits.granularity_bytes,
+            )
+        )
         candidates.append(candidate)
     written = await query_written_nodes(monitor)
     trusted = []
@@ -101,7 +119,7 @@ async def load(
         except NotTrustedError as err:
             verdicts[candidate.disk.name, candidate.name] = err.reason
             await monitor.execute(
-                commands.bitmap_remove(node=candidate.disk.node, name=candidate.name)
+                commands.bitmap_remove(node=candidate.disk.node, name=candidate.recorder)
             )
         else:
             trusted.append(candidate)
@@ -111,27 +129,57 @@ async def load(
         await load_bitmap(
             monitor,
             disk_node=candidate.disk.node,
-            name=candidate.name,
+            name=candidate.recorder,
             bits=candidate.bits,
             path=_sidecar_path(candidate.path),
             prefix=RESERVED_PREFIX,
             into_existing=True,
         )
+        await _give_name(monitor, candidate)
     return verdicts
 
 
-async def _start_recording(monitor: Monitor, candidate: _Candidate) -> None:
-    disk, granularity = candidate.disk, candidate.bits.granularity_bytes
+async def _remove_recorders(monitor: Monitor) -> None:
+    """Remove what a loading that did not end has left."""
+    for disk in (await query_inventory(monitor)).disks:
+        for bitmap in disk.bitmaps:
+            if bitmap.name.startswith(_RECORDER_PREFIX):
+                await monitor.execute(commands.bitmap_remove(node=disk.node, name=bitmap.name))
+
+
+async def _give_name(monitor: Monitor, candidate: _Candidate) -> None:
+    """Let the complete bitmap take the place of its recorder, at one instant."""
+    node, name, recorder = candidate.disk.node, candidate.name, candidate.recorder
+    granularity = candidate.bits.granularity_bytes
+    await monitor.execute(
+        commands.transaction(
+            [
+                commands.bitmap_add(node=node, name=name, granularity_bytes=granularity),
+                commands.bitmap_merge(node=node, target=name, source=recorder),
+                commands.bitmap_remove(node=node, name=recorder),
+            ]
+        )
+    )
+
+
+def _share_guard(one: _Candidate, other: _Candidate) -> bool:
+    """Tell whether two bitmaps are of one disk and one repository, which has one size guard."""
+    return one.disk.node == other.disk.node and _owner(one) == _owner(other)
+
+
+def _owner(candidate: _Candidate) -> str:
+    """Return the part of a bitmap's name that tells whose it is."""
     _, checkpoint = split_bitmap_name(candidate.name) or ("", "")
+    return candidate.name.removesuffix(checkpoint)
+
+
+async def _guard_size(monitor: Monitor, candidate: _Candidate) -> None:
     await ensure_size_guard(
         monitor,
-        disk,
-        prefix=candidate.name.removesuffix(checkpoint),
-        granularity_bytes=granularity,
+        candidate.disk,
+        prefix=_owner(candidate),
+        granularity_bytes=candidate.bits.granularity_bytes,
         scratch=_sidecar_path(candidate.path),
-    )
-    await monitor.execute(
-        commands.bitmap_add(node=disk.node, name=candidate.name, granularity_bytes=granularity)
     )
 
 
