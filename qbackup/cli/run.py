@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from qbackup.cli.context import make_context
-from qbackup.errors import UsageError
+from qbackup.errors import MonitorError, UsageError
 from qbackup.formats.configuration import Vm
 from qbackup.jobs.watch import Watcher, WatchOptions
 from qbackup.ui.reporters import LineReporter
@@ -37,17 +37,25 @@ async def run(arguments: argparse.Namespace) -> int:
         ),
         reporter,
     )
+    failure: Exception | None = None
     async with watcher.ready():
         process = await _start(command)
         _on_signals(watcher.end)
         try:
             await watcher.watch(pid=process.pid, gone=lambda: process.returncode is not None)
         except Exception as err:
-            reporter.warning(str(err))
-    if not await _has_ended(process):
-        # The VM matters more than its bitmaps.
-        reporter.warning(f"{vm.name}: the VM goes on, unwatched; its bitmaps will not be kept")
+            failure = err
+    ended = await _has_ended(process)
+    # A QEMU that has ended without ever having answered has said itself why.
+    if failure is not None and not (ended and isinstance(failure, MonitorError)):
+        reporter.warning(str(failure))
+    if not ended:
         _on_signals(process.terminate)
+        if watcher.told_to_end:
+            process.terminate()
+        else:
+            # The VM matters more than its bitmaps.
+            reporter.warning(f"{vm.name}: the VM goes on, unwatched; its bitmaps will not be kept")
     status = await process.wait()
     return status if status >= 0 else 128 - status
 
@@ -105,6 +113,7 @@ def qemu_command(arguments: list[str], vm: Vm) -> list[str]:
         address = f"tcp:{vm.qmp[0]}:{vm.qmp[1]}"
         names = {address, f"port={vm.qmp[1]}"}
     if not any(names & set(argument.split(",")) for argument in command):
+        extra += _default_monitor(command)
         extra += ["-qmp", f"{address.replace(',', ',,')},server=on,wait=off"]
     return [*command, *extra]
 
@@ -112,3 +121,17 @@ def qemu_command(arguments: list[str], vm: Vm) -> list[str]:
 def stays_paused(command: list[str]) -> bool:
     """Tell whether the user wants the guest to wait (QEMU takes one dash or two)."""
     return "-S" in command or "--S" in command
+
+
+def _default_monitor(command: list[str]) -> list[str]:
+    """Return the options for the monitor that QEMU would have had without our `-qmp`.
+
+    Any monitor option takes the default one away, and with it the keys Ctrl-A of `-nographic`
+    (softmmu/vl.c, `default_monitor`).
+    """
+    options = {argument.lstrip("-") for argument in command if argument.startswith("-")}
+    if options & {"monitor", "mon", "qmp", "qmp-pretty", "nodefaults"}:
+        return []
+    if "nographic" not in options:
+        return ["-monitor", "vc:80Cx24C"]
+    return ["-monitor", "stdio"] if "serial" in options else ["-serial", "mon:stdio"]

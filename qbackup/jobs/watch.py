@@ -85,11 +85,14 @@ class Watcher:
         self._inbox: asyncio.Queue[Request | _Signal | dict[str, Any]] = asyncio.Queue()
         self._pid: int | None = None
         self._attended = False
+        self.told_to_end = False
+        """Whether `end` was called."""
         self.saving = False
         """Whether QEMU is being ended: from then on only the end of it can be waited for."""
 
     def end(self) -> None:
         """Pause the guest, save, and end QEMU (for SIGTERM and SIGINT)."""
+        self.told_to_end = True
         self._inbox.put_nowait(_Signal.END)
 
     @asynccontextmanager
@@ -183,7 +186,7 @@ class Watcher:
                     return
             except MonitorError:
                 late = asyncio.get_running_loop().time() > deadline
-                if gone() or late:
+                if gone() or late or self.told_to_end:
                     raise
             # A socket that is not there yet has no event to wait for.
             await asyncio.sleep(_CONNECT_RETRY_S)
@@ -241,10 +244,16 @@ class Watcher:
                 else:
                     await query_state(monitor)
 
+        async def notice_end() -> None:
+            if self._pid is not None:
+                await _until_exited(monitor, self._pid)
+                raise MonitorLostError(f"{self._vm.name}: QEMU has ended")
+
         async with task_group() as group:
-            task = group.create_task(pump())
+            tasks = [group.create_task(pump()), group.create_task(notice_end())]
             yield
-            task.cancel()
+            for task in tasks:
+                task.cancel()
 
     async def _until_asked(self, monitor: Monitor) -> Request | None:
         while True:
@@ -262,17 +271,21 @@ class Watcher:
         """Leave the monitor to a client until it ends; ask for it back if the VM is to end."""
         await request.answer(ok=True)
         waiting = asyncio.create_task(request.ended.wait())
+        getting = asyncio.create_task(self._inbox.get())
         later: list[Request | _Signal | dict[str, Any]] = []
-        while not waiting.done():
-            getting = asyncio.create_task(self._inbox.get())
-            await asyncio.wait({waiting, getting}, return_when=asyncio.FIRST_COMPLETED)
-            if not getting.done():
-                getting.cancel()
-                continue
-            item = getting.result()
-            later.append(item)
-            if item is _Signal.END or (isinstance(item, Request) and item.command == "stop"):
-                await request.answer(**{"return": True})
+        try:
+            while not waiting.done():
+                await asyncio.wait({waiting, getting}, return_when=asyncio.FIRST_COMPLETED)
+                if not getting.done():
+                    continue
+                item = getting.result()
+                getting = asyncio.create_task(self._inbox.get())
+                later.append(item)
+                if item is _Signal.END or (isinstance(item, Request) and item.command == "stop"):
+                    await request.answer(**{"return": True})
+        finally:
+            waiting.cancel()
+            getting.cancel()
         for item in later:
             self._inbox.put_nowait(item)
 
