@@ -89,6 +89,7 @@ async def back_up(
                 backup_id=backup_id,
                 partial=partial,
                 scratch=state.scratch_file(),
+                qemu_version=version,
                 reporter=reporter,
             )
             async with copier.rolled_back_on_failure():
@@ -104,7 +105,7 @@ async def back_up(
                     consistency=copied.consistency,
                     disks=copied.disks,
                     seconds=round(time.monotonic() - started, 3),
-                    qemu_version=version,
+                    qemu_version=".".join(map(str, version)),
                     vm_configuration=configuration,
                     left_out=plan.left_out,
                 )

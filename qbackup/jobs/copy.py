@@ -32,14 +32,17 @@ from qbackup.qmp import commands, jobs
 from qbackup.qmp.commands import BackupRequest, Command, JobTuning
 from qbackup.qmp.jobs import JobError, JobState
 from qbackup.qmp.monitor import Monitor
-from qbackup.qmp.schema import has_argument
 from qbackup.qmp.targets import Target, attached
-from qbackup.qmp.vm import query_state
+from qbackup.qmp.vm import QemuVersion, query_state
 from qbackup.repository import durable
 from qbackup.repository.repository import PartialBackup
 
 TUNING = JobTuning(workers=8, chunk_bytes=512 * 1024)
 """Measured: docs/decisions/0002-job-tuning.md."""
+
+ON_CBW_ERROR_SINCE: QemuVersion = (10, 1, 0)
+"""The first QEMU whose backup jobs can let the guest go on when its write cannot be copied
+first. (query-qmp-schema would tell, too, but takes longer than an empty incremental may.)"""
 
 FROZEN_TIMEOUT_S = 10.0
 """Longer than this no guest stands still for us."""
@@ -86,11 +89,13 @@ class DiskCopier:
         backup_id: str,
         partial: PartialBackup,
         scratch: Path,
+        qemu_version: QemuVersion,
         reporter: Reporter,
     ) -> None:
         self._monitor, self._vm, self._plan, self._options = monitor, vm, plan, options
         self._prefix, self._id = prefix, backup_id
         self._partial, self._scratch, self._reporter = partial, scratch, reporter
+        self._qemu_version = qemu_version
         self._last_error: dict[str, str] = {}
 
     async def copy(self) -> Copied:
@@ -182,12 +187,7 @@ class DiskCopier:
 
     async def _start(self, copies: Sequence[_DiskCopy]) -> tuple[Consistency, bool]:
         """Take the instant. Return its consistency, and whether a freeze was wanted in vain."""
-        break_snapshot = await has_argument(self._monitor, self._vm.engine, "on-cbw-error")
-        actions = [
-            action
-            for copy in copies
-            for action in self._actions(copy, len(copies), break_snapshot=break_snapshot)
-        ]
+        actions = [action for copy in copies for action in self._actions(copy, len(copies))]
         running = (await query_state(self._monitor)).running
         if not running or self._vm.agent is None:
             await self._monitor.execute(commands.transaction(actions))
@@ -196,7 +196,7 @@ class DiskCopier:
             await self._monitor.execute(commands.transaction(actions), timeout_s=FROZEN_TIMEOUT_S)
         return ("filesystem" if freeze.held else "crash"), not freeze.held
 
-    def _actions(self, copy: _DiskCopy, disk_count: int, *, break_snapshot: bool) -> list[Command]:
+    def _actions(self, copy: _DiskCopy, disk_count: int) -> list[Command]:
         disk, bitmap = copy.verdict.disk, copy.verdict.bitmap
         incremental = copy.verdict.reason is None and bitmap is not None
         request = BackupRequest(
@@ -207,7 +207,7 @@ class DiskCopier:
             speed_bytes_per_s=self._speed(disk_count),
             compress=self._options.compress,
             tuning=TUNING,
-            break_snapshot=break_snapshot,
+            break_snapshot=self._qemu_version >= ON_CBW_ERROR_SINCE,
         )
         actions = [
             commands.bitmap_add(

@@ -18,6 +18,10 @@ T = TypeVar("T")
 _MAX_COMMAND_LINE_BYTES = 1024 * 1024
 
 
+QemuVersion = tuple[int, int, int]
+"""Major, minor and micro number, as in 7.2.22."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmState:
     """QEMU's run state (QAPI run-state, `RunState`)."""
@@ -42,10 +46,10 @@ async def query_state(monitor: Monitor) -> VmState:
     return await monitor.query(commands.query("status"), VmState)
 
 
-async def query_version(monitor: Monitor) -> str:
-    """Ask for QEMU's version, such as `7.2.22`."""
+async def query_version(monitor: Monitor) -> QemuVersion:
+    """Ask for QEMU's version."""
     version = (await monitor.query(commands.query("version"), _Version)).qemu
-    return f"{version.major}.{version.minor}.{version.micro}"
+    return version.major, version.minor, version.micro
 
 
 class _Name(msgspec.Struct):

@@ -66,6 +66,6 @@ async def test_version_and_state_are_read(monitor_of: MonitorOf) -> None:
             "query-status": {"status": "prelaunch", "running": False},
         }
     )
-    assert await query_version(monitor) == "10.0.13"
+    assert await query_version(monitor) == (10, 0, 13)
     state = await query_state(monitor)
     assert (state.status, state.running) == ("prelaunch", False)
