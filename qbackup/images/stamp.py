@@ -107,10 +107,8 @@ def _fingerprint(fd: int, size_bytes: int) -> bytes:
 def _places(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
     """Yield what is read: (offset, length), within the device."""
     wanted: list[tuple[int, int]] = [(0, EDGE_BYTES), (size_bytes - EDGE_BYTES, EDGE_BYTES)]
-    for start in (0, *_partition_starts(fd)):
-        wanted.append((start, HEAD_BYTES))
-        wanted.append((start + _LVM_DATA_OFFSET, HEAD_BYTES))
-        wanted.append((start + _BTRFS_MIRROR_OFFSET, _BTRFS_MIRROR_BYTES))
+    wanted += _heads(0)
+    wanted += _partition_places(fd)
     step = size_bytes // SAMPLE_COUNT
     wanted += [
         (number * step // SECTOR_BYTES * SECTOR_BYTES, SAMPLE_BYTES)
@@ -122,35 +120,48 @@ def _places(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
             yield start, min(length, size_bytes - start)
 
 
-def _partition_starts(fd: int) -> Iterable[int]:
-    """Return where partitions begin, as far as a well-formed table says so.
+def _heads(start: int) -> list[tuple[int, int]]:
+    """Return where the superblock of a file system that begins at `start` may be."""
+    return [
+        (start, HEAD_BYTES),
+        (start + _LVM_DATA_OFFSET, HEAD_BYTES),
+        (start + _BTRFS_MIRROR_OFFSET, _BTRFS_MIRROR_BYTES),
+    ]
+
+
+def _partition_places(fd: int) -> list[tuple[int, int]]:
+    """Return where partition tables and partitions are, as far as a well-formed table says so.
 
     What the guest wrote there is not believed: too many entries, or senseless ones, only
     make the fingerprint read other places.
     """
     head = os.pread(fd, 2 * SECTOR_BYTES, 0)
     if head[SECTOR_BYTES : SECTOR_BYTES + 8] == _GPT_SIGNATURE:
-        return _gpt_starts(fd, head)
+        return _gpt_places(fd, head)
     if head[SECTOR_BYTES - 2 : SECTOR_BYTES] == _MBR_SIGNATURE:
-        return _mbr_starts(fd, head)
+        return _mbr_places(fd, head)
     return []
 
 
-def _mbr_starts(fd: int, head: bytes) -> Iterable[int]:
-    starts = []
+def _mbr_places(fd: int, head: bytes) -> list[tuple[int, int]]:
+    places = []
     for kind, first in _mbr_entries(head):
         if kind not in _MBR_EXTENDED:
-            starts.append(first * SECTOR_BYTES)
+            places += _heads(first * SECTOR_BYTES)
         else:
-            starts += _logical_starts(fd, first)
-    return starts
+            places += _logical_places(fd, first)
+    return places
 
 
-def _logical_starts(fd: int, extended: int) -> Iterable[int]:
-    """Follow the chain of logical partitions, no further than a sane one goes."""
-    starts = []
+def _logical_places(fd: int, extended: int) -> list[tuple[int, int]]:
+    """Follow the chain of logical partitions, each with a table of its own.
+
+    No further than a sane one goes.
+    """
+    places = []
     table = extended
     for _ in range(_MAX_PARTITIONS):
+        places.append((table * SECTOR_BYTES, SECTOR_BYTES))
         sector = os.pread(fd, SECTOR_BYTES, table * SECTOR_BYTES)
         if sector[-2:] != _MBR_SIGNATURE:
             break
@@ -159,11 +170,11 @@ def _logical_starts(fd: int, extended: int) -> Iterable[int]:
             if kind in _MBR_EXTENDED:
                 following = extended + first
             else:
-                starts.append((table + first) * SECTOR_BYTES)
+                places += _heads((table + first) * SECTOR_BYTES)
         if following is None:
             break
         table = following
-    return starts
+    return places
 
 
 def _mbr_entries(sector: bytes) -> Iterable[tuple[int, int]]:
@@ -172,15 +183,15 @@ def _mbr_entries(sector: bytes) -> Iterable[tuple[int, int]]:
     return [(kind, first) for _, kind, first, count in entries if kind and count]
 
 
-def _gpt_starts(fd: int, head: bytes) -> Iterable[int]:
+def _gpt_places(fd: int, head: bytes) -> list[tuple[int, int]]:
     lba, count, entry_bytes = _GPT_FIELDS.unpack_from(head, SECTOR_BYTES + _GPT_FIELDS_OFFSET)
     if not 128 <= entry_bytes <= _MAX_GPT_ENTRY_BYTES or lba >= 2**54:
         return []
-    table = os.pread(fd, min(count, _MAX_PARTITIONS) * entry_bytes, lba * SECTOR_BYTES)
-    starts = []
+    places = [(lba * SECTOR_BYTES, min(count, _MAX_PARTITIONS) * entry_bytes)]
+    table = os.pread(fd, places[0][1], places[0][0])
     for offset in range(0, len(table) - entry_bytes + 1, entry_bytes):
         if any(table[offset : offset + 16]):
             (first,) = struct.unpack_from("<Q", table, offset + 32)
             if first < 2**54:
-                starts.append(first * SECTOR_BYTES)
-    return starts
+                places += _heads(first * SECTOR_BYTES)
+    return places
