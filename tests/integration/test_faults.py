@@ -9,11 +9,12 @@ Before the VM starts again, the test gives every bitmap file that says it is cle
 the image as it is. So the images' stamps cannot help: the clean flag alone must be right.
 """
 
+import ast
 import asyncio
 import re
 import shutil
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,12 +49,16 @@ QBACKUP_CALLS = f"{FILE_CALLS},sendto,sendmsg"
 QEMU_CALLS = f"{FILE_CALLS},pwritev,pwritev2,sendmsg"
 SOCKET_CALLS = frozenset({"sendto", "sendmsg"})
 NOWHERE = Path("/dev/null")
+ONLY_US = ("-b", "execve")
+"""Let go of what qbackup starts."""
 CONNECT_S = 5.0
 QUIET = LineReporter(quiet=True)
 CALL = re.compile(r"^(\d+) +(\w+)\((.*)$")
 WAKE_UP = '"\\0", 1'
 """What asyncio's threads send to its event loop."""
 
+Fate = Literal["dropped", "torn", "kept"]
+FATES: tuple[Fate, ...] = ("dropped", "torn", "kept")
 Keeper = Literal["run", "watch", "stop"]
 
 
@@ -131,6 +136,29 @@ async def test_qemu_killed_at_any_step_loses_no_write(
             await live(it, "run", (), strace(QEMU_CALLS, point))
             found.add(it.keeper.returncode == 128 + SIGKILL, await check(it))
     found.prove()
+
+
+async def test_a_power_cut_at_any_step_leaves_no_bitmap_that_is_wrong_and_clean(
+    tmp_path: Path, start: Start
+) -> None:
+    log = tmp_path / "calls"
+    async with life(tmp_path / "life", start) as it:
+        disk = CrashingDisk(it.state)
+        await live(it, "run", [*strace(f"openat,{QBACKUP_CALLS}", None, log, data=True), *ONLY_US])
+        assert it.keeper.returncode == 0, it.keeper_said()
+    needed = {0, 9 * CLUSTER}
+    states = 0
+    for line in log.read_text(errors="replace").splitlines():
+        if '\\"cont\\"' in line:
+            needed.add(5 * CLUSTER)
+        disk.apply(line)
+        for files in disk.after_power_cut():
+            states += 1
+            assert all(needed <= bits for bits in clean_bitmaps(files)), line
+    assert needed == {0, 5 * CLUSTER, 9 * CLUSTER}, "the guest never ran"
+    # At the end it is there whatever the disk has dropped.
+    assert all(list(clean_bitmaps(files)) for files in disk.after_power_cut())
+    assert states > 50
 
 
 async def sweep(
@@ -314,12 +342,14 @@ def believe_the_clean_flag(it: KeptLab) -> None:
 
 def strace_of_qbackup(point: Point | None, log: Path = NOWHERE) -> list[str]:
     """Trace qbackup with its threads, but not the QEMU that it starts."""
-    return [*strace(QBACKUP_CALLS, point, log), "-b", "execve"]
+    return [*strace(QBACKUP_CALLS, point, log), *ONLY_US]
 
 
-def strace(calls: str, point: Point | None, log: Path = NOWHERE) -> list[str]:
-    """Kill at a point, or log the calls."""
-    what = ["-e", f"trace={calls}"]
+def strace(
+    calls: str, point: Point | None, log: Path = NOWHERE, *, data: bool = False
+) -> list[str]:
+    """Kill at a point, or log the calls, with all their `data` or only its beginning."""
+    what = ["-e", f"trace={calls}", "-s", "65536" if data else "64"]
     if point is not None:
         what = ["-e", f"trace={point.call}"]
         what += ["-e", f"inject={point.call}:signal=SIGKILL:when={point.number}"]
@@ -363,3 +393,108 @@ def steps(log: Path, folder: Path) -> list[Point]:
                 found.add(Point(call=call, number=counts[thread, call]))
     assert found
     return sorted(found)
+
+
+# Power cuts
+
+
+@dataclass(kw_only=True)
+class File:
+    """A file's content: what a power cut cannot take away, and what has been written."""
+
+    durable: bytes
+    written: bytes
+
+    def after_power_cut(self, fate: Fate) -> bytes:
+        """Return what is there: nothing new, everything, or a torn half of it."""
+        if fate == "torn":
+            half = len(self.written) // 2 // 512 * 512
+            return self.written[:half] + self.durable[half:]
+        return self.durable if fate == "dropped" else self.written
+
+
+class CrashingDisk:
+    """The bitmap files of a VM on a disk that loses, at a power cut, what was not synced.
+
+    It is told of system calls as strace logs them. Names are kept in the order in which they
+    changed, as journalling file systems do; contents may be kept before or after names.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._inodes: list[File] = []
+        self._names: dict[str, int] = {}
+        self._now: dict[str, int] = {}
+        for path in folder.glob("*/*.qbm"):
+            self._inodes.append(File(durable=path.read_bytes(), written=path.read_bytes()))
+            self._names[str(path)] = self._now[str(path)] = len(self._inodes) - 1
+        self._history: list[dict[str, int]] = []
+
+    def apply(self, line: str) -> None:
+        """Do what a line of strace's log says, if it is about our files."""
+        match = CALL.match(line)
+        if match is None:
+            return
+        _, call, arguments = match.groups()
+        paths = [p for p in re.findall(r'["<]([^"<>]+)[">]', arguments) if self._is_ours(p)]
+        if not paths:
+            if call == "fsync" and f"<{self._folder}/" in arguments:
+                self._sync_names()
+            return
+        if call == "openat" and "O_CREAT" in arguments:
+            self._inodes.append(File(durable=b"", written=b""))
+            self._rename_to({paths[0]: len(self._inodes) - 1})
+        elif call in ("write", "pwrite64"):
+            file, data = self._file(paths[0]), literal(arguments)
+            at = len(file.written) if call == "write" else 0
+            file.written = file.written[:at] + data + file.written[at + len(data) :]
+        elif call in ("fsync", "fdatasync"):
+            file = self._file(paths[0])
+            file.durable = file.written
+        elif call.startswith("rename"):
+            moved = dict(self._now)
+            moved[paths[1]] = moved.pop(paths[0])
+            self._rename_to(moved, replace=True)
+        elif call.startswith("unlink"):
+            left = {name: inode for name, inode in self._now.items() if name != paths[0]}
+            self._rename_to(left, replace=True)
+
+    def after_power_cut(self) -> Iterator[dict[str, bytes]]:
+        """Yield the files that may be there after a power cut now."""
+        for names in (self._names, *self._history):
+            for fate in FATES:
+                yield {
+                    name: self._inodes[inode].after_power_cut(fate) for name, inode in names.items()
+                }
+
+    def _rename_to(self, names: dict[str, int], *, replace: bool = False) -> None:
+        self._now = names if replace else self._now | names
+        self._history.append(dict(self._now))
+
+    def _sync_names(self) -> None:
+        self._names = dict(self._now)
+        self._history.clear()
+
+    def _file(self, path: str) -> File:
+        return self._inodes[self._now[path]]
+
+    def _is_ours(self, path: str) -> bool:
+        return path.startswith(f"{self._folder}/") and path.endswith((".qbm", ".qbm.new"))
+
+
+def literal(arguments: str) -> bytes:
+    """Return the data in a logged call: C's escapes are Python's."""
+    first, last = arguments.index('"'), arguments.rindex('"')
+    data = ast.literal_eval("b" + arguments[first : last + 1])
+    assert isinstance(data, bytes)
+    return data
+
+
+def clean_bitmaps(files: dict[str, bytes]) -> Iterator[set[int]]:
+    """Yield the dirty clusters of each file in place that a reader would believe."""
+    for name, data in files.items():
+        if name.endswith(".qbm"):
+            with suppress(qbm.QbmError):
+                file = qbm.decode(data)
+                if file.clean:
+                    yield {at for at in range(0, MIB, CLUSTER) if file.bits.is_set(at)}
