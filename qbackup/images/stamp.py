@@ -12,6 +12,7 @@ that catches and what it cannot. This module must not know what a bitmap is.
 import os
 import stat
 import struct
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +29,10 @@ HEAD_BYTES = 256 * 1024
 
 SAMPLE_COUNT = 512
 SAMPLE_BYTES = 4096
+
+_CLOCK_REALTIME_COARSE = 5  # linux/time.h; the module `time` has no name for it
+_CLOCK_TIMEOUT_S = 0.05
+_CLOCK_STEP_S = 0.001
 
 _LVM_DATA_OFFSET = 1024 * 1024
 """Where LVM2 puts the first logical volume of a physical volume unless told otherwise."""
@@ -79,6 +84,7 @@ def _stamp_part(path: Path) -> ImageStamp:
     try:
         facts = os.fstat(fd)
         if stat.S_ISREG(facts.st_mode):
+            facts = _settled_facts(fd)
             return FileStamp(
                 device=facts.st_dev,
                 inode=facts.st_ino,
@@ -94,6 +100,22 @@ def _stamp_part(path: Path) -> ImageStamp:
     finally:
         os.close(fd)
     raise ValueError(f"{path}: neither a regular file nor a block device")
+
+
+def _settled_facts(fd: int) -> os.stat_result:
+    """Return a file's facts once every later write must get a later change time.
+
+    Before Linux 6.13 that time comes from a clock that stands still for up to 10 ms: a write
+    in the same tick as the last one would leave no trace.
+    """
+    deadline = time.monotonic() + _CLOCK_TIMEOUT_S
+    while True:
+        facts = os.fstat(fd)
+        now_ns = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+        # A change time in the future: the clock was set back, and waiting is no use.
+        if facts.st_ctime_ns < now_ns or time.monotonic() > deadline:
+            return facts
+        time.sleep(_CLOCK_STEP_S)
 
 
 def _fingerprint(fd: int, size_bytes: int) -> bytes:
