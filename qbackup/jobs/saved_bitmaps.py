@@ -36,6 +36,9 @@ from qbackup.repository.state import HEADER_BYTES, StateDirectory
 
 _RECORDER_PREFIX = f"{RESERVED_PREFIX}loading-"
 
+_SPLIT_FORMATS = frozenset({"vmdk"})
+"""Formats that may keep the disk's bytes in further files, which `Disk.images` does not name."""
+
 UNKNOWN_CHAIN = "unknown"
 """In a file of a bitmap whose backup is in a repository that we do not see."""
 
@@ -305,7 +308,7 @@ def image_paths(disk: Disk, pid: int | None) -> tuple[Path, ...] | None:
     QEMU's process has open, which also needs the right to look (root, or QEMU's user).
     QEMU's relative names are relative to where QEMU was started.
     """
-    if pid is None:
+    if pid is None or disk.source.format in _SPLIT_FORMATS:
         return None
     process = Path("/proc") / str(pid)
     try:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 from support.lab import VM, disk_specs, kinds, loop_device, reasons
+from support.model import DiskModel
 from support.qemu import QEMU_IMG, DiskSpec, run_tool
 from support.watching import KeptLab, kept_lab
 
@@ -409,6 +410,24 @@ async def test_block_devices_are_not_trusted_where_the_configuration_says_so(
             assert kinds(summary) == {"a": "full", "b": "incremental"}
             await it.power_off()
             await it.check_restores()
+
+
+async def test_a_vmdk_whose_bytes_are_in_another_file_is_not_trusted(tmp_path: Path) -> None:
+    async with kept_lab(tmp_path, disk_specs(tmp_path, "b")) as it:
+        vmdk = DiskSpec(name="a", path=tmp_path / "a.vmdk", image_format="vmdk")
+        options = ("-o", "subformat=monolithicFlat")
+        await run_tool(QEMU_IMG, "create", "-q", "-f", "vmdk", *options, str(vmdk.path), "2M")
+        it.specs.append(vmdk)
+        it.models["a"] = DiskModel(name="a", content=bytearray(2 * MIB))
+        await it.run()
+        await it.back_up("full")
+        await it.power_off()
+        assert "cannot be kept" in it.keeper_said()
+        write_into(tmp_path / "a-flat.vmdk")
+        it.models["a"].content[MIB : MIB + 512] = b"\x63" * 512
+        await it.run()
+        assert kinds(await it.back_up()) == {"a": "full", "b": "incremental"}
+        await it.check_restores()
 
 
 # The image changed while the VM was off
