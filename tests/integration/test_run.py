@@ -246,6 +246,28 @@ async def test_a_second_run_is_refused_and_does_not_disturb_the_first(tmp_path: 
         await it.check_restores()
 
 
+async def test_a_qemu_that_waits_for_somebody_is_waited_for(tmp_path: Path) -> None:
+    async with kept_lab(tmp_path, disk_specs(tmp_path, "a")) as it:
+        line = tmp_path / "serial.sock"
+        starting = asyncio.create_task(
+            it.run("-serial", f"unix:{line},server=on,wait=on", running=True)
+        )
+        _, writer = await connected_to(line)
+        await starting
+        await it.back_up("full")
+        await it.power_off()
+        writer.close()
+
+
+async def test_a_qemu_that_waits_for_somebody_can_be_ended(tmp_path: Path) -> None:
+    async with kept_lab(tmp_path, disk_specs(tmp_path, "a")) as it:
+        line = tmp_path / "serial.sock"
+        await it.begin_run(it.machine("-serial", f"unix:{line},server=on,wait=on"))
+        await there(line)
+        it.keeper.send_signal(signal.SIGTERM)
+        assert await it.keeper_ended() in (0, 128 + signal.SIGTERM)
+
+
 # In trouble
 
 
@@ -355,6 +377,23 @@ async def test_stop_powers_a_real_guest_down(tmp_path: Path) -> None:
             await pattern(it, guest, 0, 512, 3)
             await it.incremental()
         await it.check_restores()
+
+
+async def there(path: Path) -> None:
+    """Wait until a socket is there."""
+    async with asyncio.timeout(WAIT_S):
+        while not path.exists():  # noqa: ASYNC110 - there is no event for it
+            await asyncio.sleep(0.01)
+
+
+async def connected_to(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to a socket as soon as it listens."""
+    await there(path)
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            with contextlib.suppress(ConnectionRefusedError):
+                return await asyncio.open_unix_connection(str(path))
+            await asyncio.sleep(0.01)
 
 
 def assert_clean(it: KeptLab) -> None:
