@@ -275,6 +275,10 @@ def filtered(lines: Sequence[str], *, folder: Path) -> list[str]:
         return name.ljust(len(backup_id)) if match["gap"] else name
 
     text = _BACKUP_ID.sub(name_of, text)
+    for backup_id, number in numbers.items():
+        # `list` shows a chain by the end of its id.
+        text = re.sub(rf"(?<=  ){backup_id[-4:]}(?=  |\n|\Z)", number.ljust(4), text)
+    text = re.sub(r"(?m)[ ]+$", "", text)
     for pattern, replacement in _REPLACEMENTS:
         text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
     return [piece for line in text.split("\n") for piece in _folded(line)]
