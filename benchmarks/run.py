@@ -10,6 +10,7 @@ Without names everything runs. README.md beside this file says how to read the t
 
 import argparse
 import asyncio
+import compileall
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -52,6 +53,8 @@ async def main() -> int:
     unknown = set(arguments.names) - set(benchmarks)
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(benchmarks)}")
+    # As pip leaves what it installs, also where PYTHONDONTWRITEBYTECODE is set.
+    compileall.compile_dir(TOP / "qbackup", quiet=1)
     rows: list[Row] = []
     failed: dict[str, Failed] = {}
     for name, benchmark in benchmarks.items():

@@ -1,6 +1,7 @@
 """What `qbackup run` adds to QEMU's start and to its end."""
 
 import asyncio
+import os
 import signal
 import tempfile
 import time
@@ -68,7 +69,7 @@ def _life(command: list[str], control: Path, part: str, *, bitmaps: int) -> Step
         control.unlink(missing_ok=True)
         start = time.perf_counter()
         process = await asyncio.create_subprocess_exec(
-            *command, stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE
+            *command, stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE, start_new_session=True
         )
         try:
             start_s = await _until_running(process, control, start, bitmaps=bitmaps)
@@ -81,7 +82,7 @@ def _life(command: list[str], control: Path, part: str, *, bitmaps: int) -> Step
             return start_s if part == "start" else end_s
         finally:
             if process.returncode is None:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # QEMU, too
                 await process.communicate()
 
     return step
@@ -107,7 +108,8 @@ async def _until_running(process: Process, control: Path, start: float, *, bitma
         seconds = time.perf_counter() - start
         nodes = await client.execute("query-named-block-nodes", {"flat": True})
         await client.disconnect()
-    found = sum(len(node.get("dirty-bitmaps", [])) for node in nodes)
+    names = [bitmap.get("name") for node in nodes for bitmap in node.get("dirty-bitmaps", [])]
+    found = names.count(BITMAP)
     if found != bitmaps:
         raise Failed(f"{found} bitmaps are in QEMU, not {bitmaps}")
     return seconds

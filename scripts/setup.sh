@@ -48,7 +48,9 @@ need_python() {
     fail "qbackup needs Python 3.11 or later; this is $(python3 --version)"
   say "installing qbackup and its Python packages into .venv"
   python3 -m venv "$venv" || fail "python3 -m venv failed"
-  (cd "$top" && "$venv/bin/pip" install -q --disable-pip-version-check -e "$1" 2>&1 |
+  # compat: a path entry; the import hook that pip makes otherwise slows every start.
+  (cd "$top" && "$venv/bin/pip" install -q --disable-pip-version-check -e "$1" \
+    --config-settings editable_mode=compat 2>&1 |
     { grep -v '^WARNING: Location' || true; }; exit "${PIPESTATUS[0]}") ||
     fail "pip install failed; is there a network?"
   printf '%s %s\n' "$1" "$want" >"$stamp"

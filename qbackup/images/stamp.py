@@ -71,14 +71,6 @@ def take_stamp(paths: Sequence[Path]) -> ImageStamp:
     )
 
 
-def is_block_device(path: Path) -> bool:
-    """Tell whether a path leads to a block device."""
-    try:
-        return stat.S_ISBLK(path.stat().st_mode)
-    except OSError:
-        return False
-
-
 def _stamp_part(path: Path) -> ImageStamp:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:

@@ -24,7 +24,6 @@ from qbackup.errors import (
 )
 from qbackup.images.hashing import hash_file
 from qbackup.images.qemu_img import ImageFormat, convert
-from qbackup.images.stamp import is_block_device
 from qbackup.jobs.groups import task_group
 from qbackup.jobs.image_check import check_header, content_differs
 from qbackup.model.backup import Backup, DiskBackup
@@ -111,7 +110,7 @@ async def restore(
     backup = choose_backup(repository, vm, options.at)
     chosen = _choose_disks(backup, options.disks)
     sources = [_source(repository, backup, disk) for disk in chosen]
-    if is_block_device(options.to):
+    if options.to.is_block_device():
         targets = [_device_target(chosen, options)]
         await _onto_device(sources[0], targets[0], reporter)
     else:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from qbackup.errors import ManifestDamagedError
 from qbackup.formats import qbm
-from qbackup.images.stamp import is_block_device, take_stamp
+from qbackup.images.stamp import take_stamp
 from qbackup.jobs.size_guard import ensure_size_guard
 from qbackup.model.backup import Reason
 from qbackup.model.bitmap import Bits, Identity, ImageStamp
@@ -241,7 +241,7 @@ async def set_clean(
     """Put the saved files in place, stamped and clean. QEMU must have closed the images."""
     keep = set()
     for one in saved:
-        if not trust_block_devices and any(map(is_block_device, one.images)):
+        if not trust_block_devices and any(image.is_block_device() for image in one.images):
             continue
         for image in one.images:
             await durable.sync_file(image)  # QEMU may have been told not to (cache=unsafe)
@@ -288,7 +288,7 @@ def read_saved(path: Path, *, vm: str, disk: str, virtual_size_bytes: int) -> qb
 
 
 def _require_local(images: Sequence[Path] | None, *, trust_block_devices: bool) -> None:
-    if images is None or (not trust_block_devices and any(map(is_block_device, images))):
+    if images is None or (not trust_block_devices and any(i.is_block_device() for i in images)):
         raise NotTrustedError("unsupported")
 
 

@@ -10,6 +10,15 @@ from typing import Any, Literal
 
 from qbackup.formats.configuration import Engine
 
+ALLOCATOR_LESSON_BYTES = 8 * 1024 * 1024
+"""A block of this size is allocated in QEMU, not touched, and freed.
+
+From then on glibc takes blocks up to this size from its heap, and gives the heap's end back
+to the kernel only from twice the size on (mallopt(3), "M_MMAP_THRESHOLD"). Before, QEMU gives back
+the buffer of every request of a backup job, and has each page of the next one made anew, which
+takes longer than copying: docs/decisions/0002-job-tuning.md.
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
@@ -178,7 +187,11 @@ def target_add(*, node: str, filename: str, aio: str) -> Command:
 
 
 def sidecar_add(*, node: str, filename: str, read_only: bool) -> Command:
-    """Open an image that holds nothing but a bitmap. Nobody needs it after a power cut."""
+    """Open an image that holds nothing but a bitmap. Nobody needs it after a power cut.
+
+    Its cache is of no use, but closing the image gives it back, and that teaches glibc's
+    allocator in QEMU to keep the buffers of backup jobs (`ALLOCATOR_LESSON_BYTES`).
+    """
     no_flush = {"direct": False, "no-flush": True}
     return Command(
         name="blockdev-add",
@@ -187,6 +200,7 @@ def sidecar_add(*, node: str, filename: str, read_only: bool) -> Command:
             "node-name": node,
             "read-only": read_only,
             "cache": no_flush,
+            "refcount-cache-size": ALLOCATOR_LESSON_BYTES,
             "backing": None,
             "file": {
                 "driver": "file",
