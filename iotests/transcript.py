@@ -27,15 +27,16 @@ import shlex
 import signal
 import sys
 import textwrap
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qemu.qmp import QMPClient
-from support.qemu import DiskSpec, Qemu, create_image, raw_bytes, started
+from support.qemu import DiskSpec, Qemu, create_image, raw_bytes, started, until_connected
+from support.watching import machine
 
 from qbackup.model.quantities import parse_size_bytes
 
@@ -108,6 +109,14 @@ class Transcript:
     async def set_up(self, **disks: str) -> None:
         """Start vm1 and make a repository and a configuration for it."""
         await self.vm.start(**disks)
+        await self._initialize()
+
+    async def set_up_off(self, **disks: str) -> None:
+        """Make disks for vm1, a repository and a configuration, and do not start it."""
+        await self.vm.create(**disks)
+        await self._initialize()
+
+    async def _initialize(self) -> None:
         self.configure('repository = "backups"\nstate = "state"\n[vm.vm1]\nqmp = "qmp.sock"')
         process = await self._start(("init",))
         _, errors = await process.communicate()
@@ -129,6 +138,21 @@ class Transcript:
                     if dict(event["data"])["status"] == "running":
                         break
         return Running(process=process, arguments=arguments)
+
+    async def run(self) -> Running:
+        """Start vm1 with `qbackup run`, and leave that in the background; see `ended`."""
+        self._new_paragraph()
+        self._lines.append("$ qbackup run vm1 -- qemu-system-x86_64 … &")
+        process = await self.vm.start_with(
+            (sys.executable, "-m", "qbackup", "run", "vm1", "--"), environment=self._environment
+        )
+        return Running(process=process, arguments=("run", "vm1"))
+
+    async def ended(self, running: Running) -> int:
+        """Wait for the end of a command in the background; write down what it said."""
+        self._new_paragraph()
+        self._lines.append("$ wait %1")
+        return await self._finish(running.process, running.arguments)
 
     async def kill(self, running: Running, number: signal.Signals) -> int:
         """Send a signal to a command in the background, and wait for its end."""
@@ -181,7 +205,7 @@ class Transcript:
         async with asyncio.timeout(TIMEOUT_S):
             stdout, stderr = await process.communicate()
         errors = stderr.decode().splitlines()
-        answer = stdout.decode().splitlines()
+        answer = stdout.decode().splitlines() if stdout else []
         errors, answer = ([t for t in lines if not _is_on_the_way(t)] for lines in (errors, answer))
         if {"full", "incremental", "inc"} & set(arguments):
             errors, answer = (_sorted_runs(lines, _DISK_DONE) for lines in (errors, answer))
@@ -219,8 +243,46 @@ class Vm:
         """Return what the guest's disk holds now."""
         return bytes(self._content[disk])
 
+    async def create(self, **disks: str) -> None:
+        """Give vm1, which is off, empty disks: `data="32M qcow2 read-only"`."""
+        self._transcript.comment(f"vm1 has {await self._create(disks)}")
+
     async def start(self, **disks: str) -> None:
-        """Start vm1; at the first time with empty disks: `data="32M qcow2 read-only"`."""
+        """Start vm1; at the first time with empty disks, as for `create`."""
+        told = await self._create(disks)
+        self._transcript.comment(f"vm1 is started{' with ' if told else ''}{told}")
+        self._qemu = await self._running.enter_async_context(
+            started(self._transcript.folder, self._specs)
+        )
+        await self._started.qmp("cont")
+
+    async def start_with(self, before: Sequence[str], *, environment: dict[str, str]) -> Process:
+        """Start vm1 by a command that ends in QEMU's, which stays; wait until the guest runs."""
+        folder, control = self._transcript.folder, QMPClient("test")
+        socket = folder / "control.sock"
+        socket.unlink(missing_ok=True)
+        process = await asyncio.create_subprocess_exec(
+            *(*before, *machine(folder, self._specs), "-pidfile", "pid"),
+            stdout=DEVNULL,  # qemu-io's own words
+            stderr=PIPE,
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+        )
+        self._running.push_async_callback(_kill_all, process)
+        async with asyncio.timeout(TIMEOUT_S):
+            await until_connected(control, socket, process)
+            self._running.push_async_callback(_hang_up, control)
+            with control.listener("RESUME") as events:
+                if not (await control.execute("query-status"))["running"]:
+                    await events.get()
+        self._qemu = Qemu(
+            disks=self._specs, qmp_socket=folder / "qmp.sock", process=process, control=control
+        )
+        return process
+
+    async def _create(self, disks: dict[str, str]) -> str:
+        """Make empty disks, and return how they are told about."""
         for name, text in disks.items():
             size, image_format, *rest = text.split()
             path = self._transcript.folder / f"{name}.{image_format}"
@@ -229,12 +291,7 @@ class Vm:
             self._specs.append(
                 DiskSpec(name=name, path=path, image_format=image_format, read_only=bool(rest))
             )
-        told = ", ".join(f"{name} ({_in_words(text)})" for name, text in disks.items())
-        self._transcript.comment(f"vm1 is started{' with ' if told else ''}{told}")
-        self._qemu = await self._running.enter_async_context(
-            started(self._transcript.folder, self._specs)
-        )
-        await self._started.qmp("cont")
+        return ", ".join(f"{name} ({_in_words(text)})" for name, text in disks.items())
 
     async def write(self, disk: str, size: str, *, at: str = "0") -> None:
         """Let the guest write `size` bytes of a value that it has not written before."""
@@ -252,16 +309,46 @@ class Vm:
         await self._started.process.wait()
         await self.close()
 
+    async def shut_down(self) -> None:
+        """Let the guest power itself off, where something keeps vm1."""
+        self._transcript.comment("the guest powers off")
+        await self._started.qmp("inject-nmi")
+
     async def crash(self) -> None:
         """Kill QEMU; its monitor's socket file stays behind."""
         self._transcript.comment("QEMU is killed")
+        pid_file = self._transcript.folder / "pid"
+        if pid_file.exists():
+            os.kill(int(pid_file.read_text()), signal.SIGKILL)
+            return
         await self._started.kill()
         await self.close()
+
+    async def write_behind(self, disk: str, size: str) -> None:
+        """Write to the raw image of a disk while vm1 is off."""
+        length = parse_size_bytes(size)
+        self._writes += 1
+        path = next(spec.path for spec in self._specs if spec.name == disk)
+        with path.open("r+b") as file:
+            file.write(bytes([self._writes]) * length)
+        self._content[disk][:length] = bytes([self._writes]) * length
+        self._transcript.comment(f"somebody writes {_in_words(size)} to {path.name}")
 
     async def close(self) -> None:
         """End QEMU if it runs."""
         self._qemu = None
         await self._running.aclose()
+
+
+async def _kill_all(process: Process) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.communicate()
+
+
+async def _hang_up(control: QMPClient) -> None:
+    with suppress(EOFError):  # QEMU has ended
+        await control.disconnect()
 
 
 def filtered(lines: Sequence[str], *, folder: Path) -> list[str]:

@@ -4,8 +4,9 @@ Asks QEMU and the repository, and changes nothing in either.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from qbackup.errors import DiskError, MonitorBusyError, MonitorError
@@ -147,19 +148,16 @@ def _saved_disks(
     for backup in history:
         for disk in backup.disks:
             newest.setdefault(disk.name, (backup, disk))
+    files = state.bitmap_files()
     found = []
     for backup, disk in newest.values():
-        path = state.bitmap_file(disk.name, bitmap_name(prefix, backup.id))
-        where: BitmapPlace = "file" if path.exists() else "none"
-        reason: Reason | None = None
-        dirty_bytes = None
-        try:
-            file = read_saved(
-                path, vm=vm.name, disk=disk.name, virtual_size_bytes=disk.virtual_size_bytes
-            )
-            dirty_bytes = file.bits.dirty_bytes()
-        except NotTrustedError as err:
-            reason = err.reason if where == "file" else "missing"
+        ours = {
+            bitmap: path
+            for (name, bitmap), path in files.items()
+            if name == disk.name and checkpoint_of_bitmap(prefix, bitmap)
+        }
+        wanted = bitmap_name(prefix, backup.id)
+        reason, dirty_bytes = _judge_files(ours, wanted, vm=vm.name, disk=disk)
         found.append(
             DiskStatus(
                 name=disk.name,
@@ -170,11 +168,31 @@ def _saved_disks(
                     reason=reason,
                     dirty_bytes=dirty_bytes,
                     granularity_bytes=disk.granularity_bytes,
-                    where=where,
+                    where="file" if wanted in ours else "none",
                 ),
             )
         )
     return tuple(found)
+
+
+def _judge_files(
+    files: Mapping[str, Path], wanted: str, *, vm: str, disk: DiskBackup
+) -> tuple[Reason | None, int | None]:
+    """Say of a disk's saved bitmaps why none can be used, or how many bytes `wanted` has dirty.
+
+    After a crash there may be older files only, and what is wrong with them is the reason that
+    the next backup will tell.
+    """
+    if not files:
+        return "missing", None
+    path = files.get(wanted) or files[max(files)]
+    try:
+        file = read_saved(path, vm=vm, disk=disk.name, virtual_size_bytes=disk.virtual_size_bytes)
+    except NotTrustedError as err:
+        return err.reason, None
+    if wanted not in files:
+        return "wrong-checkpoint", None
+    return None, file.bits.dirty_bytes()
 
 
 async def _left_in_qemu(monitor: Monitor, inventory: Inventory, prefix: str) -> list[str]:

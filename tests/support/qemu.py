@@ -104,8 +104,9 @@ class Qemu:
         device = next(spec.device_path for spec in self.disks if spec.name == disk)
         reply = await self.hmp(f'qemu-io -d {device} "{command}"')
         assert "rror" not in reply, reply
-        # The command is over. What it said is on QEMU's stdout; a flush says nothing.
-        if command != "flush":
+        # The command is over. What it said is on QEMU's stdout, which may be somebody else's to
+        # read; a flush says nothing.
+        if command != "flush" and self.process.stdout is not None:
             async with asyncio.timeout(START_TIMEOUT_S):
                 outcome = await self._read_outcome()
             assert "rror" not in outcome and "failed" not in outcome, f"{command}: {outcome}"
@@ -172,7 +173,7 @@ async def started(
     process = await asyncio.create_subprocess_exec(program, *arguments, stdout=PIPE, stderr=STDOUT)
     control = QMPClient("test")
     try:
-        await _connect(control, control_socket, process)
+        await until_connected(control, control_socket, process)
         yield Qemu(disks=list(disks), qmp_socket=qmp_socket, process=process, control=control)
     finally:
         if process.returncode is None:
@@ -182,12 +183,13 @@ async def started(
             await control.disconnect()
 
 
-async def _connect(client: QMPClient, socket: Path, process: Process) -> None:
+async def until_connected(client: QMPClient, socket: Path, process: Process) -> None:
+    """Connect to a monitor that is about to be there; `process` is what brings it."""
     async with asyncio.timeout(START_TIMEOUT_S):
         while True:
             if process.returncode is not None:
-                assert process.stdout is not None
-                raise AssertionError((await process.stdout.read()).decode(errors="replace"))
+                said = process.stdout or process.stderr
+                raise AssertionError((await said.read()).decode(errors="replace") if said else "")
             if socket.exists():
                 with contextlib.suppress(ConnectError):  # bound, but not listening yet
                     await client.connect(str(socket))
