@@ -7,8 +7,6 @@ never greeted. That is what `MonitorBusyError` means. This module knows no comma
 import asyncio
 import errno
 import logging
-import socket
-import struct
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -27,7 +25,7 @@ from qbackup.errors import MonitorBusyError, MonitorError, MonitorLostError, Qmp
 from qbackup.formats.documents import DocumentError, convert
 from qbackup.qmp import commands
 from qbackup.qmp.commands import Command
-from qbackup.qmp.sockets import short_address
+from qbackup.qmp.sockets import short_address, tcp_listener, unix_listener
 
 T = TypeVar("T")
 
@@ -141,20 +139,10 @@ class Monitor:
         return reply.fdset_id
 
     def peer_pid(self) -> int | None:
-        """Return the process that listens on the monitor's UNIX socket, if it can be told."""
-        if not self.can_send_descriptors:
-            return None
-        size = struct.calcsize("3i")
-        with (
-            suppress(OSError),
-            short_address(Path(self._text)) as name,
-            socket.socket(socket.AF_UNIX) as probe,
-        ):
-            probe.setblocking(False)
-            probe.connect(name)
-            credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-            return int(struct.unpack("3i", credentials)[0]) or None
-        return None
+        """Return the process that serves the monitor, if it is one of this host and can be told."""
+        if isinstance(self._address, Path):
+            return unix_listener(self._address)
+        return tcp_listener(*self._address)
 
     @property
     def _text(self) -> str:
