@@ -142,6 +142,12 @@ async def load(
     return verdicts
 
 
+async def give_up_loading(monitor: Monitor, state: StateDirectory) -> None:
+    """Clean up after a loading that failed, wherever it was, and before the guest writes."""
+    await distrust_all(state)
+    await _remove_recorders(monitor)
+
+
 async def _remove_recorders(monitor: Monitor) -> None:
     """Remove what a loading that did not end has left."""
     for disk in (await query_inventory(monitor)).disks:

@@ -216,8 +216,9 @@ class Watcher:
                 await saved_bitmaps.distrust_all(self._state)
         except MonitorLostError:
             raise
-        except (QbackupError, OSError) as err:
+        except Exception as err:
             self._reporter.warning(f"{self._vm.name}: bitmaps could not be loaded: {err}")
+            await saved_bitmaps.give_up_loading(monitor, self._state)
         if status == "prelaunch" and self._options.resume:
             await monitor.execute(commands.resume_guest())
 

@@ -11,6 +11,8 @@ import pytest
 from support.lab import VM, Backup, disk_specs, ended, free_port, kinds, reasons
 from support.watching import KeptLab, kept_lab
 
+from qbackup.formats import qbm
+
 KIB, MIB = 1024, 1024 * 1024
 LOCKED, GONE = 11, 12
 
@@ -159,6 +161,19 @@ async def test_a_qemu_that_vanishes_ends_the_watcher_with_an_error(tmp_path: Pat
         assert "next backup will be a full one" in it.keeper_said()
         await it.run()
         assert reasons(await it.back_up()) == {"a": "unclean"}
+        await it.check_restores()
+
+
+async def test_no_file_stays_clean_when_loading_fails(tmp_path: Path) -> None:
+    async with saved(tmp_path) as it:
+        (path,) = it.bitmap_files("a")
+        assert qbm.decode(path.read_bytes()).clean
+        (it.state / "verdicts.json").unlink()
+        (it.state / "verdicts.json").mkdir()  # it cannot be replaced by a file
+        await it.run()
+        assert "bitmaps could not be loaded" in it.keeper_said()
+        assert not qbm.decode(path.read_bytes()).clean
+        await it.back_up()
         await it.check_restores()
 
 
