@@ -17,6 +17,7 @@ from qbackup.formats.configuration import Vm
 from qbackup.jobs import reconcile
 from qbackup.jobs.control import vm_monitor
 from qbackup.jobs.copy import Copied, DiskCopier
+from qbackup.jobs.groups import to_its_end
 from qbackup.jobs.plan import BackupOptions, Plan, make_plan, readable_backups
 from qbackup.jobs.saved_bitmaps import distrust_all
 from qbackup.jobs.trust import checkpoints, newest_bases
@@ -109,8 +110,9 @@ async def back_up(
                     vm_configuration=configuration,
                     left_out=plan.left_out,
                 )
-                await partial.publish(backup)
-        await _forget_old_bitmaps(monitor, plan, backup, prefix, reporter)
+                # An interruption that comes now is too late: the backup is about to exist.
+                await to_its_end(partial.publish(backup))
+        await to_its_end(_forget_old_bitmaps(monitor, plan, backup, prefix, reporter))
     degraded = ("the guest's file systems were not frozen",) if copied.freeze_failed else ()
     return Outcome(backup=backup, degraded=degraded)
 

@@ -1,8 +1,11 @@
-"""Task groups whose error is the error itself, not a group of one."""
+"""Tasks: groups whose error is the error itself, and steps that are not cancelled half-way."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @asynccontextmanager
@@ -16,3 +19,16 @@ async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
             yield group
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
+
+
+async def to_its_end(step: Coroutine[Any, Any, T]) -> T:
+    """Run a step to its end; who cancels the caller meanwhile comes too late, and is ignored."""
+    task = asyncio.create_task(step)
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if caller is not None and not task.cancelled():
+                caller.uncancel()
+    return task.result()

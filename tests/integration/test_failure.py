@@ -92,6 +92,23 @@ async def test_a_cancelled_incremental_loses_nothing(
         await check_union(it)
 
 
+async def test_an_interruption_after_the_commit_comes_too_late(tmp_path: Path) -> None:
+    at_the_rename = ("-e", "trace=rename", "-e", "inject=rename:signal=SIGINT")
+    async with lab(tmp_path, disk_specs(tmp_path, "a")) as it:
+        await it.back_up("full")
+        await it.write("a", MIB, 512, 0xA1)
+        instants = {"a": it.models["a"].checkpoint()}
+        result = await it.qbackup.run(
+            *("--json", "incremental", VM),
+            wrapper=("strace", "-f", "-qq", "-o", "/dev/null", *at_the_rename),
+        )
+        assert "interrupted" in result.stderr
+        assert result.code == 0, result
+        await it.committed(result.last, instants)
+        await it.incremental()
+        await it.check_restores()
+
+
 @pytest.mark.parametrize("command", ["full", "incremental"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 async def test_an_interrupted_full_leaves_the_old_chain_usable(

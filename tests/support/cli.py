@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,18 +40,19 @@ class Qbackup:
 
     configuration: Path
 
-    async def start(self, *arguments: str) -> Process:
-        """Start a command and return its process."""
+    async def start(self, *arguments: str, wrapper: Sequence[str] = ()) -> Process:
+        """Start a command, with `wrapper` before it, and return its process."""
         return await asyncio.create_subprocess_exec(
+            *wrapper,
             *(sys.executable, "-m", "qbackup", "-c", str(self.configuration)),
             *arguments,
             stdout=PIPE,
             stderr=PIPE,
         )
 
-    async def run(self, *arguments: str) -> Result:
+    async def run(self, *arguments: str, wrapper: Sequence[str] = ()) -> Result:
         """Run a command to its end."""
-        process = await self.start(*arguments)
+        process = await self.start(*arguments, wrapper=wrapper)
         stdout, stderr = await process.communicate()
         assert process.returncode is not None
         return Result(code=process.returncode, stdout=stdout.decode(), stderr=stderr.decode())
