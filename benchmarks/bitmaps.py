@@ -23,6 +23,7 @@ from measure import GIB, TIB, TMPFS, Failed, Row, Step, alternate, row_within, v
 from support.qemu import Qemu
 
 from qbackup.formats import qbm
+from qbackup.images.stamp import take_stamp
 from qbackup.jobs import saved_bitmaps
 from qbackup.model.bitmap import Bits, Identity
 from qbackup.qmp import commands
@@ -91,7 +92,7 @@ class Bench:
             pid=self.pid,
             reporter=LineReporter(quiet=True),
         )
-        await saved_bitmaps.set_clean(self.state, saved, trust_block_devices=False)
+        await _set_clean(self.state, saved)
 
     async def load(self) -> None:
         """Load as `qbackup run` does before the guest starts."""
@@ -206,8 +207,14 @@ async def write_saved(state: StateDirectory, image: Path, case: Case) -> None:
     )
     await state.ensure_disk(DISK)
     path = await state.write_new(state.bitmap_file(DISK, BITMAP), qbm.encode(file))
-    saved = saved_bitmaps.Saved(path=path, images=(image,))
-    await saved_bitmaps.set_clean(state, [saved], trust_block_devices=False)
+    saved = saved_bitmaps.Saved(path=path, images=(image,), stamp=take_stamp([image]))
+    await _set_clean(state, [saved])
+
+
+async def _set_clean(state: StateDirectory, saved: list[saved_bitmaps.Saved]) -> None:
+    await saved_bitmaps.set_clean(
+        state, saved, trust_block_devices=False, reporter=LineReporter(quiet=True)
+    )
 
 
 def _out_over_nbd(bench: Bench, length_bytes: int) -> Step:

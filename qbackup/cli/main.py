@@ -1,5 +1,6 @@
 """The entry point: runs one command and turns what becomes of it into an exit code."""
 
+import contextlib
 import gc
 import importlib
 import os
@@ -76,8 +77,9 @@ def _run_interruptible(command: Coroutine[Any, Any, int]) -> int:
             nonlocal interrupted
             if not interrupted:
                 interrupted = True
-                print_line("qbackup: interrupted; cleaning up")
                 task.cancel()
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    print_line("qbackup: interrupted; cleaning up")
 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

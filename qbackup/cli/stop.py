@@ -2,9 +2,11 @@
 
 import argparse
 
-from qbackup.cli.context import make_context
+from qbackup.cli.context import Context, make_context
+from qbackup.errors import RepositoryError
 from qbackup.jobs.control import request_stop
 from qbackup.jobs.watch import EXIT_TIMEOUT_S, Watcher, WatchOptions
+from qbackup.repository.repository import Repository
 from qbackup.ui.reporters import LineReporter, print_line
 
 _SAVE_MARGIN_S = EXIT_TIMEOUT_S + 60.0
@@ -18,18 +20,28 @@ async def run(arguments: argparse.Namespace) -> int:
     timeout_s = float(arguments.timeout)
     asked = await request_stop(state.control_socket, timeout_s=timeout_s, margin_s=_SAVE_MARGIN_S)
     if not asked:
+        reporter = LineReporter(quiet=context.quiet)
         watcher = Watcher(
             vm,
             state,
-            context.open_repository(),
+            _repository(context, reporter),
             WatchOptions(
                 resume=False,
                 connect_timeout_s=0,
                 trust_block_devices=context.configuration.trust_block_devices,
             ),
-            LineReporter(quiet=context.quiet),
+            reporter,
         )
         await watcher.stop(timeout_s=timeout_s)
     if not context.quiet:
         print_line(f"{vm.name}: stopped, bitmaps saved")
     return 0
+
+
+def _repository(context: Context, reporter: LineReporter) -> Repository | None:
+    """Open the repository; a VM can be stopped and its bitmaps be saved without it."""
+    try:
+        return context.open_repository()
+    except RepositoryError as err:
+        reporter.warning(err.message)
+        return None

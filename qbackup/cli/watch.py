@@ -45,7 +45,11 @@ async def run(arguments: argparse.Namespace) -> int:
         except asyncio.CancelledError:
             print_line(f"{vm.name}: no longer watched; the VM and its bitmaps go on")
             return 0
-    return 0 if ending is Ending.SAVED else _EXIT_LOST
+    if ending is not Ending.SAVED:
+        return _EXIT_LOST
+    if not context.quiet:
+        print_line(f"{vm.name}: the VM has ended, bitmaps saved")
+    return 0
 
 
 def _tell_systemd(state: str) -> None:

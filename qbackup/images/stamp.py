@@ -32,6 +32,7 @@ SAMPLE_BYTES = 4096
 
 _CLOCK_REALTIME_COARSE = 5  # linux/time.h; the module `time` has no name for it
 _CLOCK_TIMEOUT_S = 0.05
+_SECOND_NS = 10**9
 _CLOCK_STEP_S = 0.001
 
 _LVM_DATA_OFFSET = 1024 * 1024
@@ -100,12 +101,15 @@ def _settled_facts(fd: int) -> os.stat_result:
     Before Linux 6.13 that time comes from a clock that stands still for up to 10 ms: a write
     in the same tick as the last one would leave no trace.
     """
-    deadline = time.monotonic() + _CLOCK_TIMEOUT_S
+    # Some file systems keep whole seconds only (ext4 with inodes of 128 bytes, sshfs).
+    whole = os.fstat(fd).st_ctime_ns % _SECOND_NS == 0
+    step_ns = _SECOND_NS if whole else 0
+    deadline = time.monotonic() + _CLOCK_TIMEOUT_S + step_ns / _SECOND_NS
     while True:
         facts = os.fstat(fd)
         now_ns = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
         # A change time in the future: the clock was set back, and waiting is no use.
-        if facts.st_ctime_ns < now_ns or time.monotonic() > deadline:
+        if facts.st_ctime_ns + step_ns < now_ns or time.monotonic() > deadline:
             return facts
         time.sleep(_CLOCK_STEP_S)
 
@@ -199,7 +203,7 @@ def _mbr_entries(sector: bytes) -> Iterable[tuple[int, int]]:
 
 def _gpt_places(fd: int, head: bytes) -> list[tuple[int, int]]:
     lba, count, entry_bytes = _GPT_FIELDS.unpack_from(head, SECTOR_BYTES + _GPT_FIELDS_OFFSET)
-    if not 128 <= entry_bytes <= _MAX_GPT_ENTRY_BYTES or lba >= 2**54:
+    if not count or not 128 <= entry_bytes <= _MAX_GPT_ENTRY_BYTES or lba >= 2**54:
         return []
     places = [(lba * SECTOR_BYTES, min(count, _MAX_PARTITIONS) * entry_bytes)]
     table = os.pread(fd, places[0][1], places[0][0])

@@ -22,8 +22,10 @@ from typing import Any, Literal
 
 from qbackup.errors import MonitorError, MonitorLostError, QbackupError
 from qbackup.formats.configuration import Vm
+from qbackup.qmp import commands
 from qbackup.qmp.monitor import Monitor, connected
 from qbackup.qmp.sockets import short_address
+from qbackup.qmp.vm import query_state
 from qbackup.repository import durable
 
 _MAX_LINE_BYTES = 4096
@@ -101,8 +103,10 @@ def _parse(line: bytes, writer: asyncio.StreamWriter) -> Request | None:
 
 
 @asynccontextmanager
-async def borrowed_monitor(socket: Path, *, vm: str) -> AsyncIterator[bool]:
-    """Have the VM's monitor to oneself for the duration of a block; False: nobody watches.
+async def borrowed_monitor(socket: Path, *, vm: str) -> AsyncIterator[asyncio.Event | None]:
+    """Have the VM's monitor to oneself for the duration of a block; None: nobody watches.
+
+    The event says that the watcher has gone meanwhile.
 
     Raises:
         MonitorError: the watcher does not give it.
@@ -110,15 +114,16 @@ async def borrowed_monitor(socket: Path, *, vm: str) -> AsyncIterator[bool]:
     """
     connection = await _connect(socket)
     if connection is None:
-        yield False
+        yield None
         return
     reader, writer = connection
     try:
         reply = await _ask(reader, writer, {"command": "lend"}, timeout_s=LEND_TIMEOUT_S)
         if not reply.get("ok"):
             raise MonitorError(f"{vm}: the watcher does not lend the monitor: {reply}")
-        async with _cancelled_on_recall(reader, vm=vm):
-            yield True
+        abandoned = asyncio.Event()
+        async with _cancelled_on_recall(reader, abandoned, vm=vm):
+            yield abandoned
     finally:
         writer.close()
         with suppress(OSError):
@@ -133,10 +138,18 @@ async def vm_monitor(vm: Vm, control_socket: Path) -> AsyncIterator[tuple[Monito
         MonitorError: nobody answers, or another client has the monitor.
     """
     async with (
-        borrowed_monitor(control_socket, vm=vm.name) as watched,
+        borrowed_monitor(control_socket, vm=vm.name) as abandoned,
         connected(vm.qmp) as monitor,
     ):
-        yield monitor, watched
+        try:
+            yield monitor, abandoned is not None
+        finally:
+            if abandoned is not None and abandoned.is_set():
+                # The watcher has gone: nobody will end a QEMU that waits, paused, to be saved.
+                with suppress(QbackupError):
+                    await monitor.execute(commands.set_shutdown_action("poweroff"))
+                    if (await query_state(monitor)).status == "shutdown":
+                        await monitor.execute(commands.end_qemu())
 
 
 async def request_stop(socket: Path, *, timeout_s: float, margin_s: float) -> bool:
@@ -198,14 +211,22 @@ async def _ask(
 
 
 @asynccontextmanager
-async def _cancelled_on_recall(reader: asyncio.StreamReader, *, vm: str) -> AsyncIterator[None]:
+async def _cancelled_on_recall(
+    reader: asyncio.StreamReader, abandoned: asyncio.Event, *, vm: str
+) -> AsyncIterator[None]:
     """Cancel the block when the watcher wants the monitor back."""
     task = asyncio.current_task()
     recalled = False
 
     async def listen() -> None:
         nonlocal recalled
-        if await reader.readline() and task is not None and not task.cancelling():
+        try:
+            line = await reader.readline()
+        except (OSError, ValueError):
+            line = b""
+        if not line:
+            abandoned.set()
+        elif task is not None and not task.cancelling():
             recalled = True
             task.cancel()
 

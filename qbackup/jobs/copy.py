@@ -10,7 +10,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from qbackup.jobs.reconcile import roll_back_bitmaps
 from qbackup.jobs.size_guard import ensure_size_guard
 from qbackup.jobs.trust import Verdict
 from qbackup.model.backup import Consistency, DiskBackup
-from qbackup.model.names import bitmap_name
+from qbackup.model.names import bitmap_name, size_guard_name
 from qbackup.model.progress import Reporter
 from qbackup.qmp import commands, jobs
 from qbackup.qmp.commands import BackupRequest, Command, JobTuning
+from qbackup.qmp.disks import query_inventory
 from qbackup.qmp.jobs import JobError, JobState
 from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.targets import Target, attached
@@ -108,17 +109,20 @@ class DiskCopier:
         async with AsyncExitStack() as targets:
             copies = []
             for index, verdict in enumerate(self._plan.verdicts):
-                await ensure_size_guard(
+                guarded_anew = await ensure_size_guard(
                     self._monitor,
                     verdict.disk,
                     prefix=self._prefix,
                     granularity_bytes=self._vm.granularity_bytes,
                     scratch=self._scratch,
                 )
-                copies.append(await self._attach(index, verdict, targets))
+                # Its bitmap was not trusted, and is gone by now.
+                sound = replace(verdict, bitmap=None) if guarded_anew else verdict
+                copies.append(await self._attach(index, sound, targets))
             with self._monitor.listen(jobs.EVENTS, self._is_ours) as events:
                 async with self._jobs_ended_on_failure():
                     consistency, freeze_failed = await self._start(copies)
+                    await self._require_as_planned(copies)
                     states = jobs.follow(self._monitor, events, prefix=self._prefix)
                     disks = await self._finish(copies, states)
         return Copied(disks=disks, consistency=consistency, freeze_failed=freeze_failed)
@@ -195,6 +199,33 @@ class DiskCopier:
         async with frozen(self._vm.agent, vm=self._vm.name, reporter=self._reporter) as freeze:
             await self._monitor.execute(commands.transaction(actions), timeout_s=FROZEN_TIMEOUT_S)
         return ("filesystem" if freeze.held else "crash"), not freeze.held
+
+    async def _require_as_planned(self, copies: Sequence[_DiskCopy]) -> None:
+        """Look again, now that the jobs run and nobody can resize: is all still what was judged?
+
+        Between the judgement and the instant, the guest may have taken seconds to freeze.
+
+        Raises:
+            JobFailedError: a disk has another root node than planned, or had another size.
+        """
+        inventory = await query_inventory(self._monitor)
+        guards = {(node, bitmap.name) for node, bitmap in inventory.bitmaps if bitmap.dirty_bytes}
+        for copy in copies:
+            disk = copy.verdict.disk
+            # While its job runs a device shows the job's filter, and is no disk at all.
+            shown = [now for now in inventory.disks if now.source.qdev == disk.source.qdev]
+            guard = size_guard_name(self._prefix, disk.virtual_size_bytes)
+            if any(now.node != disk.node for now in shown):
+                problem = "the disk got another root node"
+            elif disk.virtual_size_bytes and (disk.node, guard) not in guards:
+                problem = "the disk was resized"
+            else:
+                continue
+            raise JobFailedError(
+                disk.name,
+                f"{problem} while the backup started",
+                hint="start the backup again; it waits for no snapshot or resize",
+            )
 
     def _actions(self, copy: _DiskCopy, disk_count: int) -> list[Command]:
         disk, bitmap = copy.verdict.disk, copy.verdict.bitmap

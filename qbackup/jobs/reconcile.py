@@ -62,7 +62,8 @@ async def prune_bitmaps(monitor: Monitor, *, prefix: str, checkpoints: Mapping[s
         for disk in (*inventory.disks, *inventory.busy)
         if disk.name in checkpoints
     }
-    for node, bitmap in inventory.bitmaps:
+    # The oldest first: what remains, if we are killed here, never has a gap in the middle.
+    for node, bitmap in sorted(inventory.bitmaps, key=lambda entry: entry[1].name):
         ours = checkpoint_of_bitmap(prefix, bitmap.name) is not None
         if ours and (node, bitmap.name) not in needed:
             await monitor.execute(commands.bitmap_remove(node=node, name=bitmap.name))

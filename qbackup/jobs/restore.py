@@ -146,7 +146,6 @@ async def _into_file(source: _Source, target: RestoredDisk, reporter: Reporter) 
                 target_exists=False,
                 on_fraction=source.progress_to(reporter),
             )
-        partial.chmod(durable.FILE_MODE)
         await durable.sync_file(partial)
         await durable.publish(partial, target.path)
 
@@ -311,6 +310,8 @@ def _removed_on_failure(partial: Path) -> Iterator[None]:
         raise RestoreError(f"{partial.parent}: cannot be made: {err.strerror}") from err
     try:
         partial.unlink(missing_ok=True)
+        # What is restored is for its owner only; qemu-img keeps the mode of a file it finds.
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, durable.FILE_MODE))
         yield
     except OSError as err:
         partial.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from qbackup.errors import ManifestDamagedError
 from qbackup.formats import qbm
 from qbackup.images.stamp import take_stamp
-from qbackup.jobs.size_guard import ensure_size_guard
+from qbackup.jobs.size_guard import ensure_size_guard, is_guarded
 from qbackup.model.backup import Reason
 from qbackup.model.bitmap import Bits, Identity, ImageStamp
 from qbackup.model.names import RESERVED_PREFIX, owner_prefix, split_bitmap_name
@@ -49,6 +49,8 @@ class Saved:
 
     path: Path
     images: tuple[Path, ...]
+    stamp: ImageStamp
+    """Taken while QEMU, paused, still had the images open."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,10 +144,17 @@ async def load(
     return verdicts
 
 
+async def are_loaded(monitor: Monitor) -> bool:
+    """Tell whether QEMU has any bitmap of ours."""
+    return any(_ours(disk) for disk in (await query_inventory(monitor)).disks)
+
+
 async def give_up_loading(monitor: Monitor, state: StateDirectory) -> None:
     """Clean up after a loading that failed, wherever it was, and before the guest writes."""
-    await distrust_all(state)
-    await _remove_recorders(monitor)
+    try:
+        await distrust_all(state)
+    finally:
+        await _remove_recorders(monitor)
 
 
 async def _remove_recorders(monitor: Monitor) -> None:
@@ -177,9 +186,13 @@ def _share_guard(one: _Candidate, other: _Candidate) -> bool:
 
 
 def _owner(candidate: _Candidate) -> str:
+    return _prefix_of(candidate.name)
+
+
+def _prefix_of(name: str) -> str:
     """Return the part of a bitmap's name that tells whose it is."""
-    _, checkpoint = split_bitmap_name(candidate.name) or ("", "")
-    return candidate.name.removesuffix(checkpoint)
+    _, checkpoint = split_bitmap_name(name) or ("", "")
+    return name.removesuffix(checkpoint)
 
 
 async def _guard_size(monitor: Monitor, candidate: _Candidate) -> None:
@@ -193,33 +206,49 @@ async def _guard_size(monitor: Monitor, candidate: _Candidate) -> None:
 
 
 async def distrust_all(state: StateDirectory) -> None:
-    """Clear the clean flag of every file: from now on QEMU may write unseen by them."""
+    """Clear the clean flag of every file: from now on QEMU may write unseen by them.
+
+    Raises:
+        OSError: a file can be neither changed nor removed. All others are done.
+    """
+    failure: OSError | None = None
     for path in state.bitmap_files().values():
         try:
             await state.rewrite_header(path, lambda header: qbm.with_clean(header, clean=False))
         except (qbm.QbmError, OSError):
-            await state.remove(path)
+            try:
+                await state.remove(path)
+            except OSError as err:
+                failure = err
+    if failure is not None:
+        raise failure
 
 
 async def save(
     monitor: Monitor,
     state: StateDirectory,
     *,
-    repository: Repository,
+    repository: Repository | None,
     vm: str,
     pid: int | None,
     reporter: Reporter,
 ) -> list[Saved]:
     """Write every bitmap of ours into a new file, not clean. The guest must be stopped.
 
-    `repository` is the configured one; bitmaps of others are saved, too.
+    `repository` is the configured one, if it is there; bitmaps of others are saved, too.
     """
     await jobs.end_jobs(monitor, prefix=RESERVED_PREFIX)
     await targets.remove_leftovers(monitor, prefix=RESERVED_PREFIX)
     await _complete_stopped_bitmaps(monitor, (await query_inventory(monitor)).disks)
     saved = []
     for disk in (await query_inventory(monitor)).disks:
-        bitmaps = [b for b in _ours(disk) if b.recording and not (b.busy or b.inconsistent)]
+        bitmaps = [
+            b
+            for b in _ours(disk)
+            if b.recording
+            and not (b.busy or b.inconsistent)
+            and is_guarded(disk, _prefix_of(b.name))
+        ]
         images = image_paths(disk, pid)
         if images is None and bitmaps:
             reporter.warning(
@@ -242,16 +271,34 @@ async def save(
 
 
 async def set_clean(
-    state: StateDirectory, saved: Sequence[Saved], *, trust_block_devices: bool
+    state: StateDirectory,
+    saved: Sequence[Saved],
+    *,
+    trust_block_devices: bool,
+    reporter: Reporter,
 ) -> None:
-    """Put the saved files in place, stamped and clean. QEMU must have closed the images."""
+    """Put the saved files in place, stamped and clean. QEMU must have closed the images.
+
+    The stamp must be the one that was taken before QEMU ended. Else somebody wrote into the image
+    since, or another file has its name, or QEMU itself wrote at the end (lazy refcounts, or
+    bitmaps of its own), which cannot be told apart.
+    """
     keep = set()
-    for one in saved:
-        if not trust_block_devices and any(image.is_block_device() for image in one.images):
+    trusted = [
+        one
+        for one in saved
+        if trust_block_devices or not any(image.is_block_device() for image in one.images)
+    ]
+    # All stamps first: whoever writes while we sync must show.
+    stamps = [await asyncio.to_thread(take_stamp, one.images) for one in trusted]
+    for one, stamp in zip(trusted, stamps, strict=True):
+        if stamp != one.stamp:
+            reporter.warning(
+                f"{one.images[0]}: written after the guest had ended; its bitmap is not kept"
+            )
             continue
         for image in one.images:
             await durable.sync_file(image)  # QEMU may have been told not to (cache=unsafe)
-        stamp = await asyncio.to_thread(take_stamp, one.images)
 
         def set_flag(header: bytes, stamp: ImageStamp = stamp) -> bytes:
             return qbm.with_clean(header, clean=True, stamp=stamp)
@@ -363,14 +410,18 @@ async def _save_one(
             bits=bits,
         ),
     )
-    return Saved(path=await state.write_new(path, data), images=images)
+    return Saved(
+        path=await state.write_new(path, data),
+        images=images,
+        stamp=await asyncio.to_thread(take_stamp, images),
+    )
 
 
-def _identify(repository: Repository, *, vm: str, disk: Disk, bitmap: Bitmap) -> Identity:
+def _identify(repository: Repository | None, *, vm: str, disk: Disk, bitmap: Bitmap) -> Identity:
     """Say what a bitmap belongs to; of another repository only its mark and checkpoint show."""
     owner, checkpoint = split_bitmap_name(bitmap.name) or ("", "")
     chain = None
-    if bitmap.name.startswith(owner_prefix(repository.id, vm)):
+    if repository and bitmap.name.startswith(owner_prefix(repository.id, vm)):
         owner = repository.id
         with suppress(ManifestDamagedError):
             backup = repository.find(vm, checkpoint)

@@ -1,9 +1,10 @@
 """Notice that a disk was shrunk and grown back.
 
 QEMU cuts a bitmap when its disk shrinks and adds zeroes when it grows: what was cut off reads
-as zeroes and counts as unchanged. So beside the bitmaps stands one that records nothing and in
-which only the last granule is set. If that bit is gone, the disk was smaller at some time.
-(A shrink that stays within the last granule is not seen.)
+as zeroes and counts as unchanged. So beside the bitmaps stands one that records nothing, in
+which only the last granule is set, and whose name tells the size. If that bit is gone, or there is
+none for the disk's size, the disk had another size at some time, and no bitmap of it is
+trusted. (A shrink that stays within the last granule is not seen.)
 """
 
 from pathlib import Path
@@ -18,19 +19,22 @@ from qbackup.qmp.sidecar import load_bitmap
 
 async def ensure_size_guard(
     monitor: Monitor, disk: Disk, *, prefix: str, granularity_bytes: int, scratch: Path
-) -> None:
-    """Put a guard on a disk that has none, or whose guard has done its duty.
+) -> bool:
+    """Put a guard on a disk that has none for its size; return whether that was necessary.
 
+    What was recorded without a guard may have been cut off. It is removed first: with the new
+    guard it would look trusted, also if the backup that comes now fails.
     `scratch` is where a temporary file may be. Call it before the bitmap that it guards starts.
     """
-    name = size_guard_name(prefix)
-    guard = disk.bitmap(name)
-    if guard is not None and guard.dirty_bytes > 0:
-        return
-    if guard is not None:
-        await monitor.execute(commands.bitmap_remove(node=disk.node, name=name))
+    if is_guarded(disk, prefix):
+        return False
+    name = size_guard_name(prefix, disk.virtual_size_bytes)
+    ours = [bitmap.name for bitmap in disk.bitmaps if bitmap.name.startswith(prefix)]
+    if ours:
+        removals = [commands.bitmap_remove(node=disk.node, name=old) for old in ours]
+        await monitor.execute(commands.transaction(removals))
     if disk.virtual_size_bytes == 0:
-        return
+        return True
     await load_bitmap(
         monitor,
         disk_node=disk.node,
@@ -43,3 +47,10 @@ async def ensure_size_guard(
         into_existing=False,
         recording=False,
     )
+    return True
+
+
+def is_guarded(disk: Disk, prefix: str) -> bool:
+    """Tell whether the disk has had this size ever since its bitmaps began to record."""
+    guard = disk.bitmap(size_guard_name(prefix, disk.virtual_size_bytes))
+    return guard is not None and guard.dirty_bytes > 0

@@ -84,7 +84,7 @@ def judge(
             disk,
             base,
             bitmap,
-            guard=disk.bitmap(size_guard_name(prefix)),
+            guard=disk.bitmap(size_guard_name(prefix, disk.virtual_size_bytes)),
             granularity_bytes=granularity_bytes,
         ),
     )
@@ -113,7 +113,7 @@ def _distrust(
         return "unclean"
     if disk.virtual_size_bytes != base.disk.virtual_size_bytes:
         return "size-changed"
-    if guard is not None and guard.dirty_bytes == 0:
+    if guard is None or guard.dirty_bytes == 0:
         return "size-changed"  # and back: what was cut off is in no bitmap
     if bitmap.granularity_bytes != granularity_bytes:
         return "granularity-changed"

@@ -12,6 +12,7 @@ files as they are: not clean.
 """
 
 import asyncio
+import math
 import os
 import select
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -40,6 +41,7 @@ _ENDED = frozenset({"shutdown", "guest-panicked"})
 _POLL_S = 2.0
 _CONNECT_RETRY_S = 0.05
 _RECONNECT_S = 0.2
+_PRESS_AGAIN_S = 10.0
 EXIT_TIMEOUT_S = 60.0
 DEFAULT_STOP_TIMEOUT_S = 60.0
 
@@ -73,7 +75,7 @@ class Watcher:
         self,
         vm: Vm,
         state: StateDirectory,
-        repository: Repository,
+        repository: Repository | None,
         options: WatchOptions,
         reporter: Reporter,
         *,
@@ -119,6 +121,7 @@ class Watcher:
             QbackupError: QEMU has ended, and its bitmaps could not be saved.
         """
         self._pid = pid
+        told = ""
         await self._wait_for_monitor(gone)
         while True:
             try:
@@ -131,7 +134,9 @@ class Watcher:
                     )
                     return Ending.GONE
                 # Only the connection was lost.
-                self._reporter.warning(f"{err.message}; connecting again")
+                if err.message != told:
+                    self._reporter.warning(f"{err.message}; connecting again")
+                told = err.message
             await asyncio.sleep(_RECONNECT_S)
 
     async def stop(self, *, timeout_s: float) -> None:
@@ -142,12 +147,36 @@ class Watcher:
             QbackupError: QEMU cannot be reached, or does not end.
         """
         with self._state.watched(self._vm.name):
-            async with connected(self._vm.qmp) as monitor, _staying_at_shutdown(monitor):
+            async with AsyncExitStack() as session:
+                monitor = await self._connect_within(timeout_s, session)
                 self._pid = monitor.peer_pid()
+                if await self._has_never_run(monitor):
+                    await self._quit(monitor)
+                    return
+                await session.enter_async_context(_staying_at_shutdown(monitor))
                 await self._power_down(monitor, timeout_s)
                 ended = await self._save_and_quit(monitor)
         if not ended:
             raise QbackupError(f"{self._vm.name}: the guest was started again")
+
+    async def _connect_within(self, timeout_s: float, session: AsyncExitStack) -> Monitor:
+        """Wait for a backup that has the monitor; it may be about to end.
+
+        Raises:
+            MonitorBusyError: it does not end.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while True:
+            try:
+                return await session.enter_async_context(connected(self._vm.qmp))
+            except MonitorBusyError:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+
+    async def _has_never_run(self, monitor: Monitor) -> bool:
+        """Tell whether a VM still waits for its bitmaps: its files are right as they are then."""
+        status = (await query_state(monitor)).status
+        return status == "prelaunch" and not await saved_bitmaps.are_loaded(monitor)
 
     async def _watch(self) -> Ending:
         while True:
@@ -218,9 +247,21 @@ class Watcher:
             raise
         except Exception as err:
             self._reporter.warning(f"{self._vm.name}: bitmaps could not be loaded: {err}")
-            await saved_bitmaps.give_up_loading(monitor, self._state)
+            await self._give_up_loading(monitor)
         if status == "prelaunch" and self._options.resume:
             await monitor.execute(commands.resume_guest())
+
+    async def _give_up_loading(self, monitor: Monitor) -> None:
+        """Clean up, as far as that goes: the guest has to run all the same."""
+        try:
+            await saved_bitmaps.give_up_loading(monitor, self._state)
+        except MonitorLostError:
+            raise
+        except (QbackupError, OSError) as err:
+            self._reporter.warning(
+                f"{self._vm.name}: what was saved may still look trusted: {err}; "
+                f"remove the .qbm files in {self._state.path}"
+            )
 
     async def _load(self, monitor: Monitor) -> None:
         verdicts = await saved_bitmaps.load(
@@ -355,16 +396,28 @@ class Watcher:
         if problem is not None:
             raise QbackupError(problem, hint="the next backup will be a full one")
         await saved_bitmaps.set_clean(
-            self._state, saved, trust_block_devices=self._options.trust_block_devices
+            self._state,
+            saved,
+            trust_block_devices=self._options.trust_block_devices,
+            reporter=self._reporter,
         )
         return True
 
     async def _power_down(self, monitor: Monitor, timeout_s: float) -> None:
-        """Press the power button; a guest that does not react in time is paused."""
+        """Press the power button; a guest that does not react in time is paused.
+
+        It is pressed again now and then: a guest that is just booting does not feel it.
+        """
+        if not (await query_state(monitor)).running:
+            return
         with monitor.listen(_EVENTS, lambda _: True) as events, suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await monitor.execute(commands.system_powerdown())
+                pressed_at = -math.inf
                 while (await query_state(monitor)).status not in _ENDED:
+                    now = asyncio.get_running_loop().time()
+                    if now - pressed_at > _PRESS_AGAIN_S:
+                        await monitor.execute(commands.system_powerdown())
+                        pressed_at = now
                     await events.next(timeout_s=_POLL_S)
         if (await query_state(monitor)).status not in _ENDED:
             self._reporter.warning(

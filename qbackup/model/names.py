@@ -99,9 +99,9 @@ def bitmap_name(prefix: str, checkpoint: str) -> str:
     return prefix + checkpoint
 
 
-def size_guard_name(prefix: str) -> str:
-    """Return the name of the bitmap that tells whether a disk was ever smaller."""
-    return f"{prefix}size"
+def size_guard_name(prefix: str, size_bytes: int) -> str:
+    """Return the name of the bitmap that tells whether a disk of this size was ever smaller."""
+    return f"{prefix}size-{size_bytes}"
 
 
 def split_bitmap_name(name: str) -> tuple[str, str] | None:

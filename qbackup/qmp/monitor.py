@@ -142,7 +142,8 @@ class Monitor:
         """Return the process that serves the monitor, if it is one of this host and can be told."""
         if isinstance(self._address, Path):
             return unix_listener(self._address)
-        return tcp_listener(*self._address)
+        pid = tcp_listener(*self._address)
+        return pid if pid is not None and _is_qemu(pid) else None
 
     @property
     def _text(self) -> str:
@@ -199,6 +200,13 @@ async def _disconnect(client: QMPClient) -> None:
         if client.runstate is not Runstate.IDLE:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await client.disconnect()
+
+
+def _is_qemu(pid: int) -> bool:
+    """Tell QEMU from what passes TCP connections on: ssh, socat, a container's proxy."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/exe").readlink().name.startswith("qemu")
+    return False
 
 
 def _busy(address: Address) -> MonitorBusyError:

@@ -1,7 +1,9 @@
 """A backup that fails, is cancelled or killed loses nothing, and leaves nothing behind."""
 
 import asyncio
+import os
 import signal
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 from support.lab import (
     VM,
+    WAIT_S,
     Lab,
     disk_specs,
     ended,
@@ -20,6 +23,7 @@ from support.lab import (
     small_file_system,
 )
 from support.qemu import DiskSpec, run_tool
+from support.watching import kept_lab
 
 KIB, MIB = 1024, 1024 * 1024
 ENGINES = ["blockdev-backup", "drive-backup"]
@@ -90,6 +94,62 @@ async def test_a_cancelled_incremental_loses_nothing(
         assert result.code == 130
         assert result.last["class"] == "InterruptedByUserError"
         await check_union(it)
+
+
+async def test_a_disk_that_gets_a_snapshot_while_the_guest_freezes_fails_the_backup(
+    tmp_path: Path,
+) -> None:
+    asked = asyncio.Event()
+
+    async def silent_agent(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        asked.set()
+        while await reader.read(4096):
+            pass
+
+    agent = await asyncio.start_unix_server(silent_agent, tmp_path / "qga.sock")
+    extra = f'agent = "{tmp_path}/qga.sock"'
+    async with agent, kept_lab(tmp_path, disk_specs(tmp_path, "a"), extra=extra) as it:
+        await it.run()
+        process = await it.qbackup.start("--json", "full", VM)
+        await asked.wait()
+        await it.qemu.qmp(
+            "blockdev-snapshot-sync",
+            **{"node_name": "a", "snapshot_file": str(tmp_path / "overlay"), "format": "qcow2"},
+            snapshot_node_name="overlay",
+        )
+        result = await ended(process)
+        assert result.code == 1
+        assert "another root node" in result.last["message"]
+        assert not list((it.repository / VM).glob("2*"))
+
+
+async def test_a_terminal_that_is_gone_does_not_keep_a_backup_from_being_cancelled(
+    tmp_path: Path,
+) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a", "b")) as it:
+        await it.back_up("full")
+        await write_before(it)
+        reading, writing = os.pipe()
+        instants = {name: it.models[name].checkpoint() for name in it.models}
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "qbackup", "-c", str(it.qbackup.configuration), "-q"),
+            *("incremental", VM, "--speed-limit", "64K"),
+            stderr=writing,
+        )
+        os.close(writing)
+        await it.job_reaches((await own_job(it)), "running")
+        os.close(reading)  # nobody reads what it says any more
+        process.send_signal(signal.SIGHUP)
+        async with asyncio.timeout(WAIT_S):
+            assert await process.wait() != 0
+        it.roll_back(instants)
+        await check_union(it)
+
+
+async def own_job(it: Lab) -> str:
+    """Wait for a backup's first job, and return its id."""
+    with it.qemu.control.listener(["JOB_STATUS_CHANGE"]) as events:
+        return str((await events.get())["data"]["id"])
 
 
 async def test_an_interruption_after_the_commit_comes_too_late(tmp_path: Path) -> None:

@@ -499,6 +499,26 @@ async def test_an_image_that_changed_while_the_vm_was_off_is_backed_up_in_full(
         await expect(it, {"a": "image-changed"})
 
 
+async def test_an_image_written_before_the_watcher_has_stamped_it_is_backed_up_in_full(
+    tmp_path: Path,
+) -> None:
+    slow = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=fsync")
+    async with kept_lab(tmp_path, disk_specs(tmp_path, "a")) as it:
+        await it.run(wrapper=(*slow, "-e", "inject=fsync:delay_enter=500ms"))
+        await it.back_up("full")
+        await it.guest_powers_off()
+        await it.qemu_ended()
+        # As ExecStopPost= of a unit might do, while the watcher syncs the image.
+        with it.specs[0].path.open("r+b") as file:
+            file.seek(MIB)
+            file.write(b"\x55" * 512)
+        it.models["a"].write(MIB, 512, 0x55)
+        await it.keeper_ended()
+        await it.run()
+        assert reasons(await it.back_up())["a"] in ("missing", "unclean", "image-changed")
+        await it.check_restores()
+
+
 async def test_an_image_written_while_the_clock_was_set_back_is_backed_up_in_full(
     tmp_path: Path,
 ) -> None:

@@ -61,6 +61,24 @@ async def test_a_file_system_that_was_mounted_and_written_is_noticed(
         assert take_stamp([device.path]) != before
 
 
+async def test_a_file_system_that_keeps_whole_seconds_hides_no_write(tmp_path: Path) -> None:
+    image, point = tmp_path / "image", tmp_path / "point"
+    point.mkdir()
+    image.touch()
+    os.truncate(image, 64 * MIB)
+    await run_tool("mkfs.ext4", "-q", "-F", "-I", "128", str(image))
+    await run_tool("mount", "-o", "loop", str(image), str(point))
+    try:
+        file = point / "file"
+        file.write_bytes(b"\x01" * 4096)
+        assert file.stat().st_ctime_ns % 10**9 == 0
+        before = take_stamp([file])
+        file.write_bytes(b"\x02" * 4096)
+        assert take_stamp([file]) != before
+    finally:
+        await run_tool("umount", str(point))
+
+
 @pytest.mark.parametrize("kind", ["ext4", "btrfs"])  # xfs writes all the same
 async def test_a_file_system_that_was_only_mounted_read_only_is_the_same(
     tmp_path: Path, kind: str

@@ -45,6 +45,35 @@ async def test_a_guest_that_hangs_is_paused_at_the_timeout_and_saved_exactly(
         await check_stopped(it, keeper)
 
 
+async def test_a_vm_that_never_ran_keeps_what_was_saved_before(tmp_path: Path) -> None:
+    async with kept_lab(tmp_path, disk_specs(tmp_path, "a")) as it:
+        await it.run()
+        await it.back_up("full")
+        await it.write("a", 0, 512, 1)
+        await it.power_off()
+        await it.start_unwatched()  # and nobody lets it go
+        assert (await it.stop_vm()).code == 0
+        await it.qemu_ended()
+        await it.run()
+        await it.incremental()
+        await it.check_restores()
+
+
+async def test_a_vm_is_stopped_and_saved_although_the_repository_is_away(tmp_path: Path) -> None:
+    async with kept_lab(tmp_path, disk_specs(tmp_path, "a")) as it:
+        await start(it, "nobody")
+        await it.back_up("full")
+        await it.write("a", 0, 512, 1)
+        away = it.repository.rename(tmp_path / "away")
+        result, _ = await asyncio.gather(it.stop_vm(), it.heed_power_button())
+        assert result.code == 0 and "no repository here" in result.stderr
+        away.rename(it.repository)
+        await it.qemu_ended()
+        await it.run()
+        await it.incremental()
+        await it.check_restores()
+
+
 async def test_what_the_guest_writes_until_the_timeout_is_saved(tmp_path: Path) -> None:
     async with kept_lab(tmp_path, disk_specs(tmp_path, "a")) as it:
         await it.run()

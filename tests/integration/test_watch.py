@@ -3,7 +3,7 @@
 import asyncio
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,58 @@ async def test_no_file_stays_clean_when_loading_fails(tmp_path: Path) -> None:
         assert not qbm.decode(path.read_bytes()).clean
         await it.back_up()
         await it.check_restores()
+
+
+async def test_a_vm_runs_although_a_file_can_be_neither_changed_nor_removed(
+    tmp_path: Path,
+) -> None:
+    async with saved(tmp_path) as it:
+        (it.state / "a" / "qbackup-stubborn.qbm").mkdir()
+        await it.run()
+        assert "what was saved may still look trusted" in it.keeper_said()
+        (path,) = (path for path in it.bitmap_files("a") if path.is_file())
+        assert not qbm.decode(path.read_bytes()).clean
+        await it.back_up()
+        await it.check_restores()
+
+
+async def test_a_watcher_that_leaves_during_a_backup_leaves_no_vm_that_never_ends(
+    tmp_path: Path,
+) -> None:
+    async with saved(tmp_path) as it:
+        await it.start_unwatched()
+        await it.watch()
+        backup = await it.begin("full")
+        it.keeper.terminate()
+        assert await it.keeper_ended() == 0
+        await finish_unchecked(it, backup)
+        await it.guest_powers_off()
+        await it.qemu_ended()
+
+
+async def test_what_passes_a_tcp_monitor_on_is_not_taken_for_qemu(tmp_path: Path) -> None:
+    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            there = await asyncio.open_unix_connection(str(tmp_path / "qmp.sock"))
+        except OSError:
+            writer.close()
+        else:
+            await asyncio.gather(pipe(reader, there[1]), pipe(there[0], writer))
+
+    forwarder = await asyncio.start_server(forward, "127.0.0.1")
+    port = forwarder.sockets[0].getsockname()[1]
+    async with forwarder, kept_lab(tmp_path, disk_specs(tmp_path, "a"), tcp_port=port) as it:
+        await it.start_unwatched()
+        await it.watch()
+        it.kill_qemu()
+        assert await it.keeper_ended() == GONE
 
 
 async def test_a_second_watcher_is_refused(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ async def until_connected(client: QMPClient, socket: Path, process: Process) -> 
 
 def is_guard(bitmap: dict[str, Any]) -> bool:
     """Tell whether a bitmap is qbackup's guard against shrinking, which records nothing."""
-    return str(bitmap["name"]).startswith("qbackup-") and str(bitmap["name"]).endswith("-size")
+    return re.fullmatch(r"qbackup-[0-9a-f]+-size-\d+", str(bitmap["name"])) is not None
 
 
 async def create_image(path: Path, image_format: str, size: str | int, *options: str) -> None:

@@ -17,7 +17,7 @@ from qbackup.model.backup import (
     SourceImage,
     VmConfiguration,
 )
-from qbackup.model.names import bitmap_name, owner_prefix
+from qbackup.model.names import bitmap_name, owner_prefix, size_guard_name
 from qbackup.qmp.disks import Bitmap, Disk, Inventory
 
 REPOSITORY_ID = "0123456789abcdef0123456789abcdef"
@@ -122,8 +122,8 @@ def make_bitmap(checkpoint: str = ID1, **changes: Any) -> Bitmap:
     return replace(bitmap, **changes)
 
 
-def make_disk(name: str = "system", *bitmaps: Bitmap, **changes: Any) -> Disk:
-    """Return a disk as QEMU shows it."""
+def make_disk(name: str = "system", *bitmaps: Bitmap, guarded: bool = True, **changes: Any) -> Disk:
+    """Return a disk as QEMU shows it, with the guard of its size unless it is not `guarded`."""
     disk = Disk(
         name=name,
         node=name,
@@ -131,7 +131,14 @@ def make_disk(name: str = "system", *bitmaps: Bitmap, **changes: Any) -> Disk:
         source=make_source(node=name),
         bitmaps=bitmaps,
     )
-    return replace(disk, **changes)
+    disk = replace(disk, **changes)
+    return replace(disk, bitmaps=(*disk.bitmaps, make_guard(disk))) if guarded else disk
+
+
+def make_guard(disk: Disk, **changes: Any) -> Bitmap:
+    """Return the guard of a disk's size."""
+    name = size_guard_name(PREFIX, disk.virtual_size_bytes)
+    return make_bitmap(**({"name": name, "recording": False, "dirty_bytes": GRANULARITY} | changes))
 
 
 def make_inventory(

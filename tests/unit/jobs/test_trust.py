@@ -20,11 +20,14 @@ from ..values import (
     make_bitmap,
     make_disk,
     make_disk_backup,
+    make_guard,
 )
 
 BACKUP = make_backup(ID2)
 BASES = {"system": Base(backup=BACKUP, disk=BACKUP.disks[0])}
 GOOD = make_bitmap(ID2)
+GUARD_GONE = make_guard(make_disk(), dirty_bytes=0)
+OTHER_GUARD = make_guard(make_disk(virtual_size_bytes=SIZE * 2))
 
 
 def reason_for(disk: Disk, **changes: Any) -> Reason | None:
@@ -68,6 +71,9 @@ def test_the_bitmap_of_the_newest_backup_that_recorded_all_the_time_is_trusted()
         (make_disk("system", make_bitmap(ID2, busy=True)), {}, "unclean"),
         (make_disk("system", GOOD, virtual_size_bytes=SIZE * 2), {}, "size-changed"),
         (make_disk("system", GOOD, virtual_size_bytes=SIZE - 512), {}, "size-changed"),
+        (make_disk("system", GOOD, guarded=False), {}, "size-changed"),
+        (make_disk("system", GOOD, GUARD_GONE, guarded=False), {}, "size-changed"),
+        (make_disk("system", GOOD, OTHER_GUARD, guarded=False), {}, "size-changed"),
         (make_disk("system", GOOD), {"granularity_bytes": 4096}, "granularity-changed"),
         (
             make_disk("system", make_bitmap(ID2, granularity_bytes=4096)),
