@@ -28,6 +28,7 @@ from qbackup.model.progress import Reporter
 from qbackup.qmp import commands, jobs, targets
 from qbackup.qmp.commands import Command
 from qbackup.qmp.disks import Bitmap, Disk, query_inventory, query_written_nodes
+from qbackup.qmp.exports import end_exports
 from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.sidecar import load_bitmap, save_bitmap
 from qbackup.repository import durable
@@ -235,8 +236,10 @@ async def save(
 ) -> list[Saved]:
     """Write every bitmap of ours into a new file, not clean. The guest must be stopped.
 
+    Exports are ended first: their clients could write after the bits were taken.
     `repository` is the configured one, if it is there; bitmaps of others are saved, too.
     """
+    await end_exports(monitor)
     await jobs.end_jobs(monitor, prefix=RESERVED_PREFIX)
     await targets.remove_leftovers(monitor, prefix=RESERVED_PREFIX)
     await _complete_stopped_bitmaps(monitor, (await query_inventory(monitor)).disks)

@@ -163,6 +163,11 @@ def job_set_speed(job: str, speed_bytes_per_s: int) -> Command:
     )
 
 
+def export_delete(export: str) -> Command:
+    """End an export and hang up on its clients; gone only with BLOCK_EXPORT_DELETED."""
+    return Command(name="block-export-del", arguments={"id": export, "mode": "hard"})
+
+
 def target_add(*, node: str, filename: str, aio: str) -> Command:
     """Open a backup's image for writing.
 
