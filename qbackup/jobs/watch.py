@@ -29,6 +29,7 @@ from qbackup.jobs.groups import task_group
 from qbackup.jobs.saved_bitmaps import Saved
 from qbackup.model.progress import Reporter
 from qbackup.qmp import commands
+from qbackup.qmp.disks import query_written_nodes
 from qbackup.qmp.monitor import Events, Monitor, connected
 from qbackup.qmp.vm import query_state
 from qbackup.repository.repository import Repository
@@ -176,7 +177,10 @@ class Watcher:
     async def _has_never_run(self, monitor: Monitor) -> bool:
         """Tell whether a VM still waits for its bitmaps: its files are right as they are then."""
         status = (await query_state(monitor)).status
-        return status == "prelaunch" and not await saved_bitmaps.are_loaded(monitor)
+        if status != "prelaunch" or await saved_bitmaps.are_loaded(monitor):
+            return False
+        # A guest that powered off and was reset is in prelaunch again.
+        return not await query_written_nodes(monitor)
 
     async def _watch(self) -> Ending:
         while True:
