@@ -71,7 +71,7 @@ class RepositoryError(QbackupError):
 
 
 class LockedError(QbackupError):
-    """Another qbackup works on the same VM in the same repository."""
+    """Another process has what is needed: the VM in the repository, its bitmaps, its monitor."""
 
     exit_code = 11
 

@@ -37,7 +37,8 @@ async def run(arguments: argparse.Namespace) -> int:
 def _table(backups: Sequence[Backup], *, with_vm: bool) -> str:
     """Write what fits a terminal; the chain is shown by the end of its id."""
     first = ["VM"] if with_vm else []
-    head = [*first, "ID", "LOCAL TIME", "KIND", "STORED", "CHAIN", "LABEL"]
+    labels = ["LABEL"] if any(backup.label for backup in backups) else []
+    head = [*first, "ID", "LOCAL TIME", "KIND", "STORED", "CHAIN", *labels]
     rows = [
         [
             *([backup.vm] if with_vm else []),
@@ -46,7 +47,7 @@ def _table(backups: Sequence[Backup], *, with_vm: bool) -> str:
             backup.kind,
             format_size(backup.stored_bytes),
             backup.chain[-4:],
-            backup.label or "",
+            *([backup.label or ""] if labels else []),
         ]
         for backup in backups
     ]

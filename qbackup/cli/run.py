@@ -11,9 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from qbackup.cli.context import make_context
-from qbackup.errors import MonitorError, UsageError
+from qbackup.errors import LockedError, MonitorError, UsageError
 from qbackup.formats.configuration import Vm
 from qbackup.jobs.watch import Watcher, WatchOptions
+from qbackup.qmp.sockets import unix_listener
 from qbackup.ui.reporters import LineReporter
 
 _END_TIMEOUT_S = 1.0
@@ -25,6 +26,7 @@ async def run(arguments: argparse.Namespace) -> int:
     vm = context.vm(arguments.vm)
     command = qemu_command(arguments.qemu, vm)
     repository, state = context.open_repository(), context.state(vm)
+    _require_free_monitor(vm)
     reporter = LineReporter(quiet=context.quiet)
     watcher = Watcher(
         vm,
@@ -58,6 +60,20 @@ async def run(arguments: argparse.Namespace) -> int:
             reporter.warning(f"{vm.name}: the VM goes on, unwatched; its bitmaps will not be kept")
     status = await process.wait()
     return status if status >= 0 else 128 - status
+
+
+def _require_free_monitor(vm: Vm) -> None:
+    """Make sure that no QEMU has the monitor: a second one would take its socket away.
+
+    Raises:
+        LockedError: one has.
+    """
+    pid = unix_listener(vm.qmp) if isinstance(vm.qmp, Path) else None
+    if pid is not None:
+        raise LockedError(
+            f"{vm.qmp}: process {pid} listens there already",
+            hint=f"is {vm.name} running? qbackup status {vm.name} tells",
+        )
 
 
 async def _start(command: list[str]) -> Process:

@@ -121,6 +121,12 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
             raise ConfigurationError(f"{path}: {where}: expected a table [{where}]")
         parsed = _table(table, _VmTable, path=path, where=where)
         vms[name] = _vm(name, parsed, path=path, folder=folder)
+        for other in vms.values():
+            if other.name != name and other.qmp == vms[name].qmp:
+                raise ConfigurationError(
+                    f"{path}: vm.{other.name} and {where} have the same monitor {parsed.qmp!r}",
+                    hint="give each VM a qmp of its own",
+                )
     return Configuration(
         path=path,
         repository=folder / top.repository,
@@ -156,8 +162,11 @@ def _table(document: dict[str, Any], target: type[Any], *, path: Path, where: st
     prefix = f"{where}." if where else ""
     for key in document:
         if key not in allowed:
+            misplaced = where and key in {entry.name for entry in fields(_File)}
+            hint = f"allowed here: {', '.join(allowed)}"
             raise ConfigurationError(
-                f"{path}: unknown key {prefix}{key}", hint=f"allowed here: {', '.join(allowed)}"
+                f"{path}: unknown key {prefix}{key}",
+                hint=f"{key} belongs before the first table" if misplaced else hint,
             )
     _require(document, target, path=path, prefix=prefix)
     for key, value in document.items():
@@ -228,6 +237,7 @@ def example_configuration(*, repository: Path, state: Path) -> str:
 
 repository = {_quoted(repository)}
 state = {_quoted(state)}
+# trust_block_devices = false         # full backup of devices after each restart; before any table
 
 # One table for each VM. Start QEMU with for example
 #   -qmp unix:/run/vm1/qmp.sock,server=on,wait=off

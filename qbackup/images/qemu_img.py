@@ -59,7 +59,8 @@ async def convert(
         reading_errors.cancel()
         raise
     if status != 0:
-        raise RestoreError(f"qemu-img failed: {errors or f'exit status {status}'}")
+        said = "; ".join(errors.splitlines()[-3:]) or f"exit status {status}"
+        raise RestoreError(f"{target}: qemu-img failed: {said}")
 
 
 def _file_argument(path: Path) -> str:

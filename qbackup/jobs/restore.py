@@ -23,6 +23,7 @@ from qbackup.errors import (
     VerificationError,
 )
 from qbackup.images.hashing import hash_file
+from qbackup.images.locks import is_in_use
 from qbackup.images.qemu_img import ImageFormat, convert
 from qbackup.jobs.groups import task_group
 from qbackup.jobs.image_check import check_header, content_differs
@@ -293,6 +294,11 @@ def _file_target(disk: DiskBackup, options: RestoreOptions) -> RestoredDisk:
     if path.exists() and not options.force:
         raise RestoreError(
             f"{path}: exists already", hint="use --force to replace it, or another directory"
+        )
+    if path.is_file() and is_in_use(path):
+        raise RestoreError(
+            f"{path}: a running QEMU has this image open",
+            hint="shut the VM down first, or restore into another directory",
         )
     return RestoredDisk(
         name=disk.name,

@@ -71,7 +71,8 @@ class Verifier:
         try:
             disk_chain(backup, disk.name, lambda i: self._repository.find(backup.vm, i))
         except ChainBrokenError as err:
-            self._problems.append(err.message)
+            if err.message not in self._problems:  # the same gap, seen from a later backup
+                self._problems.append(err.message)
         except ManifestDamagedError as err:
             self._problems.append(f"backup {backup.id}, disk {disk.name}: needs {err.message}")
 

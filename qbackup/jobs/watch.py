@@ -43,6 +43,8 @@ _POLL_S = 2.0
 _CONNECT_RETRY_S = 0.05
 _RECONNECT_S = 0.2
 _PRESS_AGAIN_S = 10.0
+_BUSY_TIMEOUT_S = 30.0
+_SILENT_S = 3.0
 EXIT_TIMEOUT_S = 60.0
 DEFAULT_STOP_TIMEOUT_S = 60.0
 
@@ -134,6 +136,8 @@ class Watcher:
                         "the next backup will be a full one"
                     )
                     return Ending.GONE
+                if self.told_to_end:
+                    raise
                 # Only the connection was lost.
                 if err.message != told:
                     self._reporter.warning(f"{err.message}; connecting again")
@@ -198,29 +202,36 @@ class Watcher:
         """Take the monitor (back). Whoever else has it will not have it for ever.
 
         Raises:
-            MonitorLostError: QEMU is gone.
+            MonitorLostError: QEMU is gone, or we are to end it and do not get the monitor.
         """
-        told = False
+        told_since = None
         while True:
+            now = asyncio.get_running_loop().time()
             try:
                 return await session.enter_async_context(connected(self._vm.qmp))
             except MonitorBusyError as err:
-                if not told:
+                if told_since is None:
                     self._reporter.warning(f"{self._vm.name}: waiting for the monitor: {err}")
-                told = True
+                    told_since = now
+                if self.told_to_end and now - told_since > _BUSY_TIMEOUT_S:
+                    raise MonitorLostError(err.message) from err
             except MonitorError as err:
                 raise MonitorLostError(err.message) from err
 
     async def _wait_for_monitor(self, gone: Callable[[], bool]) -> None:
-        deadline = asyncio.get_running_loop().time() + self._options.connect_timeout_s
+        started = asyncio.get_running_loop().time()
+        told = False
         while True:
             try:
                 async with connected(self._vm.qmp):
                     return
-            except MonitorError:
-                late = asyncio.get_running_loop().time() > deadline
-                if gone() or late or self.told_to_end:
+            except MonitorError as err:
+                waited_s = asyncio.get_running_loop().time() - started
+                if gone() or waited_s > self._options.connect_timeout_s or self.told_to_end:
                     raise
+                if waited_s > _SILENT_S and not told:
+                    self._reporter.notice(f"{self._vm.name}: waiting for QEMU: {err.message}")
+                    told = True
             # A socket that is not there yet has no event to wait for.
             await asyncio.sleep(_CONNECT_RETRY_S)
 

@@ -31,7 +31,7 @@ Reason = Literal[
 ]
 
 REASON_TEXT: dict[Reason, str] = {
-    "missing": "there is no bitmap of the last backup; did the VM restart unwatched?",
+    "missing": "there is no bitmap of the last backup; did QEMU crash, or run unwatched?",
     "unclean": "the bitmap may have missed writes",
     "corrupt": "the bitmap file is damaged",
     "unsupported": "the bitmap file is of an unknown version",

@@ -49,6 +49,20 @@ async def test_the_chain_survives_a_repository_that_was_moved(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_a_disk_of_a_running_vm_is_not_replaced(tmp_path: Path, image_format: str) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a", image_format=image_format)) as it:
+        await it.back_up("full")
+        inode = it.specs[0].path.stat().st_ino
+        command = ("--json", "restore", VM, "--to", str(tmp_path), "--force")
+        result = await it.qbackup.run(*command)
+        assert result.code == 1 and "has this image open" in result.last["message"]
+        assert it.specs[0].path.stat().st_ino == inode
+        await it.stop()
+        await it.qbackup.ok(*command)
+        assert await raw_bytes(it.specs[0].path, image_format) == it.points[-1].contents["a"]
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 async def test_the_restored_format_is_the_sources_or_the_one_asked_for(
     tmp_path: Path, image_format: str
 ) -> None:

@@ -201,6 +201,23 @@ async def test_a_monitor_on_tcp_is_enough(tmp_path: Path) -> None:
         await it.check_restores()
 
 
+async def test_a_vm_whose_monitor_is_gone_can_still_be_ended(tmp_path: Path) -> None:
+    async with kept_lab(tmp_path, disk_specs(tmp_path, "a")) as it:
+        await it.run()
+        (tmp_path / "qmp.sock").unlink()
+        await it.fail("full")
+        it.keeper.terminate()
+        await it.kept()
+
+
+async def test_a_monitor_that_a_running_vm_has_is_not_taken_away(tmp_path: Path) -> None:
+    async with kept_lab(tmp_path, disk_specs(tmp_path, "a")) as it:
+        await it.start_unwatched(paused=False)
+        result = await it.qbackup.run("run", VM, "--", "/bin/true")
+        assert result.code == 11 and "listens there already" in result.stderr
+        await it.back_up("full")
+
+
 async def test_images_named_relative_to_where_qemu_starts_are_kept(tmp_path: Path) -> None:
     specs = [DiskSpec(name="a", path=tmp_path / "a.raw")]
     async with kept_lab(tmp_path, specs) as it:

@@ -110,6 +110,16 @@ MISTAKES = {
     "qmp no text": (TOP + "[vm.vm1]\nqmp = 4444", ["vm.vm1.qmp"], ["monitor"]),
     "qmp a bare prefix": (TOP + '[vm.vm1]\nqmp = "unix:"', ["vm.vm1.qmp"], []),
     "agent empty": (with_key('agent = ""'), ["vm.vm1.agent"], []),
+    "key of the top in a VM": (
+        with_key("trust_block_devices = false"),
+        ["vm.vm1.trust_block_devices"],
+        ["before the first table"],
+    ),
+    "two VMs with one monitor": (
+        with_key('[vm.vm2]\nqmp = "/run/vm1/qmp.sock"'),
+        ["vm.vm1 and vm.vm2"],
+        ["a qmp of its own"],
+    ),
     "unknown key of a VM": (with_key('qpm = "/q"'), ["vm.vm1.qpm"], ["qmp, agent, disks"]),
     "disks no list": (with_key('disks = "system"'), ["vm.vm1.disks"], ["a list of names"]),
     "disks of numbers": (with_key("disks = [1]"), ["vm.vm1.disks"], ["a list of names"]),
