@@ -370,10 +370,12 @@ def image_paths(disk: Disk, pid: int | None) -> tuple[Path, ...] | None:
     try:
         opened = {_file_identity(fd.stat()) for fd in (process / "fd").iterdir()}
         paths = tuple((process / "cwd").readlink() / name for name in disk.images)
-        identities = {_file_identity(path.stat()) for path in paths}
+        found = [path.stat() for path in paths]
     except OSError:
         return None
-    return paths if identities <= opened else None
+    if not all(stat.S_ISREG(facts.st_mode) or stat.S_ISBLK(facts.st_mode) for facts in found):
+        return None
+    return paths if set(map(_file_identity, found)) <= opened else None
 
 
 def _file_identity(facts: os.stat_result) -> tuple[int, ...]:
