@@ -20,7 +20,8 @@ from pathlib import Path
 from qbackup.errors import ManifestDamagedError
 from qbackup.formats import qbm
 from qbackup.images.stamp import take_stamp
-from qbackup.jobs.size_guard import ensure_size_guard, is_guarded
+from qbackup.jobs.size_guard import ensure_size_guard
+from qbackup.jobs.trust import is_guarded
 from qbackup.model.backup import Reason
 from qbackup.model.bitmap import Bits, Identity, ImageStamp
 from qbackup.model.names import RESERVED_PREFIX, owner_prefix, split_bitmap_name
@@ -183,14 +184,10 @@ async def _give_name(monitor: Monitor, candidate: _Candidate) -> None:
 
 def _share_guard(one: _Candidate, other: _Candidate) -> bool:
     """Tell whether two bitmaps are of one disk and one repository, which has one size guard."""
-    return one.disk.node == other.disk.node and _owner(one) == _owner(other)
+    return one.disk.node == other.disk.node and _owner_of(one.name) == _owner_of(other.name)
 
 
-def _owner(candidate: _Candidate) -> str:
-    return _prefix_of(candidate.name)
-
-
-def _prefix_of(name: str) -> str:
+def _owner_of(name: str) -> str:
     """Return the part of a bitmap's name that tells whose it is."""
     _, checkpoint = split_bitmap_name(name) or ("", "")
     return name.removesuffix(checkpoint)
@@ -200,7 +197,7 @@ async def _guard_size(monitor: Monitor, candidate: _Candidate) -> None:
     await ensure_size_guard(
         monitor,
         candidate.disk,
-        prefix=_owner(candidate),
+        prefix=_owner_of(candidate.name),
         granularity_bytes=candidate.bits.granularity_bytes,
         scratch=_sidecar_path(candidate.path),
     )
@@ -250,7 +247,7 @@ async def save(
             for b in _ours(disk)
             if b.recording
             and not (b.busy or b.inconsistent)
-            and is_guarded(disk, _prefix_of(b.name))
+            and is_guarded(disk, _owner_of(b.name))
         ]
         images = image_paths(disk, pid)
         if images is None and bitmaps:

@@ -9,6 +9,7 @@ trusted. (A shrink that stays within the last granule is not seen.)
 
 from pathlib import Path
 
+from qbackup.jobs.trust import is_guarded
 from qbackup.model.bitmap import Bits
 from qbackup.model.names import RESERVED_PREFIX, size_guard_name
 from qbackup.qmp import commands
@@ -48,9 +49,3 @@ async def ensure_size_guard(
         recording=False,
     )
     return True
-
-
-def is_guarded(disk: Disk, prefix: str) -> bool:
-    """Tell whether the disk has had this size ever since its bitmaps began to record."""
-    guard = disk.bitmap(size_guard_name(prefix, disk.virtual_size_bytes))
-    return guard is not None and guard.dirty_bytes > 0

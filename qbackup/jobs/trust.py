@@ -84,10 +84,16 @@ def judge(
             disk,
             base,
             bitmap,
-            guard=disk.bitmap(size_guard_name(prefix, disk.virtual_size_bytes)),
+            guarded=is_guarded(disk, prefix),
             granularity_bytes=granularity_bytes,
         ),
     )
+
+
+def is_guarded(disk: Disk, prefix: str) -> bool:
+    """Tell whether the disk has had this size ever since its bitmaps began to record."""
+    guard = disk.bitmap(size_guard_name(prefix, disk.virtual_size_bytes))
+    return guard is not None and guard.dirty_bytes > 0
 
 
 def _why_absent(disk: Disk, prefix: str, not_loaded: Mapping[tuple[str, str], Reason]) -> Reason:
@@ -107,13 +113,13 @@ def _why_absent(disk: Disk, prefix: str, not_loaded: Mapping[tuple[str, str], Re
 
 
 def _distrust(
-    disk: Disk, base: Base, bitmap: Bitmap, *, guard: Bitmap | None, granularity_bytes: int
+    disk: Disk, base: Base, bitmap: Bitmap, *, guarded: bool, granularity_bytes: int
 ) -> Reason | None:
     if bitmap.inconsistent or bitmap.busy or not bitmap.recording:
         return "unclean"
     if disk.virtual_size_bytes != base.disk.virtual_size_bytes:
         return "size-changed"
-    if guard is None or guard.dirty_bytes == 0:
+    if not guarded:
         return "size-changed"  # and back: what was cut off is in no bitmap
     if bitmap.granularity_bytes != granularity_bytes:
         return "granularity-changed"
