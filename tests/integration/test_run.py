@@ -8,6 +8,7 @@ import os
 import pty
 import signal
 import termios
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -216,6 +217,36 @@ async def test_a_monitor_that_a_running_vm_has_is_not_taken_away(tmp_path: Path)
         result = await it.qbackup.run("run", VM, "--", "/bin/true")
         assert result.code == 11 and "listens there already" in result.stderr
         await it.back_up("full")
+
+
+async def test_what_a_client_of_an_export_writes_until_the_end_is_saved(tmp_path: Path) -> None:
+    shared = ("-global", "virtio-blk-device.share-rw=on")
+    spec = disk_specs(tmp_path, "a")[0]
+    async with kept_lab(tmp_path, [spec], size_bytes=64 * MIB, qemu_arguments=shared) as it:
+        await it.run()
+        await it.back_up("full")
+        nbd = tmp_path / "nbd.sock"
+        address = {"type": "unix", "data": {"path": str(nbd)}}
+        await it.qemu.qmp("nbd-server-start", addr=address)
+        await it.qemu.qmp("block-export-add", type="nbd", id="e", node_name="a", writable=True)
+        client = await asyncio.create_subprocess_exec(
+            *("qemu-io", "-f", "raw", f"nbd+unix:///a?socket={nbd}"), stdin=PIPE, stdout=PIPE
+        )
+        assert client.stdin and client.stdout
+        # One granule a millisecond (qemu-io's own pace), for longer than QEMU lives.
+        commands = [f"write -P 102 {number * 64 * KIB} 512\nsleep 1" for number in range(1024)]
+        client.stdin.write("\n".join(commands).encode() + b"\n")
+        await client.stdout.readuntil(b"wrote")
+        await it.power_off()
+        client.kill()
+        await client.communicate()
+        left = spec.path.read_bytes()
+        assert left[:512] == b"\x66" * 512
+        await it.run()
+        summary = await it.qbackup.summary("incremental", VM)
+        assert kinds(summary) == {"a": "incremental"}
+        await it.qbackup.ok("restore", VM, "--to", str(tmp_path / "out"))
+        assert (tmp_path / "out" / "a.raw").read_bytes() == left
 
 
 async def test_images_named_relative_to_where_qemu_starts_are_kept(tmp_path: Path) -> None:
