@@ -26,7 +26,6 @@ async def run(arguments: argparse.Namespace) -> int:
     vm = context.vm(arguments.vm)
     command = qemu_command(arguments.qemu, vm)
     repository, state = context.open_repository(), context.state(vm)
-    _require_free_monitor(vm)
     reporter = LineReporter(quiet=context.quiet)
     watcher = Watcher(
         vm,
@@ -41,6 +40,7 @@ async def run(arguments: argparse.Namespace) -> int:
     )
     failure: Exception | None = None
     async with watcher.ready():
+        _require_free_monitor(vm)
         process = await _start(command)
         _on_signals(watcher.end)
         try:
@@ -64,6 +64,9 @@ async def run(arguments: argparse.Namespace) -> int:
 
 def _require_free_monitor(vm: Vm) -> None:
     """Make sure that no QEMU has the monitor: a second one would take its socket away.
+
+    Only where nobody watches: looking leaves a dead connection in the queue, which is short,
+    of a monitor that is taken.
 
     Raises:
         LockedError: one has.
