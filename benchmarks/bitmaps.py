@@ -22,9 +22,10 @@ from pathlib import Path
 from measure import GIB, TIB, TMPFS, Failed, Row, Step, alternate, row_within, vm_with
 from support.qemu import Qemu
 
+from qbackup.bitmaps.load import load_saved_bitmaps
+from qbackup.bitmaps.save import Saved, save_bitmaps, set_clean
 from qbackup.formats import qbm
 from qbackup.images.stamp import take_stamp
-from qbackup.jobs import saved_bitmaps
 from qbackup.model.bitmap import Bits, Identity
 from qbackup.qmp import commands
 from qbackup.qmp.monitor import Monitor, connected
@@ -84,7 +85,7 @@ class Bench:
 
     async def save(self) -> None:
         """Save as `qbackup run` does when the guest has stopped, but for QEMU's own end."""
-        saved = await saved_bitmaps.save(
+        saved = await save_bitmaps(
             self.monitor,
             self.state,
             repository=self.repository,
@@ -96,7 +97,7 @@ class Bench:
 
     async def load(self) -> None:
         """Load as `qbackup run` does before the guest starts."""
-        verdicts = await saved_bitmaps.load(
+        verdicts = await load_saved_bitmaps(
             self.monitor, self.state, vm=VM, pid=self.pid, trust_block_devices=False
         )
         if verdicts:
@@ -207,14 +208,12 @@ async def write_saved(state: StateDirectory, image: Path, case: Case) -> None:
     )
     await state.ensure_disk(DISK)
     path = await state.write_new(state.bitmap_file(DISK, BITMAP), qbm.encode(file))
-    saved = saved_bitmaps.Saved(path=path, images=(image,), stamp=take_stamp([image]))
+    saved = Saved(path=path, images=(image,), stamp=take_stamp([image]))
     await _set_clean(state, [saved])
 
 
-async def _set_clean(state: StateDirectory, saved: list[saved_bitmaps.Saved]) -> None:
-    await saved_bitmaps.set_clean(
-        state, saved, trust_block_devices=False, reporter=LineReporter(quiet=True)
-    )
+async def _set_clean(state: StateDirectory, saved: list[Saved]) -> None:
+    await set_clean(state, saved, trust_block_devices=False, reporter=LineReporter(quiet=True))
 
 
 def _out_over_nbd(bench: Bench, length_bytes: int) -> Step:

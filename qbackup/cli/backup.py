@@ -2,10 +2,10 @@
 
 import argparse
 
+from qbackup.actions.backup import Outcome, back_up
+from qbackup.backup.plan import BackupOptions
 from qbackup.cli.context import make_context
 from qbackup.cli.output import summary
-from qbackup.jobs.backup import Outcome, back_up
-from qbackup.jobs.plan import BackupOptions
 from qbackup.model.backup import Backup
 from qbackup.model.quantities import format_duration, format_size
 from qbackup.ui.reporters import make_reporter

@@ -8,7 +8,7 @@ from qbackup.cli.context import new_configuration_path, read_configuration
 from qbackup.cli.output import answer
 from qbackup.errors import RepositoryError, UsageError
 from qbackup.formats.configuration import example_configuration
-from qbackup.repository import durable
+from qbackup.host import durable
 from qbackup.repository.repository import REPOSITORY_FILE, Repository
 
 

@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
+from qbackup.actions.restore import Restored, RestoreOptions, restore
 from qbackup.cli.context import make_context
 from qbackup.cli.output import summary
-from qbackup.jobs.restore import Restored, RestoreOptions, restore
 from qbackup.model.quantities import format_size
 from qbackup.ui.reporters import make_reporter
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from qbackup.cli.context import make_context
 from qbackup.errors import LockedError, MonitorError, UsageError
 from qbackup.formats.configuration import Vm
-from qbackup.jobs.watch import Watcher, WatchOptions
-from qbackup.qmp.sockets import unix_listener
+from qbackup.host.sockets import unix_listener
 from qbackup.ui.reporters import LineReporter
+from qbackup.watching.watcher import Watcher, WatchOptions
 
 _END_TIMEOUT_S = 1.0
 

@@ -4,9 +4,9 @@ import argparse
 import asyncio
 from typing import Any
 
+from qbackup.actions.status import DiskStatus, VmStatus, query_status
 from qbackup.cli.context import make_context
 from qbackup.cli.output import answer
-from qbackup.jobs.status import DiskStatus, VmStatus, query_status
 from qbackup.model.backup import REASON_TEXT
 from qbackup.model.quantities import format_size
 from qbackup.ui.tables import table

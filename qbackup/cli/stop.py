@@ -4,10 +4,10 @@ import argparse
 
 from qbackup.cli.context import Context, make_context
 from qbackup.errors import RepositoryError
-from qbackup.jobs.control import request_stop
-from qbackup.jobs.watch import EXIT_TIMEOUT_S, Watcher, WatchOptions
 from qbackup.repository.repository import Repository
 from qbackup.ui.reporters import LineReporter, print_line
+from qbackup.watching.control import request_stop
+from qbackup.watching.watcher import EXIT_TIMEOUT_S, Watcher, WatchOptions
 
 _SAVE_MARGIN_S = EXIT_TIMEOUT_S + 60.0
 

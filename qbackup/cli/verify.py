@@ -2,11 +2,11 @@
 
 import argparse
 
+from qbackup.actions.verify import Scope, Verifier, scope_of_chain
+from qbackup.catalog.choose import choose_backup
 from qbackup.cli.context import make_context
 from qbackup.cli.output import summary
 from qbackup.errors import ManifestDamagedError, UsageError, VerificationError
-from qbackup.jobs.restore import choose_backup
-from qbackup.jobs.verify import Scope, Verifier, scope_of_chain
 from qbackup.model.quantities import format_size
 from qbackup.ui.reporters import make_reporter
 

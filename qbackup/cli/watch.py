@@ -7,8 +7,8 @@ import signal
 import socket
 
 from qbackup.cli.context import make_context
-from qbackup.jobs.watch import Ending, Watcher, WatchOptions
 from qbackup.ui.reporters import LineReporter, print_line
+from qbackup.watching.watcher import Ending, Watcher, WatchOptions
 
 _EXIT_LOST = 12
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qbackup.errors import QbackupError
-from qbackup.qmp.sockets import short_address
+from qbackup.host.sockets import short_address
 
 SYNC_TIMEOUT_S = 5.0
 FREEZE_TIMEOUT_S = 20.0

@@ -23,9 +23,9 @@ from qemu.qmp import (
 
 from qbackup.errors import MonitorBusyError, MonitorError, MonitorLostError, QmpCommandError
 from qbackup.formats.documents import DocumentError, convert
+from qbackup.host.sockets import short_address, tcp_listener, unix_listener
 from qbackup.qmp import commands
 from qbackup.qmp.commands import Command
-from qbackup.qmp.sockets import short_address, tcp_listener, unix_listener
 
 T = TypeVar("T")
 

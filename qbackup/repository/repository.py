@@ -24,10 +24,10 @@ from qbackup.formats.repository_file import (
     decode_repository_file,
     encode_repository_file,
 )
+from qbackup.host import durable
+from qbackup.host.lock import is_locked, locked
 from qbackup.model.backup import Backup
 from qbackup.model.names import PARTIAL_SUFFIX, is_backup_id, is_safe_name
-from qbackup.repository import durable
-from qbackup.repository.lock import is_locked, locked
 
 REPOSITORY_FILE = "qbackup.json"
 MANIFEST_FILE = "manifest.json"

@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qbackup.errors import LockedError
+from qbackup.host import durable
 from qbackup.model.backup import REASON_TEXT, Reason
 from qbackup.model.names import RESERVED_PREFIX, is_safe_name
-from qbackup.repository import durable
 
 BITMAP_SUFFIX = ".qbm"
 VERDICTS_FILE = "verdicts.json"

@@ -29,17 +29,17 @@ from support.model import DiskModel
 from support.qemu import raw_bytes
 from support.watching import KeptLab, kept_lab
 
+from qbackup.actions.backup import back_up
+from qbackup.backup.plan import BackupOptions
 from qbackup.cli.context import read_configuration
 from qbackup.errors import MonitorError
 from qbackup.formats import qbm
 from qbackup.formats.configuration import Vm
 from qbackup.images.stamp import take_stamp
-from qbackup.jobs.backup import back_up
-from qbackup.jobs.plan import BackupOptions
-from qbackup.jobs.watch import Ending, Watcher, WatchOptions
 from qbackup.repository.repository import Repository
 from qbackup.repository.state import StateDirectory
 from qbackup.ui.reporters import LineReporter
+from qbackup.watching.watcher import Ending, Watcher, WatchOptions
 
 KIB, MIB = 1024, 1024 * 1024
 CLUSTER = 64 * KIB

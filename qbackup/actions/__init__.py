@@ -1,0 +1,1 @@
+"""What each command does, step by step: one module for each. Knows no terminal and no raw QMP."""

@@ -1,0 +1,263 @@
+"""Restore disks from a backup: into new files, or onto a block device.
+
+The repository is only read. A file appears under its name when it is complete and synced;
+a restore that fails or is interrupted leaves nothing behind, except on a block device.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from qbackup.catalog.choose import choose_backup
+from qbackup.catalog.image_check import check_header, content_differs
+from qbackup.errors import (
+    ChainBrokenError,
+    DiskError,
+    RestoreError,
+    UsageError,
+    VerificationError,
+)
+from qbackup.host import durable
+from qbackup.host.tasks import task_group
+from qbackup.images.hashing import hash_file
+from qbackup.images.locks import is_in_use
+from qbackup.images.qemu_img import ImageFormat, convert
+from qbackup.model.backup import Backup, DiskBackup
+from qbackup.model.chain import disk_chain
+from qbackup.model.names import PARTIAL_SUFFIX
+from qbackup.model.progress import Reporter
+from qbackup.model.quantities import format_size
+from qbackup.repository.repository import Repository
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreOptions:
+    """What the user asked for. `at` is an id, the beginning of one, or a time; None is newest."""
+
+    to: Path
+    at: str | None = None
+    disks: tuple[str, ...] = ()
+    image_format: ImageFormat | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoredDisk:
+    """One restored disk and where it is."""
+
+    name: str
+    path: Path
+    image_format: ImageFormat
+    virtual_size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """A finished restore."""
+
+    backup: Backup
+    disks: tuple[RestoredDisk, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """A disk in the repository: its image, and all images that reading it needs."""
+
+    vm: str
+    disk: DiskBackup
+    image: Path
+    chain: tuple[tuple[Path, str], ...]
+
+    async def check_content(self) -> None:
+        """Compare every byte of the chain with the manifests.
+
+        Raises:
+            VerificationError: an image is not what was written.
+        """
+        for path, expected in self.chain:
+            if await hash_file(path) != expected:
+                raise VerificationError([content_differs(path)])
+
+    def progress_to(self, reporter: Reporter) -> Callable[[float], None]:
+        """Return what tells the reporter how far the copy is."""
+
+        def on_fraction(fraction: float) -> None:
+            reporter.progress(
+                vm=self.vm,
+                disk=self.disk.name,
+                done_bytes=int(fraction * self.disk.virtual_size_bytes),
+                total_bytes=self.disk.virtual_size_bytes,
+            )
+
+        return on_fraction
+
+
+async def restore(
+    repository: Repository, vm: str, options: RestoreOptions, reporter: Reporter
+) -> Restored:
+    """Restore disks of one backup.
+
+    Raises:
+        BackupNotFoundError: there is no such backup.
+        ChainBrokenError, ManifestDamagedError: the backup cannot be restored.
+        RestoreError: the target is taken or too small, or writing failed.
+    """
+    backup = choose_backup(repository, vm, options.at)
+    chosen = _choose_disks(backup, options.disks)
+    sources = [_source(repository, backup, disk) for disk in chosen]
+    if options.to.is_block_device():
+        targets = [_device_target(chosen, options)]
+        await _onto_device(sources[0], targets[0], reporter)
+    else:
+        targets = [_file_target(disk, options) for disk in chosen]
+        for source, target in zip(sources, targets, strict=True):
+            await _into_file(source, target, reporter)
+    return Restored(backup=backup, disks=tuple(targets))
+
+
+async def _onto_device(source: _Source, target: RestoredDisk, reporter: Reporter) -> None:
+    """Overwrite a device, but not before every byte that goes there is known to be right."""
+    await source.check_content()
+    await convert(
+        source.image,
+        target.path,
+        target_format=target.image_format,
+        target_exists=True,
+        on_fraction=source.progress_to(reporter),
+    )
+    await durable.sync_file(target.path)
+
+
+async def _into_file(source: _Source, target: RestoredDisk, reporter: Reporter) -> None:
+    """Write a new file; while it is written, the images are compared with the manifests."""
+    partial = target.path.with_name(target.path.name + PARTIAL_SUFFIX)
+    with _removed_on_failure(partial):
+        async with task_group() as group:
+            group.create_task(source.check_content())
+            await convert(
+                source.image,
+                partial,
+                target_format=target.image_format,
+                target_exists=False,
+                on_fraction=source.progress_to(reporter),
+            )
+        await durable.sync_file(partial)
+        await durable.publish(partial, target.path)
+
+
+def _choose_disks(backup: Backup, names: Sequence[str]) -> list[DiskBackup]:
+    for name in names:
+        if backup.disk(name) is None:
+            there = ", ".join(disk.name for disk in backup.disks)
+            raise DiskError(
+                f"backup {backup.id} does not hold a disk {name!r}", hint=f"it holds: {there}"
+            )
+    return [disk for disk in backup.disks if not names or disk.name in names]
+
+
+def _source(repository: Repository, backup: Backup, disk: DiskBackup) -> _Source:
+    """Find all images that a disk needs, and check what their headers say.
+
+    Raises:
+        ChainBrokenError: an image is missing, or names another parent than its manifest.
+    """
+    chain = disk_chain(backup, disk.name, lambda i: repository.find(backup.vm, i))
+    for owner, stored in chain:
+        if problem := check_header(repository.path, stored):
+            raise ChainBrokenError(
+                backup.id,
+                disk.name,
+                f"needs backup {owner.id}: {problem}",
+                hint="choose an earlier backup with --at, or the intact disks with --disk",
+            )
+    return _Source(
+        vm=backup.vm,
+        disk=disk,
+        image=repository.path / disk.file,
+        chain=tuple((repository.path / stored.file, stored.blake3) for _, stored in chain),
+    )
+
+
+def _device_target(chosen: Sequence[DiskBackup], options: RestoreOptions) -> RestoredDisk:
+    device = options.to
+    if len(chosen) != 1:
+        raise UsageError(
+            f"{device} is a block device: it takes one disk, and the backup has {len(chosen)}",
+            hint="choose with --disk NAME",
+        )
+    disk = chosen[0]
+    if options.image_format == "qcow2":
+        raise UsageError("a block device is restored as raw", hint="leave out --format qcow2")
+    if not options.force:
+        raise RestoreError(
+            f"{device}: everything on this device would be overwritten",
+            hint="use --force if that is meant",
+        )
+    try:
+        # O_EXCL on a block device: refused while it is mounted or otherwise in use.
+        fd = os.open(device, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
+    except OSError as err:
+        raise RestoreError(f"{device}: cannot be written: {err.strerror}") from err
+    try:
+        room = os.lseek(fd, 0, os.SEEK_END)
+    finally:
+        os.close(fd)
+    if room < disk.virtual_size_bytes:
+        raise RestoreError(
+            f"{device}: {format_size(room)} are too little for disk {disk.name} "
+            f"of {format_size(disk.virtual_size_bytes)}"
+        )
+    return RestoredDisk(
+        name=disk.name,
+        path=device,
+        image_format="raw",
+        virtual_size_bytes=disk.virtual_size_bytes,
+    )
+
+
+def _file_target(disk: DiskBackup, options: RestoreOptions) -> RestoredDisk:
+    image_format: ImageFormat = options.image_format or (
+        "qcow2" if disk.source.format == "qcow2" else "raw"
+    )
+    if options.to.exists() and not options.to.is_dir():
+        raise RestoreError(
+            f"{options.to}: neither a directory nor a block device", hint="--to takes a directory"
+        )
+    path = options.to / f"{disk.name}.{image_format}"
+    if path.exists() and not options.force:
+        raise RestoreError(
+            f"{path}: exists already", hint="use --force to replace it, or another directory"
+        )
+    if path.is_file() and is_in_use(path):
+        raise RestoreError(
+            f"{path}: a running QEMU has this image open",
+            hint="shut the VM down first, or restore into another directory",
+        )
+    return RestoredDisk(
+        name=disk.name,
+        path=path,
+        image_format=image_format,
+        virtual_size_bytes=disk.virtual_size_bytes,
+    )
+
+
+@contextmanager
+def _removed_on_failure(partial: Path) -> Iterator[None]:
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise RestoreError(f"{partial.parent}: cannot be made: {err.strerror}") from err
+    try:
+        partial.unlink(missing_ok=True)
+        # What is restored is for its owner only; qemu-img keeps the mode of a file it finds.
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, durable.FILE_MODE))
+        yield
+    except OSError as err:
+        partial.unlink(missing_ok=True)
+        raise RestoreError(f"{partial}: {err.strerror}") from err
+    except (Exception, asyncio.CancelledError):
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,127 @@
+"""Read every byte of backups and compare it with the manifests.
+
+Each file is named that is wrong, and each backup whose chain is not complete; the first
+problem does not hide the others. Nothing is changed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qbackup.catalog.image_check import check_header, content_differs
+from qbackup.errors import ChainBrokenError, ManifestDamagedError
+from qbackup.images.hashing import hash_file
+from qbackup.model.backup import Backup, DiskBackup
+from qbackup.model.chain import disk_chain
+from qbackup.model.progress import Reporter
+from qbackup.repository.repository import Repository
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """What was looked at, and everything that is wrong."""
+
+    backups: int
+    files: int
+    bytes_read: int
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scope:
+    """Backups of one VM to verify."""
+
+    vm: str
+    ids: Sequence[str]
+
+
+class Verifier:
+    """Verifies backups of one repository, and remembers what it found."""
+
+    def __init__(self, repository: Repository, reporter: Reporter) -> None:
+        self._repository, self._reporter = repository, reporter
+        self._problems: list[str] = []
+        self._files = self._bytes = 0
+
+    async def verify(self, scopes: Sequence[Scope]) -> Verified:
+        """Verify all backups in `scopes`."""
+        count = 0
+        for scope in scopes:
+            readable: dict[str, Backup] = {}
+            for backup_id in scope.ids:
+                count += 1
+                try:
+                    readable[backup_id] = self._repository.backup(scope.vm, backup_id)
+                except ManifestDamagedError as err:
+                    self._problems.append(err.message)
+            for backup in readable.values():
+                await self._verify_backup(backup)
+        return Verified(
+            backups=count,
+            files=self._files,
+            bytes_read=self._bytes,
+            problems=tuple(self._problems),
+        )
+
+    async def _verify_backup(self, backup: Backup) -> None:
+        for disk in backup.disks:
+            self._check_parent(backup, disk)
+            await self._check_file(backup, disk)
+
+    def _check_parent(self, backup: Backup, disk: DiskBackup) -> None:
+        try:
+            disk_chain(backup, disk.name, lambda i: self._repository.find(backup.vm, i))
+        except ChainBrokenError as err:
+            if err.message not in self._problems:  # the same gap, seen from a later backup
+                self._problems.append(err.message)
+        except ManifestDamagedError as err:
+            self._problems.append(f"backup {backup.id}, disk {disk.name}: needs {err.message}")
+
+    async def _check_file(self, backup: Backup, disk: DiskBackup) -> None:
+        self._files += 1
+        if problem := check_header(self._repository.path, disk):
+            self._problems.append(problem)
+            return
+        path = self._repository.path / disk.file
+        done = 0
+
+        def on_bytes(length: int) -> None:
+            nonlocal done
+            done += length
+            self._bytes += length
+            self._reporter.progress(
+                vm=backup.vm,
+                disk=f"{disk.name} {backup.id}",
+                done_bytes=done,
+                total_bytes=disk.file_size_bytes,
+            )
+
+        try:
+            digest = await hash_file(path, on_bytes=on_bytes)
+        except OSError as err:
+            self._problems.append(f"{path}: {err.strerror}")
+            return
+        if digest != disk.blake3:
+            self._problems.append(content_differs(path))
+
+
+def scope_of_chain(repository: Repository, backup: Backup) -> Scope:
+    """Return a backup and everything that restoring any of its disks needs.
+
+    A chain that is broken ends where it breaks; verifying the backup tells so.
+    """
+    needed = {backup.id}
+    waiting = [disk.parent for disk in backup.disks if disk.parent is not None]
+    while waiting:
+        parent = waiting.pop()
+        if parent in needed:
+            continue
+        try:
+            found = repository.find(backup.vm, parent)
+        except ManifestDamagedError:
+            needed.add(parent)  # verifying it tells what is wrong
+            continue
+        if found is None:
+            continue
+        needed.add(parent)
+        waiting += [disk.parent for disk in found.disks if disk.parent is not None]
+    return Scope(vm=backup.vm, ids=sorted(needed))

@@ -1,0 +1,196 @@
+"""Before a backup starts: which disks, full or incremental, and is there room.
+
+Nothing is changed here, neither in QEMU nor in the repository.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from qbackup.backup.judge import Base, Verdict, checkpoints, judge
+from qbackup.catalog.chain_check import chain_problem
+from qbackup.errors import DiskError, NoSpaceError, RefusedError, UsageError
+from qbackup.formats.configuration import Vm
+from qbackup.model.backup import REASON_TEXT, Backup, Kind, Reason
+from qbackup.model.progress import Reporter
+from qbackup.model.quantities import format_size
+from qbackup.qmp.disks import Disk, Inventory
+from qbackup.repository.repository import DamagedBackup, Repository
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupOptions:
+    """What the user asked for. `speed_limit_bytes_per_s` 0 means none, for all disks together."""
+
+    kind: Kind
+    disks: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    label: str | None = None
+    speed_limit_bytes_per_s: int = 0
+    lock_wait_s: float = 0
+    fallback: bool = True
+    compress: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What will be done. `checkpoints` are the newest committed ones of all the VM's disks."""
+
+    verdicts: tuple[Verdict, ...]
+    left_out: dict[str, str]
+    checkpoints: dict[str, str]
+    newest_id: str | None
+
+
+def make_plan(
+    inventory: Inventory,
+    bases: Mapping[str, Base],
+    *,
+    vm: Vm,
+    repository: Repository,
+    prefix: str,
+    not_loaded: Mapping[tuple[str, str], Reason],
+    options: BackupOptions,
+    reporter: Reporter,
+) -> Plan:
+    """Decide how each disk is backed up.
+
+    Raises:
+        DiskError: a disk that was asked for is not there, or none remains.
+        RefusedError: a full backup would be needed and `fallback` is off.
+        NoSpaceError: the backup will not fit.
+    """
+    chosen, left_out = choose_disks(inventory, vm=vm, options=options)
+    ids = repository.backup_ids(vm.name)
+    verdicts = [
+        judge_with_chain(
+            disk,
+            bases=bases,
+            prefix=prefix,
+            not_loaded=not_loaded,
+            vm=vm,
+            repository=repository,
+        )
+        for disk in chosen
+    ]
+    if options.kind == "full":
+        verdicts = [replace(verdict, reason="requested") for verdict in verdicts]
+    plan = Plan(
+        verdicts=tuple(verdicts),
+        left_out=left_out,
+        checkpoints=checkpoints(bases),
+        newest_id=ids[-1] if ids else None,
+    )
+    _announce(plan, vm=vm.name, options=options, reporter=reporter)
+    if not options.compress:
+        _require_space(plan, repository)
+    return plan
+
+
+def choose_disks(
+    inventory: Inventory, *, vm: Vm, options: BackupOptions
+) -> tuple[Sequence[Disk], dict[str, str]]:
+    """Return the disks to back up, and the drives that are left out with the reason.
+
+    Raises:
+        DiskError: a name is not one of the VM's disks, or nothing is left.
+    """
+    left_out = dict(inventory.left_out)
+    if inventory.busy:
+        names = ", ".join(disk.name for disk in inventory.busy)
+        raise DiskError(
+            f"{vm.name}: another block job is using {names}",
+            hint="wait until the job has ended (QMP query-jobs shows it)",
+        )
+    both = set(options.disks) & set(options.exclude)
+    if both:
+        raise UsageError(f"--disk and --exclude both name {', '.join(sorted(both))}")
+    for name in (*(vm.disks or ()), *options.disks, *options.exclude):
+        if inventory.disk(name) is None:
+            why = f" (it is {left_out[name]})" if name in left_out else ""
+            there = ", ".join(disk.name for disk in inventory.disks) or "none"
+            raise DiskError(
+                f"{vm.name}: there is no disk {name!r} to back up{why}",
+                hint=f"the VM's writable disks are: {there}",
+            )
+    chosen = []
+    for disk in inventory.disks:
+        if vm.disks is not None and disk.name not in vm.disks and disk.name not in options.disks:
+            left_out[disk.name] = "not in the configuration"
+        elif disk.name in options.exclude or (options.disks and disk.name not in options.disks):
+            left_out[disk.name] = "excluded" if disk.name in options.exclude else "not chosen"
+        else:
+            chosen.append(disk)
+    if not chosen:
+        raise DiskError(
+            f"{vm.name}: no disk to back up",
+            hint="the VM has no writable disk, or all of them are excluded",
+        )
+    return chosen, left_out
+
+
+def readable_backups(repository: Repository, vm: str, reporter: Reporter) -> Iterator[Backup]:
+    """Yield the VM's usable backups, newest first; tell of the others."""
+    for backup in repository.newest_first(vm):
+        if isinstance(backup, DamagedBackup):
+            # Its bitmap will match no usable backup, so the disks are backed up in full.
+            reporter.warning(str(backup.error))
+        else:
+            yield backup
+
+
+def judge_with_chain(
+    disk: Disk,
+    *,
+    bases: Mapping[str, Base],
+    prefix: str,
+    not_loaded: Mapping[tuple[str, str], Reason],
+    vm: Vm,
+    repository: Repository,
+) -> Verdict:
+    """Judge a disk's bitmap, and require that everything an incremental would need is there."""
+    verdict = judge(
+        disk,
+        bases=bases,
+        prefix=prefix,
+        not_loaded=not_loaded,
+        granularity_bytes=vm.granularity_bytes,
+    )
+    if verdict.reason is not None or verdict.base is None:
+        return verdict
+    problem = chain_problem(repository, verdict.base.backup, disk.name)
+    return replace(verdict, reason="no-parent", problem=problem) if problem else verdict
+
+
+def _announce(plan: Plan, *, vm: str, options: BackupOptions, reporter: Reporter) -> None:
+    for name, why in plan.left_out.items():
+        reporter.notice(f"{vm}: leaving out {name}: {why}")
+    if options.kind == "full":
+        return
+    fallen = [(v.disk.name, v.reason) for v in plan.verdicts if v.reason is not None]
+    if fallen and not options.fallback:
+        raise RefusedError(vm, fallen)
+    for verdict in plan.verdicts:
+        if verdict.reason is not None:
+            why = verdict.problem or REASON_TEXT[verdict.reason]
+            message = f"{vm}: disk {verdict.disk.name} gets a full backup ({verdict.reason}): {why}"
+            tell = reporter.notice if verdict.base is None else reporter.warning
+            tell(message)
+
+
+def _require_space(plan: Plan, repository: Repository) -> None:
+    needed = sum(_expected_bytes(verdict) for verdict in plan.verdicts)
+    free = repository.free_bytes()
+    if needed > free:
+        raise NoSpaceError(
+            f"{repository.path}: the backup needs about {format_size(needed)}, "
+            f"and {format_size(free)} are free",
+            hint="make room, or try --compress",
+        )
+
+
+def _expected_bytes(verdict: Verdict) -> int:
+    """Return about what a disk's file will take; 0 where QEMU cannot tell (block devices)."""
+    disk = verdict.disk
+    if verdict.reason is None and verdict.bitmap is not None:
+        return min(verdict.bitmap.dirty_bytes, disk.virtual_size_bytes)
+    return min(disk.source.actual_size_bytes, disk.virtual_size_bytes)

@@ -1,0 +1,1 @@
+"""Bitmaps that outlive a run or a QEMU: loaded, saved, rolled back, guarded."""

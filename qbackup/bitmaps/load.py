@@ -1,0 +1,189 @@
+"""Load a VM's saved bitmaps if they can be trusted, before it runs.
+
+    record → check everything → clear clean, sync → only then give the bits to QEMU
+
+The order is what makes the clean flag mean something.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qbackup.bitmaps.files import (
+    NotTrustedError,
+    distrust_all,
+    our_bitmaps,
+    owner_of,
+    read_saved,
+    sidecar_path,
+)
+from qbackup.bitmaps.image_files import image_paths
+from qbackup.bitmaps.size_guard import ensure_size_guard
+from qbackup.images.stamp import take_stamp
+from qbackup.model.backup import Reason
+from qbackup.model.bitmap import Bits, ImageStamp
+from qbackup.model.names import RESERVED_PREFIX
+from qbackup.qmp import commands
+from qbackup.qmp.disks import Disk, query_inventory, query_written_nodes
+from qbackup.qmp.monitor import Monitor
+from qbackup.qmp.sidecar import load_bitmap
+from qbackup.repository.state import StateDirectory
+
+_RECORDER_PREFIX = f"{RESERVED_PREFIX}loading-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Candidate:
+    """A saved bitmap that is all right in itself."""
+
+    disk: Disk
+    name: str
+    path: Path
+    bits: Bits
+    stamp: ImageStamp | None
+
+    @property
+    def recorder(self) -> str:
+        """The bitmap that records while this one is not complete; no backup looks at it."""
+        return _RECORDER_PREFIX + self.name.removeprefix(RESERVED_PREFIX)
+
+
+async def load_saved_bitmaps(
+    monitor: Monitor,
+    state: StateDirectory,
+    *,
+    vm: str,
+    pid: int | None,
+    trust_block_devices: bool,
+) -> dict[tuple[str, str], Reason]:
+    """Give QEMU every saved bitmap that can be trusted. The VM should not have run yet.
+
+    Recording begins before anything is checked, so that a guest that somebody lets run
+    meanwhile is either caught by the checks or recorded. It begins under another name, and the
+    bitmap appears at one instant, complete: whoever is killed in between leaves none that a
+    backup would trust. Afterwards no file is clean.
+
+    Returns why each of the others was not loaded.
+    """
+    verdicts: dict[tuple[str, str], Reason] = {}
+    candidates: list[_Candidate] = []
+    await _remove_recorders(monitor)
+    inventory = await query_inventory(monitor)
+    for (disk_name, name), path in state.bitmap_files().items():
+        disk = inventory.disk(disk_name)
+        if disk is None or disk.bitmap(name) is not None:
+            continue
+        try:
+            file = await asyncio.to_thread(
+                read_saved, path, vm=vm, disk=disk_name, virtual_size_bytes=disk.virtual_size_bytes
+            )
+        except NotTrustedError as err:
+            verdicts[disk_name, name] = err.reason
+            continue
+        candidate = _Candidate(disk=disk, name=name, path=path, bits=file.bits, stamp=file.stamp)
+        if not any(_share_guard(candidate, other) for other in candidates):
+            await _guard_size(monitor, candidate)
+        await monitor.execute(
+            commands.bitmap_add(
+                node=disk.node,
+                name=candidate.recorder,
+                granularity_bytes=candidate.bits.granularity_bytes,
+            )
+        )
+        candidates.append(candidate)
+    written = await query_written_nodes(monitor)
+    trusted = []
+    for candidate in candidates:
+        try:
+            images = image_paths(candidate.disk, pid)
+            _require_local(images, trust_block_devices=trust_block_devices)
+            if candidate.disk.node in written:
+                raise NotTrustedError("image-changed")  # noqa: TRY301 - all reasons end below
+            await asyncio.to_thread(_require_unchanged, candidate.stamp, images or ())
+        except NotTrustedError as err:
+            verdicts[candidate.disk.name, candidate.name] = err.reason
+            await monitor.execute(
+                commands.bitmap_remove(node=candidate.disk.node, name=candidate.recorder)
+            )
+        else:
+            trusted.append(candidate)
+    await state.write_verdicts(verdicts)
+    await distrust_all(state)
+    for candidate in trusted:
+        await load_bitmap(
+            monitor,
+            disk_node=candidate.disk.node,
+            name=candidate.recorder,
+            bits=candidate.bits,
+            path=sidecar_path(candidate.path),
+            prefix=RESERVED_PREFIX,
+            into_existing=True,
+        )
+        await _give_name(monitor, candidate)
+    return verdicts
+
+
+async def are_loaded(monitor: Monitor) -> bool:
+    """Tell whether QEMU has any bitmap of ours."""
+    return any(our_bitmaps(disk) for disk in (await query_inventory(monitor)).disks)
+
+
+async def give_up_loading(monitor: Monitor, state: StateDirectory) -> None:
+    """Clean up after a loading that failed, wherever it was, and before the guest writes."""
+    try:
+        await distrust_all(state)
+    finally:
+        await _remove_recorders(monitor)
+
+
+async def _remove_recorders(monitor: Monitor) -> None:
+    """Remove what a loading that did not end has left."""
+    for disk in (await query_inventory(monitor)).disks:
+        for bitmap in disk.bitmaps:
+            if bitmap.name.startswith(_RECORDER_PREFIX):
+                await monitor.execute(commands.bitmap_remove(node=disk.node, name=bitmap.name))
+
+
+async def _give_name(monitor: Monitor, candidate: _Candidate) -> None:
+    """Let the complete bitmap take the place of its recorder, at one instant."""
+    node, name, recorder = candidate.disk.node, candidate.name, candidate.recorder
+    granularity = candidate.bits.granularity_bytes
+    await monitor.execute(
+        commands.transaction(
+            [
+                commands.bitmap_add(node=node, name=name, granularity_bytes=granularity),
+                commands.bitmap_merge(node=node, target=name, source=recorder),
+                commands.bitmap_remove(node=node, name=recorder),
+            ]
+        )
+    )
+
+
+def _share_guard(one: _Candidate, other: _Candidate) -> bool:
+    """Tell whether two bitmaps are of one disk and one repository, which has one size guard."""
+    return one.disk.node == other.disk.node and owner_of(one.name) == owner_of(other.name)
+
+
+async def _guard_size(monitor: Monitor, candidate: _Candidate) -> None:
+    await ensure_size_guard(
+        monitor,
+        candidate.disk,
+        prefix=owner_of(candidate.name),
+        granularity_bytes=candidate.bits.granularity_bytes,
+        scratch=sidecar_path(candidate.path),
+    )
+
+
+def _require_local(images: Sequence[Path] | None, *, trust_block_devices: bool) -> None:
+    if images is None or (not trust_block_devices and any(i.is_block_device() for i in images)):
+        raise NotTrustedError("unsupported")
+
+
+def _require_unchanged(expected: ImageStamp | None, images: Sequence[Path]) -> None:
+    try:
+        stamp = take_stamp(images)
+    except (OSError, ValueError) as err:
+        raise NotTrustedError("image-changed") from err
+    if expected != stamp:
+        raise NotTrustedError("image-changed")

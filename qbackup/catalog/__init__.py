@@ -1,0 +1,1 @@
+"""The backups of a repository: chosen by id or time, their chains and images checked."""

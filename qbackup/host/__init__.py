@@ -1,0 +1,1 @@
+"""This host: processes and tasks, sockets, locks, and writes that survive a power cut."""

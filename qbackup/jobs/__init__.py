@@ -1,1 +1,0 @@
-"""What the commands do, from beginning to end. Knows no terminal and no command line."""

@@ -1,0 +1,1 @@
+"""Following one QEMU from its start to its end, and the socket on which a watcher is asked."""

@@ -1,0 +1,125 @@
+"""Which bitmaps are trusted: a bitmap is used only if it recorded every write."""
+
+from typing import Any
+
+import pytest
+
+from qbackup.backup.judge import Base, checkpoints, judge, newest_bases
+from qbackup.model.backup import Reason
+from qbackup.model.names import bitmap_name
+from qbackup.qmp.disks import Disk
+
+from ..values import (
+    GRANULARITY,
+    ID1,
+    ID2,
+    ID3,
+    PREFIX,
+    SIZE,
+    make_backup,
+    make_bitmap,
+    make_disk,
+    make_disk_backup,
+    make_guard,
+)
+
+BACKUP = make_backup(ID2)
+BASES = {"system": Base(backup=BACKUP, disk=BACKUP.disks[0])}
+GOOD = make_bitmap(ID2)
+GUARD_GONE = make_guard(make_disk(), dirty_bytes=0)
+OTHER_GUARD = make_guard(make_disk(virtual_size_bytes=SIZE * 2))
+
+
+def reason_for(disk: Disk, **changes: Any) -> Reason | None:
+    """Return why the disk's bitmap is not trusted."""
+    facts: dict[str, Any] = {
+        "bases": BASES,
+        "prefix": PREFIX,
+        "not_loaded": {},
+        "granularity_bytes": GRANULARITY,
+    }
+    return judge(disk, **(facts | changes)).reason
+
+
+def test_the_bitmap_of_the_newest_backup_that_recorded_all_the_time_is_trusted() -> None:
+    disk = make_disk("system", make_bitmap(ID2))
+    verdict = judge(
+        disk,
+        bases=BASES,
+        prefix=PREFIX,
+        not_loaded={},
+        granularity_bytes=GRANULARITY,
+    )
+    assert verdict.reason is None
+    assert (verdict.disk, verdict.base, verdict.bitmap) == (disk, BASES["system"], GOOD)
+
+
+@pytest.mark.parametrize(
+    ("disk", "changes", "reason"),
+    [
+        (make_disk("system"), {"bases": {}}, "no-parent"),
+        (make_disk("system", GOOD), {"bases": {}}, "no-parent"),
+        (make_disk("data"), {}, "new-disk"),
+        (make_disk("system"), {}, "missing"),
+        (make_disk("system", make_bitmap(name="libvirt-1")), {}, "missing"),
+        (make_disk("system", make_bitmap(name=ID2)), {}, "missing"),
+        (make_disk("system", GOOD), {"prefix": "qbackup-ffffffffffff-"}, "missing"),
+        (make_disk("system", make_bitmap(ID1)), {}, "wrong-checkpoint"),
+        (make_disk("system", make_bitmap(ID3)), {}, "wrong-checkpoint"),
+        (make_disk("system", make_bitmap(ID2, recording=False)), {}, "unclean"),
+        (make_disk("system", make_bitmap(ID2, inconsistent=True)), {}, "unclean"),
+        (make_disk("system", make_bitmap(ID2, busy=True)), {}, "unclean"),
+        (make_disk("system", GOOD, virtual_size_bytes=SIZE * 2), {}, "size-changed"),
+        (make_disk("system", GOOD, virtual_size_bytes=SIZE - 512), {}, "size-changed"),
+        (make_disk("system", GOOD, guarded=False), {}, "size-changed"),
+        (make_disk("system", GOOD, GUARD_GONE, guarded=False), {}, "size-changed"),
+        (make_disk("system", GOOD, OTHER_GUARD, guarded=False), {}, "size-changed"),
+        (make_disk("system", GOOD), {"granularity_bytes": 4096}, "granularity-changed"),
+        (
+            make_disk("system", make_bitmap(ID2, granularity_bytes=4096)),
+            {},
+            "granularity-changed",
+        ),
+        (
+            make_disk("system"),
+            {"not_loaded": {("system", GOOD.name): "image-changed"}},
+            "image-changed",
+        ),
+        (
+            make_disk("system"),
+            {"not_loaded": {("system", bitmap_name(PREFIX, ID1)): "unclean"}},
+            "unclean",
+        ),
+        (make_disk("system"), {"not_loaded": {("data", GOOD.name): "corrupt"}}, "missing"),
+        (make_disk("system"), {"not_loaded": {("system", "libvirt-1"): "corrupt"}}, "missing"),
+        (make_disk("system", GOOD), {"not_loaded": {("system", GOOD.name): "corrupt"}}, None),
+        (make_disk("system", make_bitmap(ID1), GOOD, make_bitmap(ID3)), {}, None),
+        (make_disk("system", make_bitmap(ID2, dirty_bytes=SIZE * 2)), {}, None),
+    ],
+)
+def test_in_doubt_a_bitmap_is_not_trusted_and_the_reason_is_told(
+    disk: Disk, changes: dict[str, Any], reason: Reason | None
+) -> None:
+    assert reason_for(disk, **changes) == reason
+
+
+def test_each_disk_builds_on_the_newest_backup_that_holds_it() -> None:
+    newest = make_backup(ID3, disks=[make_disk_backup(ID3, "data")])
+    older = make_backup(ID2, disks=[make_disk_backup(ID2, "system"), make_disk_backup(ID2, "data")])
+    oldest = make_backup(ID1, disks=[make_disk_backup(ID1, "gone"), make_disk_backup(ID1)])
+    disks = [make_disk("system"), make_disk("data"), make_disk("new")]
+    bases = newest_bases([newest, older, oldest], disks)
+    assert checkpoints(bases) == {"data": ID3, "system": ID2}
+    assert bases["system"].disk is older.disks[0]
+
+
+def test_no_more_backups_are_read_than_are_needed() -> None:
+    read = []
+
+    def history() -> Any:
+        for backup_id in (ID3, ID2, ID1):
+            read.append(backup_id)
+            yield make_backup(backup_id)
+
+    assert checkpoints(newest_bases(history(), [make_disk("system")])) == {"system": ID3}
+    assert read == [ID3]

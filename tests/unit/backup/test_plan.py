@@ -1,0 +1,249 @@
+"""Before a backup starts: which disks, full or incremental, and is there room."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from qbackup.backup.judge import newest_bases
+from qbackup.backup.plan import BackupOptions, Plan, choose_disks, make_plan, readable_backups
+from qbackup.errors import DiskError, NoSpaceError, RefusedError, UsageError
+from qbackup.model.backup import MAX_DISK_BYTES, Backup
+from qbackup.qmp.disks import Inventory
+from qbackup.repository.repository import Repository
+
+from ..conftest import RecordingReporter
+from ..values import (
+    ID1,
+    ID2,
+    ID3,
+    PREFIX,
+    SIZE,
+    VM,
+    make_backup,
+    make_bitmap,
+    make_disk,
+    make_disk_backup,
+    make_inventory,
+    make_source,
+    make_vm,
+)
+
+Publish = Callable[[Backup], Awaitable[None]]
+THREE = make_inventory(
+    make_disk("system"), make_disk("data"), make_disk("swap"), left_out={"cd0": "empty"}
+)
+
+
+@pytest.mark.parametrize(
+    ("configured", "disks", "exclude", "chosen", "left_out"),
+    [
+        (None, (), (), ["system", "data", "swap"], {}),
+        (("data", "system"), (), (), ["system", "data"], {"swap": "not in the configuration"}),
+        (None, ("swap",), (), ["swap"], {"system": "not chosen", "data": "not chosen"}),
+        (None, (), ("swap",), ["system", "data"], {"swap": "excluded"}),
+        (
+            ("system", "data"),
+            (),
+            ("data",),
+            ["system"],
+            {"data": "excluded", "swap": "not in the configuration"},
+        ),
+        (
+            ("system",),
+            ("swap",),
+            (),
+            ["swap"],
+            {"system": "not chosen", "data": "not in the configuration"},
+        ),
+    ],
+)
+def test_disks_are_chosen_by_configuration_and_command_line(
+    configured: tuple[str, ...] | None,
+    disks: tuple[str, ...],
+    exclude: tuple[str, ...],
+    chosen: list[str],
+    left_out: dict[str, str],
+) -> None:
+    options = BackupOptions(kind="full", disks=disks, exclude=exclude)
+    found, why = choose_disks(THREE, vm=make_vm(disks=configured), options=options)
+    assert [disk.name for disk in found] == chosen
+    assert why == {"cd0": "empty", **left_out}
+    assert THREE.left_out == {"cd0": "empty"}
+
+
+@pytest.mark.parametrize(
+    ("configured", "options", "said"),
+    [
+        (("nope",), {}, "no disk 'nope'"),
+        (None, {"disks": ("nope",)}, "no disk 'nope'"),
+        (None, {"exclude": ("nope",)}, "no disk 'nope'"),
+        (None, {"disks": ("cd0",)}, r"no disk 'cd0' to back up \(it is empty\)"),
+        (None, {"exclude": ("system", "data", "swap")}, "no disk to back up"),
+    ],
+)
+def test_a_choice_that_makes_no_sense_is_refused_with_a_hint(
+    configured: tuple[str, ...] | None, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(DiskError, match=f"^{VM}: .*{said}") as caught:
+        choose_disks(
+            THREE, vm=make_vm(disks=configured), options=BackupOptions(kind="full", **options)
+        )
+    assert caught.value.hint is not None
+
+
+def test_a_disk_cannot_be_chosen_and_excluded() -> None:
+    options = BackupOptions(kind="full", disks=("data", "swap"), exclude=("data",))
+    with pytest.raises(UsageError, match="--disk and --exclude both name data"):
+        choose_disks(THREE, vm=make_vm(), options=options)
+
+
+def test_a_disk_that_another_job_hides_is_not_taken_for_a_missing_one() -> None:
+    inventory = make_inventory(make_disk("system"), busy=(make_disk("data"),))
+    with pytest.raises(DiskError, match=f"{VM}: another block job is using data") as caught:
+        choose_disks(inventory, vm=make_vm(disks=("data",)), options=BackupOptions(kind="full"))
+    assert caught.value.hint is not None
+
+
+def test_a_vm_without_disks_is_refused() -> None:
+    with pytest.raises(DiskError, match="no disk to back up"):
+        choose_disks(make_inventory(), vm=make_vm(), options=BackupOptions(kind="full"))
+
+
+@pytest.fixture
+def plan_for(repository: Repository, reporter: RecordingReporter) -> Callable[..., Plan]:
+    """Return what plans the backup of an inventory, from what is in the repository."""
+
+    def plan(inventory: Inventory, kind: str = "incremental", **options: Any) -> Plan:
+        return make_plan(
+            inventory,
+            newest_bases(readable_backups(repository, VM, reporter), inventory.disks),
+            vm=make_vm(),
+            repository=repository,
+            prefix=PREFIX,
+            not_loaded={},
+            options=BackupOptions(kind=kind, **options),  # type: ignore[arg-type]
+            reporter=reporter,
+        )
+
+    return plan
+
+
+def reasons(plan: Plan) -> dict[str, str | None]:
+    """Return each disk's reason for a full backup."""
+    return {verdict.disk.name: verdict.reason for verdict in plan.verdicts}
+
+
+async def test_a_disk_with_a_trusted_bitmap_and_a_whole_chain_is_incremental(
+    publish: Publish, plan_for: Callable[..., Plan], reporter: RecordingReporter
+) -> None:
+    await publish(make_backup(ID1))
+    await publish(make_backup(ID2, parent=ID1))
+    plan = plan_for(make_inventory(make_disk("system", make_bitmap(ID2))))
+    assert reasons(plan) == {"system": None}
+    assert (plan.checkpoints, plan.newest_id) == ({"system": ID2}, ID2)
+    assert (reporter.notices, reporter.warnings) == ([], [])
+
+
+async def test_a_full_that_was_asked_for_is_a_full(
+    publish: Publish, plan_for: Callable[..., Plan]
+) -> None:
+    await publish(make_backup(ID1))
+    inventory = make_inventory(make_disk("system", make_bitmap(ID1)), make_disk("new"))
+    assert reasons(plan_for(inventory, "full")) == {"system": "requested", "new": "requested"}
+
+
+async def test_a_fallback_is_told_with_its_reason(
+    publish: Publish, plan_for: Callable[..., Plan], reporter: RecordingReporter
+) -> None:
+    await publish(make_backup(ID1))
+    plan = plan_for(make_inventory(make_disk("system"), make_disk("new")))
+    assert reasons(plan) == {"system": "missing", "new": "new-disk"}
+    # A chain that breaks off is a warning; a disk that never had one is none.
+    assert ["(missing)" in warning for warning in reporter.warnings] == [True]
+    assert ["(new-disk)" in notice for notice in reporter.notices] == [True]
+
+
+async def test_a_fallback_that_was_ruled_out_is_refused(
+    publish: Publish, plan_for: Callable[..., Plan]
+) -> None:
+    await publish(make_backup(ID1))
+    with pytest.raises(RefusedError) as caught:
+        plan_for(make_inventory(make_disk("system")), fallback=False)
+    assert caught.value.reasons == (("system", "missing"),)
+
+
+async def test_the_first_backup_has_no_parent(plan_for: Callable[..., Plan]) -> None:
+    plan = plan_for(make_inventory(make_disk("system")))
+    assert reasons(plan) == {"system": "no-parent"}
+    assert (plan.checkpoints, plan.newest_id) == ({}, None)
+
+
+async def test_a_chain_with_a_missing_link_is_not_built_upon(
+    repository: Repository,
+    publish: Publish,
+    plan_for: Callable[..., Plan],
+    reporter: RecordingReporter,
+) -> None:
+    for backup in (make_backup(ID1), make_backup(ID2, parent=ID1), make_backup(ID3, parent=ID2)):
+        await publish(backup)
+    inventory = make_inventory(make_disk("system", make_bitmap(ID3)))
+    assert reasons(plan_for(inventory)) == {"system": None}
+    (repository.path / VM / ID1 / "manifest.json").write_bytes(b"")
+    assert reasons(plan_for(inventory)) == {"system": "no-parent"}
+    assert ID1 in reporter.warnings[-1] and "(no-parent)" in reporter.warnings[-1]
+
+
+async def test_a_chain_with_a_shortened_image_is_not_built_upon(
+    repository: Repository,
+    publish: Publish,
+    plan_for: Callable[..., Plan],
+    reporter: RecordingReporter,
+) -> None:
+    for backup in (make_backup(ID1), make_backup(ID2, parent=ID1)):
+        await publish(backup)
+    with (repository.path / VM / ID1 / "system.qcow2").open("r+b") as file:
+        file.truncate(5)
+    plan = plan_for(make_inventory(make_disk("system", make_bitmap(ID2))))
+    assert reasons(plan) == {"system": "no-parent"}
+    assert "5 bytes instead of" in reporter.warnings[-1]
+
+
+async def test_a_damaged_newest_manifest_is_told_and_its_bitmap_not_used(
+    repository: Repository,
+    publish: Publish,
+    plan_for: Callable[..., Plan],
+    reporter: RecordingReporter,
+) -> None:
+    for backup in (make_backup(ID1), make_backup(ID2, parent=ID1)):
+        await publish(backup)
+    (repository.path / VM / ID2 / "manifest.json").write_bytes(b"")
+    plan = plan_for(make_inventory(make_disk("system", make_bitmap(ID2))))
+    assert reasons(plan) == {"system": "wrong-checkpoint"}
+    assert plan.newest_id == ID2  # the next id must still be after it
+    assert any(ID2 in warning for warning in reporter.warnings)
+
+
+async def test_too_little_room_is_told_before_anything_is_written(
+    plan_for: Callable[..., Plan],
+) -> None:
+    huge = make_disk(
+        virtual_size_bytes=MAX_DISK_BYTES, source=make_source(actual_size_bytes=MAX_DISK_BYTES)
+    )
+    with pytest.raises(NoSpaceError, match=r"needs about 64\.0 TiB") as caught:
+        plan_for(make_inventory(huge), "full")
+    assert caught.value.hint is not None and "--compress" in caught.value.hint
+    assert reasons(plan_for(make_inventory(huge), "full", compress=True)) == {"system": "requested"}
+
+
+async def test_an_incremental_needs_room_for_what_changed_only(
+    publish: Publish, plan_for: Callable[..., Plan]
+) -> None:
+    size: dict[str, Any] = {"virtual_size_bytes": MAX_DISK_BYTES}
+    await publish(make_backup(ID1, disks=[make_disk_backup(**size)]))
+    source = make_source(actual_size_bytes=MAX_DISK_BYTES)
+    small = make_disk("system", make_bitmap(ID1, dirty_bytes=SIZE), source=source, **size)
+    large = make_disk("system", make_bitmap(ID1, dirty_bytes=2**60), source=source, **size)
+    assert reasons(plan_for(make_inventory(small))) == {"system": None}
+    with pytest.raises(NoSpaceError):
+        plan_for(make_inventory(large))

@@ -1,0 +1,189 @@
+"""The lock: one run per VM, and it dies with its holder."""
+
+import asyncio
+import os
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from qbackup.errors import LockedError
+from qbackup.host.lock import is_locked, locked
+
+from ..conftest import Clock
+
+HOLD = """
+import asyncio, sys
+from pathlib import Path
+from qbackup.host.lock import locked
+
+async def main():
+    async with locked(Path(sys.argv[1]), vm="vm1", wait_s=0):
+        print("held", flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+async def hold(tmp_path: Path) -> AsyncIterator[Callable[[], Awaitable[Process]]]:
+    """Return what starts a process that holds the lock in `tmp_path`."""
+    async with AsyncExitStack() as stack:
+
+        async def start() -> Process:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", HOLD, str(tmp_path), stdin=PIPE, stdout=PIPE
+            )
+            stack.push_async_callback(_end, process)
+            assert process.stdout is not None
+            assert await process.stdout.readline() == b"held\n"
+            return process
+
+        yield start
+
+
+async def _end(process: Process) -> None:
+    if process.returncode is None:
+        process.kill()
+    await process.wait()
+
+
+async def test_a_second_holder_is_refused_and_told_who_has_it(
+    tmp_path: Path, hold: Callable[[], Awaitable[Process]]
+) -> None:
+    holder = await hold()
+    with pytest.raises(LockedError, match=rf"process {holder.pid}\) is working") as caught:
+        async with locked(tmp_path, vm="vm1", wait_s=0):
+            raise AssertionError("two processes hold the lock")
+    assert caught.value.hint is not None and "--lock-wait" in caught.value.hint
+
+
+async def test_the_lock_dies_with_its_holder(
+    tmp_path: Path, hold: Callable[[], Awaitable[Process]]
+) -> None:
+    holder = await hold()
+    assert is_locked(tmp_path)
+    holder.send_signal(signal.SIGKILL)
+    await holder.wait()
+    assert not is_locked(tmp_path)
+    async with locked(tmp_path, vm="vm1", wait_s=0):
+        assert is_locked(tmp_path)
+
+
+async def test_a_process_that_the_holder_started_does_not_keep_the_lock(tmp_path: Path) -> None:
+    async with locked(tmp_path, vm="vm1", wait_s=0):
+        child = await asyncio.create_subprocess_exec("cat", stdin=PIPE)
+    try:
+        assert not is_locked(tmp_path)
+    finally:
+        await _end(child)
+
+
+async def test_with_lock_wait_the_second_gets_the_lock_when_the_first_is_done(
+    tmp_path: Path, hold: Callable[[], Awaitable[Process]], clock: Clock
+) -> None:
+    holder = await hold()
+    entered = asyncio.Event()
+
+    async def second() -> None:
+        async with locked(tmp_path, vm="vm1", wait_s=600):
+            entered.set()
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(second())
+        for _ in range(3):
+            await asyncio.sleep(0)
+            clock.advance(150)
+        assert not entered.is_set()
+        assert holder.stdin is not None
+        holder.stdin.close()
+        await entered.wait()
+
+
+async def test_with_lock_wait_the_second_gives_up_in_time(
+    tmp_path: Path, hold: Callable[[], Awaitable[Process]], clock: Clock
+) -> None:
+    await hold()
+
+    async def second() -> None:
+        async with locked(tmp_path, vm="vm1", wait_s=600):
+            raise AssertionError("two processes hold the lock")
+
+    waiting = asyncio.create_task(second())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    clock.advance(601)
+    with pytest.raises(LockedError):
+        await waiting
+
+
+async def test_waiting_can_be_interrupted(
+    tmp_path: Path, hold: Callable[[], Awaitable[Process]]
+) -> None:
+    await hold()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0), locked(tmp_path, vm="vm1", wait_s=600):
+            raise AssertionError("two processes hold the lock")
+
+
+async def test_a_lock_is_free_again_after_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        async with locked(tmp_path, vm="vm1", wait_s=0):
+            raise RuntimeError
+    assert not is_locked(tmp_path)
+
+
+async def test_the_locks_of_two_vms_are_two(tmp_path: Path) -> None:
+    for vm in ("vm1", "vm2"):
+        (tmp_path / vm).mkdir()
+    async with (
+        locked(tmp_path / "vm1", vm="vm1", wait_s=0),
+        locked(tmp_path / "vm2", vm="vm2", wait_s=0),
+    ):
+        assert is_locked(tmp_path / "vm1") and is_locked(tmp_path / "vm2")
+
+
+def test_where_no_backup_ever_ran_nothing_is_locked_and_nothing_made(tmp_path: Path) -> None:
+    assert not is_locked(tmp_path)
+    assert not is_locked(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_asking_for_the_lock_never_disturbs_a_run(tmp_path: Path) -> None:
+    # `status` in one terminal must not make `full` in another one fail.
+    async with locked(tmp_path, vm="vm1", wait_s=0):
+        pass
+    over = Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            is_locked(tmp_path)
+
+    with ThreadPoolExecutor(2) as asking:
+        for _ in range(2):
+            asking.submit(ask)
+        try:
+            for _ in range(500):
+                async with locked(tmp_path, vm="vm1", wait_s=0):
+                    pass
+        finally:
+            over.set()
+
+
+async def test_the_lock_file_is_not_followed_elsewhere(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "vm1").mkdir()
+    (tmp_path / "vm1" / ".lock").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic link"):
+        async with locked(tmp_path / "vm1", vm="vm1", wait_s=0):
+            pass
+    assert victim.read_text() == "precious"
+    assert os.path.getsize(victim) > 0  # noqa: PTH202 - not emptied either

@@ -1,0 +1,43 @@
+"""Who listens on an address."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from qbackup.host.sockets import tcp_listener, unix_listener
+
+
+@pytest.mark.parametrize(
+    ("family", "bound", "asked"),
+    [
+        (socket.AF_INET, "127.0.0.1", "127.0.0.1"),
+        (socket.AF_INET, "127.0.0.1", "localhost"),
+        (socket.AF_INET, "0.0.0.0", "127.0.0.1"),  # noqa: S104 - what QEMU's tcp::PORT does
+        (socket.AF_INET6, "::1", "::1"),
+        (socket.AF_INET6, "::", "::1"),
+    ],
+)
+def test_the_process_that_listens_on_tcp_is_found(
+    family: socket.AddressFamily, bound: str, asked: str
+) -> None:
+    with socket.socket(family) as server:
+        server.bind((bound, 0))
+        port = server.getsockname()[1]
+        assert tcp_listener(asked, port) is None
+        server.listen()
+        assert tcp_listener(asked, port) == os.getpid()
+    assert tcp_listener(asked, port) is None
+
+
+def test_a_listener_on_our_port_is_not_taken_for_that_of_another_host() -> None:
+    with socket.socket() as server:
+        server.bind(("0.0.0.0", 0))  # noqa: S104 - the wildcard is the point
+        server.listen()
+        assert tcp_listener("192.0.2.1", server.getsockname()[1]) is None  # RFC 5737
+
+
+def test_nobody_listens_on_a_name_that_is_none(tmp_path: Path) -> None:
+    assert unix_listener(tmp_path / "none") is None
+    assert tcp_listener("no such host.invalid", 1) is None
