@@ -1,15 +1,17 @@
-"""Give the newest committed bitmap every bit that was recorded since, and remove the others.
+"""Which bitmap holds every write since a checkpoint, and what makes one hold them again.
 
 What was recorded must not be lost. A run that starts an incremental stops the bitmap of
 checkpoint N and records in that of N+1; if N+1 was never committed, its bits go back into N,
-which then records again. This is the only place that does so, whether the run failed a moment
-ago or was killed last week.
+which then records again. `recover` is the one rule for that, whoever asks: a backup that failed a
+moment ago, one that finds what was killed last week, `status`, which only looks, and the
+watcher that saves what is there at shutdown.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from enum import Enum, auto
 
-from qbackup.model.names import bitmap_name, checkpoint_of_bitmap
+from qbackup.model.names import bitmap_name, checkpoint_of_bitmap, split_bitmap_name
 from qbackup.qmp import commands
 from qbackup.qmp.commands import Command
 from qbackup.qmp.disks import Bitmap, Disk, query_inventory
@@ -51,26 +53,76 @@ async def prune_bitmaps(monitor: Monitor, *, prefix: str, checkpoints: Mapping[s
 def as_rolled_back(disk: Disk, prefix: str, checkpoint: str | None) -> Disk:
     """Return the disk with its bitmaps as `roll_back_bitmaps` would leave them."""
     base = disk.bitmap(bitmap_name(prefix, checkpoint)) if checkpoint else None
-    newer = _newer(disk, prefix, checkpoint or "")
-    if base is None or base.recording or not _cover(newer):
+    if base is None:
+        return disk
+    younger = younger_bitmaps(disk, base.name)
+    if recover(base, younger) is not Recovery.BY_SUCCESSOR:
         return disk
     whole = replace(
         base,
         recording=True,
         busy=False,
-        dirty_bytes=base.dirty_bytes + sum(bitmap.dirty_bytes for bitmap in newer),
+        dirty_bytes=base.dirty_bytes + sum(bitmap.dirty_bytes for bitmap in younger),
     )
-    others = (bitmap for bitmap in disk.bitmaps if bitmap is not base and bitmap not in newer)
+    others = (bitmap for bitmap in disk.bitmaps if bitmap is not base and bitmap not in younger)
     return replace(disk, bitmaps=(whole, *others))
 
 
-def _newer(disk: Disk, prefix: str, checkpoint: str) -> list[Bitmap]:
-    """Return our bitmaps of checkpoints that were begun after this one."""
-    return [
-        bitmap
+async def complete_stopped_bitmaps(monitor: Monitor, disks: Iterable[Disk]) -> None:
+    """Complete every stopped bitmap of ours that can be, and leave the younger ones as they are.
+
+    For whoever does not see the repository, which alone knows which of them counts: both are
+    right then.
+    """
+    actions: list[Command] = []
+    for disk in disks:
+        for bitmap in disk.bitmaps:
+            if split_bitmap_name(bitmap.name) is not None:
+                actions += _recovery(disk, bitmap)
+    if actions:
+        await monitor.execute(commands.transaction(actions))
+
+
+class Recovery(Enum):
+    """How a bitmap comes to hold every write since its checkpoint.
+
+    | the bitmap           | the oldest younger one | recovery     |
+    |----------------------|------------------------|--------------|
+    | records              | any, or none           | NONE_NEEDED  |
+    | is stopped           | records                | BY_SUCCESSOR |
+    | is stopped           | is stopped, or none    | IMPOSSIBLE   |
+    | is stopped           | is inconsistent        | IMPOSSIBLE   |
+    | is inconsistent      | any, or none           | IMPOSSIBLE   |
+
+    A younger one began to record at the instant at which the one before it was stopped. Only the
+    oldest began when *this* one was stopped, and only if it still records was there no gap.
+    """
+
+    NONE_NEEDED = auto()
+    BY_SUCCESSOR = auto()
+    IMPOSSIBLE = auto()
+
+
+def recover(bitmap: Bitmap, younger: Sequence[Bitmap]) -> Recovery:
+    """Tell how a bitmap is completed; `younger` are those of the same owner, the oldest first."""
+    if bitmap.inconsistent:
+        return Recovery.IMPOSSIBLE
+    if bitmap.recording:
+        return Recovery.NONE_NEEDED
+    if younger and younger[0].recording and not younger[0].inconsistent:
+        return Recovery.BY_SUCCESSOR
+    return Recovery.IMPOSSIBLE
+
+
+def younger_bitmaps(disk: Disk, name: str) -> list[Bitmap]:
+    """Return the disk's bitmaps of the same owner and of later checkpoints, the oldest first."""
+    owner, checkpoint = split_bitmap_name(name) or ("", "")
+    found = [
+        (other[1], bitmap)
         for bitmap in disk.bitmaps
-        if (other := checkpoint_of_bitmap(prefix, bitmap.name)) and other > checkpoint
+        if (other := split_bitmap_name(bitmap.name)) and other[0] == owner
     ]
+    return [bitmap for later, bitmap in sorted(found, key=lambda f: f[0]) if later > checkpoint]
 
 
 def _roll_back(
@@ -80,22 +132,24 @@ def _roll_back(
     if base is None:
         own = disk.bitmap(bitmap_name(prefix, uncommitted)) if uncommitted else None
         return [commands.bitmap_remove(node=disk.node, name=own.name)] if own else []
-    newer = _newer(disk, prefix, checkpoint or "")
-    actions: list[Command] = []
-    if not base.recording and _cover(newer):
-        actions.append(commands.bitmap_enable(node=disk.node, name=base.name))
-        actions += [
-            commands.bitmap_merge(node=disk.node, target=base.name, source=bitmap.name)
-            for bitmap in newer
-        ]
-    actions += [commands.bitmap_remove(node=disk.node, name=bitmap.name) for bitmap in newer]
-    return actions
+    removals = (
+        commands.bitmap_remove(node=disk.node, name=bitmap.name)
+        for bitmap in younger_bitmaps(disk, base.name)
+    )
+    return [*_recovery(disk, base), *removals]
 
 
-def _cover(newer: Iterable[Bitmap]) -> bool:
-    """Tell whether these recorded every write since the one before them was stopped.
-
-    Only the oldest began at that instant, and only if it still records there was no gap.
-    """
-    oldest = min(newer, key=lambda bitmap: bitmap.name, default=None)
-    return oldest is not None and oldest.recording and not oldest.inconsistent
+def _recovery(disk: Disk, bitmap: Bitmap) -> list[Command]:
+    """Return what completes a bitmap; nothing if nothing is needed or nothing helps."""
+    younger = younger_bitmaps(disk, bitmap.name)
+    if recover(bitmap, younger) is not Recovery.BY_SUCCESSOR:
+        return []
+    # The oldest has it all; the others are merged because a bit too many does no harm.
+    return [
+        commands.bitmap_enable(node=disk.node, name=bitmap.name),
+        *(
+            commands.bitmap_merge(node=disk.node, target=bitmap.name, source=other.name)
+            for other in younger
+            if not other.inconsistent
+        ),
+    ]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qbackup.bitmaps.files import our_bitmaps, owner_of, sidecar_path
 from qbackup.bitmaps.image_files import image_paths
+from qbackup.bitmaps.roll_back import complete_stopped_bitmaps
 from qbackup.bitmaps.size_guard import is_guarded
 from qbackup.errors import ManifestDamagedError
 from qbackup.formats import qbm
@@ -22,8 +23,7 @@ from qbackup.images.stamp import take_stamp
 from qbackup.model.bitmap import Identity, ImageStamp
 from qbackup.model.names import RESERVED_PREFIX, owner_prefix, split_bitmap_name
 from qbackup.model.progress import Reporter
-from qbackup.qmp import commands, jobs, targets
-from qbackup.qmp.commands import Command
+from qbackup.qmp import jobs, targets
 from qbackup.qmp.disks import Bitmap, Disk, query_inventory
 from qbackup.qmp.exports import end_exports
 from qbackup.qmp.monitor import Monitor
@@ -62,7 +62,7 @@ async def save_bitmaps(
     await end_exports(monitor)
     await jobs.end_jobs(monitor, prefix=RESERVED_PREFIX)
     await targets.remove_leftovers(monitor, prefix=RESERVED_PREFIX)
-    await _complete_stopped_bitmaps(monitor, (await query_inventory(monitor)).disks)
+    await complete_stopped_bitmaps(monitor, (await query_inventory(monitor)).disks)
     saved = []
     for disk in (await query_inventory(monitor)).disks:
         bitmaps = [
@@ -191,33 +191,3 @@ def _generation(path: Path) -> int:
             return qbm.decode_header(file.read(HEADER_BYTES)).generation
     except (OSError, qbm.QbmError):
         return 0
-
-
-async def _complete_stopped_bitmaps(monitor: Monitor, disks: Sequence[Disk]) -> None:
-    """Give every stopped bitmap what younger ones of its repository recorded since.
-
-    A backup that was killed leaves a stopped bitmap N and a recording N+1, and only the
-    repository knows which of them counts. With N completed and N+1 as it is, both are right.
-    """
-    actions: list[Command] = []
-    for disk in disks:
-        for bitmap in our_bitmaps(disk):
-            if bitmap.recording:
-                continue
-            younger = sorted(o.name for o in our_bitmaps(disk) if _is_younger(o.name, bitmap.name))
-            oldest = disk.bitmap(younger[0]) if younger else None
-            if oldest is None or not oldest.recording:
-                continue  # there was a gap in what was recorded
-            actions.append(commands.bitmap_enable(node=disk.node, name=bitmap.name))
-            actions += [
-                commands.bitmap_merge(node=disk.node, target=bitmap.name, source=name)
-                for name in younger
-            ]
-    if actions:
-        await monitor.execute(commands.transaction(actions))
-
-
-def _is_younger(name: str, other: str) -> bool:
-    """Tell whether a bitmap is of the same repository and VM and a later checkpoint."""
-    first, second = split_bitmap_name(name), split_bitmap_name(other)
-    return bool(first and second and first[0] == second[0] and first[1] > second[1])

@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 
-from qbackup.bitmaps.roll_back import as_rolled_back, prune_bitmaps, roll_back_bitmaps
+from qbackup.bitmaps.roll_back import (
+    Recovery,
+    as_rolled_back,
+    complete_stopped_bitmaps,
+    prune_bitmaps,
+    recover,
+    roll_back_bitmaps,
+)
 from qbackup.model.names import bitmap_name, owner_prefix
 from qbackup.qmp.disks import Bitmap
 from qbackup.qmp.monitor import Monitor
@@ -186,6 +193,53 @@ def test_what_a_roll_back_would_leave_is_known_without_doing_it(
     base = disk.bitmap(bitmap_name(PREFIX, checkpoint))
     assert base is not None
     assert (base.recording, base.dirty_bytes) == (recording, dirty_bytes)
+
+
+YOUNGER = {
+    "none": [],
+    "records": [make_bitmap(ID2)],
+    "stopped": [make_bitmap(ID2, recording=False)],
+    "inconsistent": [make_bitmap(ID2, inconsistent=True)],
+    "stopped, the next records": [make_bitmap(ID2, recording=False), make_bitmap(ID3)],
+    "records, the next is stopped": [make_bitmap(ID2), make_bitmap(ID3, recording=False)],
+}
+
+
+@pytest.mark.parametrize("younger", YOUNGER)
+@pytest.mark.parametrize("state", ["records", "stopped", "inconsistent"])
+async def test_whoever_rolls_back_follows_the_one_rule(
+    monitor_of: MonitorOf, state: str, younger: str
+) -> None:
+    bitmap = make_bitmap(ID1, recording=state == "records", inconsistent=state == "inconsistent")
+    recovery = recover(bitmap, YOUNGER[younger])
+    expected = {
+        "records": Recovery.NONE_NEEDED,
+        "stopped": Recovery.BY_SUCCESSOR if younger.startswith("records") else Recovery.IMPOSSIBLE,
+        "inconsistent": Recovery.IMPOSSIBLE,
+    }[state]
+    assert recovery is expected
+    disk = make_disk("system", bitmap, *YOUNGER[younger])
+    shown = as_rolled_back(disk, PREFIX, ID1).bitmap(bitmap.name)
+    assert shown is not None
+    whole = shown.recording and not shown.inconsistent
+    assert whole == (recovery is not Recovery.IMPOSSIBLE)
+    monitor, fake = await monitor_of({"transaction": {}})
+    await complete_stopped_bitmaps(monitor, [disk])
+    enabled = [action for action in _actions(fake) if action == ("enable", ID1)]
+    assert bool(enabled) == (recovery is Recovery.BY_SUCCESSOR)
+    assert not [action for action in _actions(fake) if action[0] == "remove"]
+
+
+def _actions(fake: FakeQmp) -> list[tuple[str, str]]:
+    """Return what all transactions did, and to the bitmap of which checkpoint."""
+    return [
+        (
+            action["type"].removeprefix("block-dirty-bitmap-"),
+            action["data"].get("name", action["data"].get("target")).removeprefix(PREFIX),
+        )
+        for transaction in fake.commands("transaction")
+        for action in transaction["actions"]
+    ]
 
 
 async def test_after_the_commit_only_the_newest_bitmaps_of_ours_remain(
