@@ -1,4 +1,4 @@
-"""One backup from beginning to end (design, "How an incremental goes").
+"""One backup from beginning to end (docs/architecture.md, "How a backup goes").
 
     lock → connect → reconcile → plan → copy → publish → prune bitmaps
                                                ↑ commit point

@@ -146,7 +146,7 @@ class Backup:
         return sum(disk.stored_bytes for disk in self.disks)
 
     def summary(self) -> dict[str, Any]:
-        """Return the document that `--json` prints (design: the summary of a backup)."""
+        """Return the document that `--json` prints (docs/interfaces.md)."""
         return {
             "vm": self.vm,
             "id": self.id,

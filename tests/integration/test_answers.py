@@ -1,4 +1,4 @@
-"""The documents of `--json` have the shape that the design fixes, with true values."""
+"""The documents of `--json` have the shape of docs/interfaces.md, with true values."""
 
 import re
 import signal
@@ -18,7 +18,7 @@ DISK_KEYS = {
 
 
 def check_summary(it: Lab, document: dict[str, Any], *, label: str | None = None) -> None:
-    """Check a backup's document against the design and the files."""
+    """Check a backup's document against docs/interfaces.md and the files."""
     assert document.keys() >= SUMMARY_KEYS
     assert document["vm"] == VM and document["label"] == label
     assert ID.match(document["id"]) and ID.match(document["chain"])

@@ -1,4 +1,4 @@
-"""The exit codes are a promise to other programs (design, section 4)."""
+"""The exit codes are a promise to other programs (docs/interfaces.md)."""
 
 import importlib
 import pkgutil

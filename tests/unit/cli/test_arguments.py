@@ -40,7 +40,7 @@ def test_help_tells_every_command_and_exit_code(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("name", ["incremental", "inc"])
-def test_a_backup_takes_everything_that_the_design_names(name: str) -> None:
+def test_a_backup_takes_everything_that_is_documented(name: str) -> None:
     arguments = parse_arguments(
         f"{name} vm1 --disk a --disk b --exclude c --label x --speed-limit 50M --lock-wait 10m"
         " --no-fallback --strict --compress".split()
