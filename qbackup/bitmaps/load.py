@@ -5,9 +5,9 @@
 The order is what makes the clean flag mean something.
 """
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from qbackup.bitmaps.files import (
@@ -20,6 +20,7 @@ from qbackup.bitmaps.files import (
 )
 from qbackup.bitmaps.image_files import image_paths
 from qbackup.bitmaps.size_guard import ensure_size_guard
+from qbackup.host.tasks import in_thread
 from qbackup.images.stamp import take_stamp
 from qbackup.model.backup import Reason
 from qbackup.model.bitmap import Bits, ImageStamp
@@ -62,7 +63,7 @@ async def load_saved_bitmaps(
     Recording begins before anything is checked, so that a guest that somebody lets run
     meanwhile is either caught by the checks or recorded. It begins under another name, and the
     bitmap appears at one instant, complete: whoever is killed in between leaves none that a
-    backup would trust. Afterwards no file is clean.
+    backup would trust. Afterwards no file of a disk that QEMU has is clean.
 
     Returns why each of the others was not loaded.
     """
@@ -70,13 +71,19 @@ async def load_saved_bitmaps(
     candidates: list[_Candidate] = []
     await _remove_recorders(monitor)
     inventory = await query_inventory(monitor)
-    for (disk_name, name), path in state.bitmap_files().items():
+    for (disk_name, name), path in (await in_thread(state.bitmap_files)).items():
         disk = inventory.disk(disk_name)
         if disk is None or disk.bitmap(name) is not None:
             continue
         try:
-            file = await asyncio.to_thread(
-                read_saved, path, vm=vm, disk=disk_name, virtual_size_bytes=disk.virtual_size_bytes
+            file = await in_thread(
+                partial(
+                    read_saved,
+                    path,
+                    vm=vm,
+                    disk=disk_name,
+                    virtual_size_bytes=disk.virtual_size_bytes,
+                )
             )
         except NotTrustedError as err:
             verdicts[disk_name, name] = err.reason
@@ -96,11 +103,11 @@ async def load_saved_bitmaps(
     trusted = []
     for candidate in candidates:
         try:
-            images = image_paths(candidate.disk, pid)
+            images = await in_thread(image_paths, candidate.disk, pid)
             _require_local(images, trust_block_devices=trust_block_devices)
             if candidate.disk.node in written:
                 raise NotTrustedError("image-changed")  # noqa: TRY301 - all reasons end below
-            await asyncio.to_thread(_require_unchanged, candidate.stamp, images or ())
+            await in_thread(_require_unchanged, candidate.stamp, images or ())
         except NotTrustedError as err:
             verdicts[candidate.disk.name, candidate.name] = err.reason
             await monitor.execute(
@@ -109,7 +116,8 @@ async def load_saved_bitmaps(
         else:
             trusted.append(candidate)
     await state.write_verdicts(verdicts)
-    await distrust_all(state)
+    present = {disk.name for disk in (*inventory.disks, *inventory.busy)}
+    await distrust_all(state, present=present)
     for candidate in trusted:
         await load_bitmap(
             monitor,

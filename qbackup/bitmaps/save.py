@@ -6,8 +6,6 @@ It takes every bitmap of ours, of whichever repository: whether a bitmap's check
 newest one is asked by the backup that wants to use it.
 """
 
-import asyncio
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from qbackup.bitmaps.size_guard import is_guarded
 from qbackup.errors import ManifestDamagedError
 from qbackup.formats import qbm
 from qbackup.host import durable
+from qbackup.host.tasks import in_thread
 from qbackup.images.stamp import take_stamp
 from qbackup.model.bitmap import Identity, ImageStamp
 from qbackup.model.names import RESERVED_PREFIX, owner_prefix, split_bitmap_name
@@ -29,10 +28,18 @@ from qbackup.qmp.exports import end_exports
 from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.sidecar import save_bitmap
 from qbackup.repository.repository import Repository
-from qbackup.repository.state import HEADER_BYTES, StateDirectory
+from qbackup.repository.state import StateDirectory, read_start
 
 UNKNOWN_CHAIN = "unknown"
 """In a file of a bitmap whose backup is in a repository that we do not see."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedVm:
+    """What was saved of a VM: the files, and which disks it had when it was."""
+
+    files: tuple["Saved", ...] = ()
+    disks: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +60,7 @@ async def save_bitmaps(
     vm: str,
     pid: int | None,
     reporter: Reporter,
-) -> list[Saved]:
+) -> SavedVm:
     """Write every bitmap of ours into a new file, not clean. The guest must be stopped.
 
     Exports are ended first: their clients could write after the bits were taken.
@@ -63,14 +70,15 @@ async def save_bitmaps(
     await jobs.end_jobs(monitor, prefix=RESERVED_PREFIX)
     await targets.remove_leftovers(monitor, prefix=RESERVED_PREFIX)
     await complete_stopped_bitmaps(monitor, (await query_inventory(monitor)).disks)
-    saved = []
-    for disk in (await query_inventory(monitor)).disks:
+    saved: list[Saved] = []
+    inventory = await query_inventory(monitor)
+    for disk in inventory.disks:
         bitmaps = [
             b
             for b in our_bitmaps(disk)
             if b.recording and not (b.busy or b.inconsistent) and is_guarded(disk, owner_of(b.name))
         ]
-        images = image_paths(disk, pid)
+        images = await in_thread(image_paths, disk, pid)
         if images is None and bitmaps:
             reporter.warning(
                 f"{vm}: disk {disk.name}: QEMU has no file or block device of this host open "
@@ -88,12 +96,13 @@ async def save_bitmaps(
                 )
                 for bitmap in bitmaps
             ]
-    return saved
+    present = frozenset(disk.name for disk in (*inventory.disks, *inventory.busy))
+    return SavedVm(files=tuple(saved), disks=present)
 
 
 async def set_clean(
     state: StateDirectory,
-    saved: Sequence[Saved],
+    saved: SavedVm,
     *,
     trust_block_devices: bool,
     reporter: Reporter,
@@ -102,16 +111,17 @@ async def set_clean(
 
     The stamp must be the one that was taken before QEMU ended. Else somebody wrote into the image
     since, or another file has its name, or QEMU itself wrote at the end (lazy refcounts, or
-    bitmaps of its own), which cannot be told apart.
+    bitmaps of its own), which cannot be told apart. Files of disks that the VM does not have at
+    its end stay as they are.
     """
     keep = set()
     trusted = [
         one
-        for one in saved
+        for one in saved.files
         if trust_block_devices or not any(image.is_block_device() for image in one.images)
     ]
     # All stamps first: whoever writes while we sync must show.
-    stamps = [await asyncio.to_thread(take_stamp, one.images) for one in trusted]
+    stamps = [await in_thread(take_stamp, one.images) for one in trusted]
     for one, stamp in zip(trusted, stamps, strict=True):
         if stamp != one.stamp:
             reporter.warning(
@@ -126,7 +136,7 @@ async def set_clean(
 
         await state.rewrite_header(one.path, set_flag)
         keep.add(await state.put_in_place(one.path))
-    await state.remove_others(keep)
+    await state.remove_others(keep, disks=saved.disks)
 
 
 async def _save_one(
@@ -149,11 +159,11 @@ async def _save_one(
         path=sidecar_path(path),
         prefix=RESERVED_PREFIX,
     )
-    data = await asyncio.to_thread(
+    data = await in_thread(
         qbm.encode,
         qbm.BitmapFile(
             identity=identity,
-            generation=_generation(path) + 1,
+            generation=min(await in_thread(_generation, path) + 1, qbm.MAX_GENERATION),
             clean=False,
             stamp=None,
             bits=bits,
@@ -162,7 +172,7 @@ async def _save_one(
     return Saved(
         path=await state.write_new(path, data),
         images=images,
-        stamp=await asyncio.to_thread(take_stamp, images),
+        stamp=await in_thread(take_stamp, images),
     )
 
 
@@ -187,7 +197,6 @@ def _identify(repository: Repository | None, *, vm: str, disk: Disk, bitmap: Bit
 def _generation(path: Path) -> int:
     """Return the generation of the file in place, 0 if there is none that can be read."""
     try:
-        with path.open("rb") as file:
-            return qbm.decode_header(file.read(HEADER_BYTES)).generation
+        return qbm.decode_header(read_start(path)).generation
     except (OSError, qbm.QbmError):
         return 0

@@ -24,6 +24,7 @@ Reason = Literal[
     "granularity-changed",
     "wrong-disk",
     "wrong-checkpoint",
+    "migrated",
     # Why a disk has no earlier backup to build on, or is not to use it:
     "new-disk",
     "requested",
@@ -40,6 +41,7 @@ REASON_TEXT: dict[Reason, str] = {
     "granularity-changed": "the configured granularity is not the bitmap's",
     "wrong-disk": "the bitmap belongs to another disk",
     "wrong-checkpoint": "the bitmap does not belong to the newest usable backup",
+    "migrated": "the guest came from another QEMU or a file, or went to one; bitmaps do not",
     "new-disk": "the disk is in no earlier backup",
     "requested": "a full backup was asked for",
     "no-parent": "there is no intact earlier backup to build on",

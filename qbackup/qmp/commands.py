@@ -33,6 +33,19 @@ class Command:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Query(Command):
+    """A command that only looks: it changes nothing in QEMU.
+
+    Raises:
+        ValueError: on construction, if it is none of those.
+    """
+
+    def __post_init__(self) -> None:
+        if not self.name.startswith("query-") and self.name != "qom-get":
+            raise ValueError(f"{self.name} does more than look")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobTuning:
     """BackupPerf: how many requests of which size a job has in flight."""
 
@@ -232,9 +245,9 @@ def remove_fd(fdset_id: int) -> Command:
     return Command(name="remove-fd", arguments={"fdset-id": fdset_id})
 
 
-def query(what: str, **arguments: Any) -> Command:
+def query(what: str, **arguments: Any) -> Query:
     """Ask for something; `what` is the name after `query-`."""
-    return Command(name=f"query-{what}", arguments=arguments)
+    return Query(name=f"query-{what}", arguments=arguments)
 
 
 def set_shutdown_action(action: Literal["pause", "poweroff"]) -> Command:
@@ -252,6 +265,16 @@ def pause_guest() -> Command:
     return Command(name="stop")
 
 
+def wake_guest() -> Command:
+    """Wake a guest that sleeps in ACPI S3."""
+    return Command(name="system_wakeup")
+
+
+def cancel_migration() -> Command:
+    """End a migration that is under way; the guest stays here."""
+    return Command(name="migrate_cancel")
+
+
 def resume_guest() -> Command:
     """Let the guest run."""
     return Command(name="cont")
@@ -262,6 +285,6 @@ def end_qemu() -> Command:
     return Command(name="quit")
 
 
-def qom_get(path: str, prop: str) -> Command:
+def qom_get(path: str, prop: str) -> Query:
     """Read one property of QEMU's object tree."""
-    return Command(name="qom-get", arguments={"path": path, "property": prop})
+    return Query(name="qom-get", arguments={"path": path, "property": prop})

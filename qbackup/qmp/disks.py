@@ -14,7 +14,7 @@ from qbackup.errors import DiskError
 from qbackup.model.backup import MAX_DISK_BYTES, SourceImage
 from qbackup.model.names import is_safe_name
 from qbackup.qmp import commands
-from qbackup.qmp.monitor import Monitor
+from qbackup.qmp.monitor import Looker
 
 _AUTOMATIC_NODE_PREFIX = "#block"
 _JOB_FILTERS = frozenset({"copy-before-write", "mirror_top", "commit_top", "backup-top"})
@@ -108,7 +108,7 @@ class _Device(msgspec.Struct):
     qdev: str | None = None
 
 
-async def query_inventory(monitor: Monitor) -> Inventory:
+async def query_inventory(monitor: Looker) -> Inventory:
     """Ask for all drives, nodes and bitmaps.
 
     Raises:
@@ -160,7 +160,7 @@ class _NodeStats(msgspec.Struct, rename="kebab"):
     node_name: str | None = None
 
 
-async def query_written_nodes(monitor: Monitor) -> frozenset[str]:
+async def query_written_nodes(monitor: Looker) -> frozenset[str]:
     """Return the nodes that were written to, or discarded on, since QEMU started."""
     nodes = await monitor.query(commands.query("blockstats"), list[_NodeStats])
     nodes += await monitor.query(
