@@ -13,7 +13,7 @@ from qbackup.backup.judge import Verdict, checkpoints, migrated_verdicts, newest
 from qbackup.backup.plan import judge_with_chain
 from qbackup.bitmaps.files import NotTrustedError, is_clean, read_saved
 from qbackup.bitmaps.roll_back import as_rolled_back
-from qbackup.errors import DiskError, MonitorAbsentError, MonitorBusyError, MonitorError
+from qbackup.errors import DiskError, MonitorBusyError, MonitorError
 from qbackup.formats.configuration import Vm
 from qbackup.model.backup import Backup, DiskBackup, Reason
 from qbackup.model.names import bitmap_name, checkpoint_of_bitmap, owner_prefix
@@ -102,7 +102,7 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
         disks = await asyncio.to_thread(
             _saved_disks, state_directory, history, vm=vm, prefix=prefix
         )
-        if isinstance(err, MonitorAbsentError):
+        if err.absent:
             state, detail = await asyncio.to_thread(
                 _without_qemu, state_directory, disks, status.last_backup, err.message
             )
