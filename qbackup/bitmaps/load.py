@@ -6,6 +6,7 @@ The order is what makes the clean flag mean something.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from qbackup.bitmaps.files import (
 )
 from qbackup.bitmaps.image_files import image_paths
 from qbackup.bitmaps.size_guard import ensure_size_guard
+from qbackup.errors import QbackupError
 from qbackup.host.tasks import in_thread
 from qbackup.images.stamp import take_stamp
 from qbackup.model.backup import Reason
@@ -139,8 +141,12 @@ async def are_loaded(monitor: Monitor) -> bool:
 
 async def give_up_loading(monitor: Monitor, state: StateDirectory) -> None:
     """Clean up after a loading that failed, wherever it was, and before the guest writes."""
+    present = None
+    with suppress(QbackupError):
+        inventory = await query_inventory(monitor)
+        present = {disk.name for disk in (*inventory.disks, *inventory.busy)}
     try:
-        await distrust_all(state)
+        await distrust_all(state, present=present)
     finally:
         await _remove_recorders(monitor)
 

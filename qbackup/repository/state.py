@@ -103,8 +103,8 @@ class StateDirectory:
         path.unlink(missing_ok=True)
         await durable.sync_directory(path.parent)
 
-    async def remove_others(self, keep: set[Path], *, disks: Collection[str]) -> None:
-        """Remove bitmap files of these disks that no longer stand for anything.
+    async def remove_others(self, keep: set[Path], *, disks: Collection[str] | None = None) -> None:
+        """Remove bitmap files that no longer stand for anything, of these disks or of all.
 
         Unfinished ones go, of whatever disk.
         """
@@ -114,7 +114,7 @@ class StateDirectory:
                 for path in folder.iterdir()
                 if path not in keep
                 and BITMAP_SUFFIX in path.suffixes
-                and (folder.name in disks or path.name.startswith("."))
+                and (disks is None or folder.name in disks or path.name.startswith("."))
             ]
             for path in stale:
                 path.unlink()
