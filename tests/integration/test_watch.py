@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.lab import VM, Backup, disk_specs, ended, free_port, kinds, reasons
+from support.qemu import run_tool
 from support.watching import KeptLab, kept_lab
 
 from qbackup.formats import qbm
@@ -181,12 +182,27 @@ async def test_a_vm_runs_although_a_file_can_be_neither_changed_nor_removed(
     tmp_path: Path,
 ) -> None:
     async with saved(tmp_path) as it:
+        (path,) = it.bitmap_files("a")
+        stubborn = path.with_name(f"{path.stem[:-4]}0000.qbm")
+        stubborn.write_bytes(path.read_bytes())
+        await run_tool("mount", "--bind", str(stubborn), str(stubborn))
+        try:
+            await run_tool("mount", "-o", "remount,bind,ro", str(stubborn))
+            await it.run()
+            assert f"what was saved may still look trusted: {stubborn}" in it.keeper_said()
+            assert not qbm.decode(path.read_bytes()).clean
+            await it.back_up()
+        finally:
+            await run_tool("umount", str(stubborn))
+        await it.check_restores()
+
+
+async def test_what_was_never_trusted_is_not_said_to_look_trusted(tmp_path: Path) -> None:
+    async with saved(tmp_path) as it:
         (it.state / "a" / "qbackup-stubborn.qbm").mkdir()
         await it.run()
-        assert "what was saved may still look trusted" in it.keeper_said()
-        (path,) = (path for path in it.bitmap_files("a") if path.is_file())
-        assert not qbm.decode(path.read_bytes()).clean
-        await it.back_up()
+        assert "look trusted" not in it.keeper_said()
+        await it.incremental()
         await it.check_restores()
 
 

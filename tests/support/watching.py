@@ -266,9 +266,13 @@ class KeptLab(Lab):
 
     def qemu_command_line(self) -> list[str]:
         """Return the arguments that QEMU was given."""
+        return Path(f"/proc/{self.qemu_pid()}/cmdline").read_text().split("\0")
+
+    def qemu_pid(self) -> int:
+        """Return the number of QEMU's process, which must be there."""
         fdinfo = Path(f"/proc/self/fdinfo/{self._pidfds[-1]}").read_text()
         (pid,) = (line.split()[1] for line in fdinfo.splitlines() if line.startswith("Pid:"))
-        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        return int(pid)
 
     def qemu_runs(self) -> bool:
         """Tell whether QEMU's process is there."""

@@ -13,11 +13,12 @@ import pytest
 from support.cli import Qbackup, Result
 
 from qbackup.cli.main import run
+from qbackup.cli.run import qemu_command
 from qbackup.model.backup import Backup
 from qbackup.repository.repository import Repository
 
 from ..fake_qemu import FakeQmp, Refusal, block_device, block_node, block_replies
-from ..values import ID1, ID2, UNKNOWN_ID, VM, make_backup
+from ..values import ID1, ID2, UNKNOWN_ID, VM, make_backup, make_vm
 
 Publish = Callable[[Backup], Awaitable[None]]
 Start = Callable[..., Awaitable[FakeQmp]]
@@ -223,3 +224,39 @@ async def test_a_reader_that_goes_away_ends_the_command_quietly(
     os.close(writing)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and "BrokenPipeError" not in done.stderr
+
+
+@pytest.mark.parametrize("behind", ["--json", "-v", "--verbose", "-q", "-c"])
+async def test_what_stands_behind_two_dashes_is_qemus(qbackup: Qbackup, behind: str) -> None:
+    result = await qbackup.run("run", "nope", "--", "qemu-system-x86_64", behind, "--json", "-v")
+    assert (result.code, result.stdout) == (2, "")
+    assert result.stderr.startswith("qbackup: ") and "Traceback" not in result.stderr
+
+
+def test_files_that_are_open_for_children_are_inherited_and_no_others() -> None:
+    program = (
+        "import os, socket, tempfile\n"
+        "from qbackup.cli.run import inherited_descriptors\n"
+        "ours = [tempfile.TemporaryFile(), socket.socket()]\n"
+        "print(inherited_descriptors())\n"
+    )
+    read, write = os.pipe()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            check=True,
+            capture_output=True,
+            text=True,
+            pass_fds=(read, write),
+        )
+    finally:
+        os.close(read)
+        os.close(write)
+    assert done.stdout.strip() == str(sorted((read, write)))
+
+
+def test_a_guest_that_comes_from_elsewhere_is_not_started_paused() -> None:
+    vm = make_vm()
+    assert "-S" in qemu_command(["--", "qemu", "-m", "16"], vm)
+    assert "-S" not in qemu_command(["--", "qemu", "-incoming", "defer"], vm)
+    assert qemu_command(["qemu", "-incoming", "defer", "-S"], vm).count("-S") == 1
