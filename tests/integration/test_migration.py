@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 from qemu.qmp import QMPClient
+from support.cli import make_qbackup
 from support.lab import VM, WAIT_S, disk_specs, kinds, reasons
 from support.qemu import until_connected
 from support.watching import KeptLab, kept_lab
 
 from qbackup.formats import qbm
 
+OTHER_MONITOR = "unix:{}/other-qmp.sock,server=on,wait=off"
 KIB, MIB = 1024, 1024 * 1024
 
 
@@ -172,6 +174,26 @@ async def test_a_guest_that_is_resumed_from_a_file_is_taken_over_and_backed_up_i
         await it.check_restores()
 
 
+async def test_bitmaps_that_travel_with_the_guest_are_trusted(tmp_path: Path) -> None:
+    capability = [{"capability": "dirty-bitmaps", "state": True}]
+    async with saved(tmp_path) as it:
+        await it.start_unwatched(paused=False)
+        await it.back_up("full")
+        await it.write("a", 0, 512, 3)
+        there = await make_qbackup(tmp_path, qmp="other-qmp.sock", vm=VM, repository="repo")
+        async with destination(it, "-qmp", OTHER_MONITOR.format(tmp_path)) as other:
+            for client in (it.qemu.control, other):
+                await client.execute("migrate-set-capabilities", {"capabilities": capability})
+            await migrate(it, f"unix:{it.folder}/migration.sock")
+            await write(other, "a", MIB, 4096, 7)
+            it.models["a"].write(MIB, 4096, 7)
+            instants = {"a": it.models["a"].checkpoint()}
+            summary = await there.summary("incremental", VM)
+            assert kinds(summary) == {"a": "incremental"}
+            it.remember(summary, instants)
+        await it.check_restores()
+
+
 @asynccontextmanager
 async def saved(folder: Path) -> AsyncIterator[KeptLab]:
     """Make a VM with one disk that is off, with its bitmap saved and a bit in it."""
@@ -184,12 +206,12 @@ async def saved(folder: Path) -> AsyncIterator[KeptLab]:
 
 
 @asynccontextmanager
-async def destination(it: KeptLab) -> AsyncIterator[QMPClient]:
+async def destination(it: KeptLab, *extra: str) -> AsyncIterator[QMPClient]:
     """Start a second QEMU of the same VM that waits for its guest; it ends with the block."""
     command = [a.replace("control.sock", "other.sock") for a in it.machine()]
     incoming = f"unix:{it.folder}/migration.sock"
     process = await asyncio.create_subprocess_exec(
-        *command, "-incoming", incoming, stdout=asyncio.subprocess.PIPE
+        *command, *extra, "-incoming", incoming, stdout=asyncio.subprocess.PIPE
     )
     client = QMPClient("other")
     try:
