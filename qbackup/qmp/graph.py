@@ -119,6 +119,11 @@ class BlockGraph:
             # The same order at every start, the image itself first: stamps depend on it.
             children.sort(key=lambda edge: (edge.role != _FILE, edge.role))
 
+    @property
+    def has_jobs(self) -> bool:
+        """Whether any block job is there."""
+        return any(vertex.kind == _JOB for vertex in self._vertices.values())
+
     def __contains__(self, node: str) -> bool:
         return node in self._ids
 
