@@ -17,6 +17,7 @@ from qbackup.backup.copy import Copied, DiskCopier
 from qbackup.backup.judge import checkpoints, newest_bases
 from qbackup.backup.plan import BackupOptions, Plan, make_plan, readable_backups
 from qbackup.bitmaps.files import distrust_all
+from qbackup.bitmaps.image_files import query_disks
 from qbackup.bitmaps.roll_back import prune_bitmaps, roll_back_bitmaps
 from qbackup.errors import QbackupError
 from qbackup.formats.configuration import Vm
@@ -114,7 +115,9 @@ async def back_up(
                 # An interruption that comes now is too late: the backup is about to exist.
                 await to_its_end(partial.publish(backup))
         await to_its_end(_forget_old_bitmaps(monitor, plan, backup, prefix, reporter))
-    degraded = ("the guest's file systems were not frozen",) if copied.freeze_failed else ()
+    degraded = tuple(f"disk {name} was left out: {why}" for name, why in plan.refused.items())
+    if copied.freeze_failed:
+        degraded += ("the guest's file systems were not frozen",)
     return Outcome(backup=backup, degraded=degraded)
 
 
@@ -130,12 +133,13 @@ async def _prepare(
 ) -> Plan:
     """Adopt the bits that an interrupted run left, then look again and decide."""
     inventory = await query_inventory(monitor)
-    bases = newest_bases(readable_backups(repository, vm.name, reporter), inventory.disks)
+    present = (*inventory.disks, *inventory.busy)
+    bases = newest_bases(readable_backups(repository, vm.name, reporter), present)
     await roll_back_bitmaps(
         monitor, prefix=prefix, checkpoints=checkpoints(bases), uncommitted=None
     )
     return make_plan(
-        await query_inventory(monitor),
+        await query_disks(monitor, monitor.peer_pid()),
         bases,
         vm=vm,
         repository=repository,

@@ -12,12 +12,13 @@ from typing import Literal
 from qbackup.backup.judge import Verdict, checkpoints, newest_bases
 from qbackup.backup.plan import judge_with_chain
 from qbackup.bitmaps.files import NotTrustedError, read_saved
+from qbackup.bitmaps.image_files import query_disks
 from qbackup.bitmaps.roll_back import as_rolled_back
 from qbackup.errors import DiskError, MonitorBusyError, MonitorError
 from qbackup.formats.configuration import Vm
-from qbackup.model.backup import Backup, DiskBackup, Reason
+from qbackup.model.backup import REASON_TEXT, Backup, DiskBackup, Reason
 from qbackup.model.names import bitmap_name, checkpoint_of_bitmap, owner_prefix
-from qbackup.qmp.disks import Inventory, query_inventory
+from qbackup.qmp.disks import Inventory
 from qbackup.qmp.jobs import query_jobs
 from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.vm import query_state
@@ -83,7 +84,7 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
     try:
         async with vm_monitor(vm, state_directory.control_socket) as (monitor, _):
             state = (await query_state(monitor)).status
-            inventory = await query_inventory(monitor)
+            inventory = await query_disks(monitor, monitor.peer_pid())
             left_in_qemu = await _left_in_qemu(monitor, inventory, prefix)
     except MonitorBusyError as err:
         return replace(status, state="busy", detail=err.message)
@@ -97,6 +98,7 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
     # A job of our own that was left behind hides disks, but not from the next run.
     present = (*inventory.disks, *inventory.busy)
     bases = newest_bases(history, present)
+    unwanted = _left_out(inventory, vm)
     not_loaded = state_directory.read_verdicts()
     verdicts = [
         judge_with_chain(
@@ -108,15 +110,28 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
             repository=repository,
         )
         for disk in present
-        if vm.disks is None or disk.name in vm.disks
+        if disk.name not in unwanted and (vm.disks is None or disk.name in vm.disks)
     ]
     return replace(
         status,
         state=state,
         disks=tuple(_disk_status(verdict, vm) for verdict in verdicts),
-        left_out=inventory.left_out,
+        left_out=inventory.left_out | unwanted,
         leftovers=(*status.leftovers, *left_in_qemu),
     )
+
+
+def _left_out(inventory: Inventory, vm: Vm) -> dict[str, str]:
+    """Return the disks that the next backup cannot hold or will not, unasked, and why."""
+    left_out = {}
+    for disk in (*inventory.disks, *inventory.busy):
+        if vm.disks is not None and disk.name not in vm.disks:
+            continue
+        if disk.name in inventory.refused:
+            left_out[disk.name] = inventory.refused[disk.name]
+        elif disk.throw_away and vm.disks is None:
+            left_out[disk.name] = f"throw-away: {REASON_TEXT['throw-away']}"
+    return left_out
 
 
 def _disk_status(verdict: Verdict, vm: Vm) -> DiskStatus:
@@ -143,11 +158,16 @@ def _disk_status(verdict: Verdict, vm: Vm) -> DiskStatus:
 def _saved_disks(
     state: StateDirectory, history: Sequence[Backup], *, vm: Vm, prefix: str
 ) -> tuple[DiskStatus, ...]:
-    """Look at the files of a VM that is off. Whether its images changed is seen when it starts."""
+    """Look at the files of a VM that is off. Whether its images changed is seen when it starts.
+
+    A disk that the newest backup neither holds nor left out was gone by then.
+    """
     newest: dict[str, tuple[Backup, DiskBackup]] = {}
+    there = {disk.name for disk in history[0].disks} | set(history[0].left_out) if history else ()
     for backup in history:
         for disk in backup.disks:
-            newest.setdefault(disk.name, (backup, disk))
+            if disk.name in there:
+                newest.setdefault(disk.name, (backup, disk))
     files = state.bitmap_files()
     found = []
     for backup, disk in newest.values():

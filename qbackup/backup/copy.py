@@ -31,7 +31,7 @@ from qbackup.model.names import bitmap_name, size_guard_name
 from qbackup.model.progress import Reporter
 from qbackup.qmp import commands, jobs
 from qbackup.qmp.commands import BackupRequest, Command, JobTuning
-from qbackup.qmp.disks import query_inventory
+from qbackup.qmp.disks import Disk, query_inventory
 from qbackup.qmp.jobs import JobError, JobState
 from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.targets import Target, attached
@@ -217,6 +217,11 @@ class DiskCopier:
             guard = size_guard_name(self._prefix, disk.virtual_size_bytes)
             if any(now.node != disk.node for now in shown):
                 problem = "the disk got another root node"
+            elif any(
+                now.node == disk.node and _places(now) != _places(disk)
+                for now in (*inventory.disks, *inventory.busy)
+            ):
+                problem = "the disk got another image"
             elif disk.virtual_size_bytes and (disk.node, guard) not in guards:
                 problem = "the disk was resized"
             else:
@@ -343,6 +348,12 @@ class DiskCopier:
             blake3=digest,
             source=disk.source,
         )
+
+
+def _places(disk: Disk) -> list[tuple[str, str, int]] | None:
+    """Return what holds a disk, by the names that QEMU has for it."""
+    files = disk.files
+    return None if files is None else [(file.node, file.name, file.offset_bytes) for file in files]
 
 
 class _StallWatch:

@@ -69,13 +69,18 @@ def judge(
     the VM started.
     """
     base = bases.get(disk.name)
+    name = bitmap_name(prefix, base.backup.id) if base else ""
+    never: Reason | None = "throw-away" if disk.throw_away else "shared" if disk.shared else None
+    if never is not None:
+        return Verdict(disk=disk, base=base, bitmap=disk.bitmap(name), reason=never)
     if base is None:
         reason: Reason = "new-disk" if bases else "no-parent"
         return Verdict(disk=disk, base=None, bitmap=None, reason=reason)
-    name = bitmap_name(prefix, base.backup.id)
     bitmap = disk.bitmap(name)
     if bitmap is None:
         reason = _why_absent(disk, prefix, not_loaded)
+        if reason == "missing" and disk.source.is_other_than(base.disk.source):
+            reason = "image-changed"
         return Verdict(disk=disk, base=base, bitmap=None, reason=reason)
     return Verdict(
         disk=disk,
@@ -112,6 +117,8 @@ def _distrust(
 ) -> Reason | None:
     if bitmap.inconsistent or bitmap.busy or not bitmap.recording:
         return "unclean"
+    if disk.source.is_other_than(base.disk.source):
+        return "image-changed"  # the node was given another file, and kept its bitmap
     if disk.virtual_size_bytes != base.disk.virtual_size_bytes:
         return "size-changed"
     if not guarded:

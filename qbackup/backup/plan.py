@@ -37,6 +37,8 @@ class Plan:
 
     verdicts: tuple[Verdict, ...]
     left_out: dict[str, str]
+    refused: dict[str, str]
+    """Disks among `left_out` of which there is no image of one instant, and why."""
     checkpoints: dict[str, str]
     newest_id: str | None
 
@@ -77,6 +79,7 @@ def make_plan(
     plan = Plan(
         verdicts=tuple(verdicts),
         left_out=left_out,
+        refused={name: why for name, why in inventory.refused.items() if left_out.get(name) == why},
         checkpoints=checkpoints(bases),
         newest_id=ids[-1] if ids else None,
     )
@@ -95,37 +98,64 @@ def choose_disks(
         DiskError: a name is not one of the VM's disks, or nothing is left.
     """
     left_out = dict(inventory.left_out)
-    if inventory.busy:
-        names = ", ".join(disk.name for disk in inventory.busy)
-        raise DiskError(
-            f"{vm.name}: another block job is using {names}",
-            hint="wait until the job has ended (QMP query-jobs shows it)",
-        )
     both = set(options.disks) & set(options.exclude)
     if both:
         raise UsageError(f"--disk and --exclude both name {', '.join(sorted(both))}")
+    everything = {disk.name: disk for disk in (*inventory.disks, *inventory.busy)}
     for name in (*(vm.disks or ()), *options.disks, *options.exclude):
-        if inventory.disk(name) is None:
+        if name not in everything:
             why = f" (it is {left_out[name]})" if name in left_out else ""
-            there = ", ".join(disk.name for disk in inventory.disks) or "none"
+            there = ", ".join(everything) or "none"
             raise DiskError(
                 f"{vm.name}: there is no disk {name!r} to back up{why}",
                 hint=f"the VM's writable disks are: {there}",
             )
     chosen = []
-    for disk in inventory.disks:
+    asked = {*(vm.disks or ()), *options.disks}
+    for disk in everything.values():
         if vm.disks is not None and disk.name not in vm.disks and disk.name not in options.disks:
             left_out[disk.name] = "not in the configuration"
         elif disk.name in options.exclude or (options.disks and disk.name not in options.disks):
             left_out[disk.name] = "excluded" if disk.name in options.exclude else "not chosen"
+        elif disk.name in inventory.refused:
+            left_out[disk.name] = _refusal(disk, inventory, asked=disk.name in asked, vm=vm.name)
+        elif disk.throw_away and disk.name not in asked:
+            left_out[disk.name] = f"throw-away: {REASON_TEXT['throw-away']}"
+        elif disk in inventory.busy:
+            raise _busy_error(disk, vm.name)
         else:
             chosen.append(disk)
     if not chosen:
         raise DiskError(
             f"{vm.name}: no disk to back up",
-            hint="the VM has no writable disk, or all of them are excluded",
+            hint="; ".join(f"{name}: {why}" for name, why in left_out.items())
+            or "the VM has no writable disk",
         )
     return chosen, left_out
+
+
+def _refusal(disk: Disk, inventory: Inventory, *, asked: bool, vm: str) -> str:
+    """Return why a disk is left out that cannot be backed up.
+
+    Raises:
+        DiskError: it was asked for by name.
+    """
+    why = inventory.refused[disk.name]
+    if asked:
+        raise DiskError(
+            f"{vm}: disk {disk.name} cannot be backed up: {why}",
+            hint="let every device use one node of the image (-blockdev), or name only one of them",
+        )
+    return why
+
+
+def _busy_error(disk: Disk, vm: str) -> DiskError:
+    jobs = f"block job {', '.join(disk.jobs)}" if disk.jobs else "another block job"
+    return DiskError(
+        f"{vm}: {jobs} is using {disk.name}",
+        hint="not one of qbackup's: wait until the job has ended (QMP query-jobs shows it), "
+        f"or leave the disk out (--exclude {disk.name})",
+    )
 
 
 def readable_backups(repository: Repository, vm: str, reporter: Reporter) -> Iterator[Backup]:
@@ -163,7 +193,13 @@ def judge_with_chain(
 
 def _announce(plan: Plan, *, vm: str, options: BackupOptions, reporter: Reporter) -> None:
     for name, why in plan.left_out.items():
-        reporter.notice(f"{vm}: leaving out {name}: {why}")
+        tell = reporter.warning if name in plan.refused else reporter.notice
+        tell(f"{vm}: leaving out {name}: {why}")
+    for disk in (verdict.disk for verdict in plan.verdicts):
+        if disk.source.encrypted:
+            reporter.notice(f"{vm}: disk {disk.name} is encrypted; its backup is not")
+        if disk.shared and options.kind == "full":
+            reporter.warning(f"{vm}: disk {disk.name} is shared: {REASON_TEXT['shared']}")
     if options.kind == "full":
         return
     fallen = [(v.disk.name, v.reason) for v in plan.verdicts if v.reason is not None]

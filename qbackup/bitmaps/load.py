@@ -7,6 +7,7 @@ The order is what makes the clean flag mean something.
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from qbackup.bitmaps.files import (
     read_saved,
     sidecar_path,
 )
-from qbackup.bitmaps.image_files import image_paths
+from qbackup.bitmaps.image_files import no_bitmap_reason, open_images, query_disks
 from qbackup.bitmaps.size_guard import ensure_size_guard
 from qbackup.images.stamp import take_stamp
 from qbackup.model.backup import Reason
@@ -69,7 +70,7 @@ async def load_saved_bitmaps(
     verdicts: dict[tuple[str, str], Reason] = {}
     candidates: list[_Candidate] = []
     await _remove_recorders(monitor)
-    inventory = await query_inventory(monitor)
+    inventory = await query_disks(monitor, pid)
     for (disk_name, name), path in state.bitmap_files().items():
         disk = inventory.disk(disk_name)
         if disk is None or disk.bitmap(name) is not None:
@@ -96,11 +97,15 @@ async def load_saved_bitmaps(
     trusted = []
     for candidate in candidates:
         try:
-            images = image_paths(candidate.disk, pid)
-            _require_local(images, trust_block_devices=trust_block_devices)
+            reason = no_bitmap_reason(inventory, candidate.disk)
+            if reason is not None:
+                raise NotTrustedError(reason)  # noqa: TRY301 - all reasons end below
             if candidate.disk.node in written:
                 raise NotTrustedError("image-changed")  # noqa: TRY301 - all reasons end below
-            await asyncio.to_thread(_require_unchanged, candidate.stamp, images or ())
+            with open_images(candidate.disk, pid) or nullcontext() as images:
+                paths = images.paths if images is not None else None
+                _require_local(paths, trust_block_devices=trust_block_devices)
+                await asyncio.to_thread(_require_unchanged, candidate.stamp, paths or ())
         except NotTrustedError as err:
             verdicts[candidate.disk.name, candidate.name] = err.reason
             await monitor.execute(

@@ -13,13 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qbackup.bitmaps.files import our_bitmaps, owner_of, sidecar_path
-from qbackup.bitmaps.image_files import image_paths
+from qbackup.bitmaps.image_files import (
+    ImageFiles,
+    no_bitmap_reason,
+    open_images,
+    query_disks,
+)
 from qbackup.bitmaps.roll_back import complete_stopped_bitmaps
 from qbackup.bitmaps.size_guard import is_guarded
 from qbackup.errors import ManifestDamagedError
 from qbackup.formats import qbm
 from qbackup.host import durable
 from qbackup.images.stamp import take_stamp
+from qbackup.model.backup import REASON_TEXT
 from qbackup.model.bitmap import Identity, ImageStamp
 from qbackup.model.names import RESERVED_PREFIX, owner_prefix, split_bitmap_name
 from qbackup.model.progress import Reporter
@@ -40,7 +46,7 @@ class Saved:
     """A bitmap file that is written but not yet clean, and the image files it depends on."""
 
     path: Path
-    images: tuple[Path, ...]
+    images: ImageFiles
     stamp: ImageStamp
     """Taken while QEMU, paused, still had the images open."""
 
@@ -63,20 +69,28 @@ async def save_bitmaps(
     await jobs.end_jobs(monitor, prefix=RESERVED_PREFIX)
     await targets.remove_leftovers(monitor, prefix=RESERVED_PREFIX)
     await complete_stopped_bitmaps(monitor, (await query_inventory(monitor)).disks)
-    saved = []
-    for disk in (await query_inventory(monitor)).disks:
+    saved: list[Saved] = []
+    inventory = await query_disks(monitor, pid)
+    for disk in (*inventory.disks, *inventory.busy):
         bitmaps = [
             b
             for b in our_bitmaps(disk)
             if b.recording and not (b.busy or b.inconsistent) and is_guarded(disk, owner_of(b.name))
         ]
-        images = image_paths(disk, pid)
-        if images is None and bitmaps:
+        if not bitmaps:
+            continue
+        reason = no_bitmap_reason(inventory, disk)
+        if reason is not None:
+            why = inventory.refused.get(disk.name, REASON_TEXT[reason])
+            reporter.warning(f"{vm}: disk {disk.name}: its bitmap is not kept ({reason}): {why}")
+            continue
+        images = open_images(disk, pid)
+        if images is None:
             reporter.warning(
                 f"{vm}: disk {disk.name}: QEMU has no file or block device of this host open "
                 f"under the name {disk.source.filename}, so its bitmap cannot be kept"
             )
-        elif images is not None:
+        else:
             saved += [
                 await _save_one(
                     monitor,
@@ -104,21 +118,34 @@ async def set_clean(
     since, or another file has its name, or QEMU itself wrote at the end (lazy refcounts, or
     bitmaps of its own), which cannot be told apart.
     """
+    try:
+        await _set_clean(state, saved, trust_block_devices=trust_block_devices, reporter=reporter)
+    finally:
+        let_go(saved)
+
+
+async def _set_clean(
+    state: StateDirectory,
+    saved: Sequence[Saved],
+    *,
+    trust_block_devices: bool,
+    reporter: Reporter,
+) -> None:
     keep = set()
     trusted = [
         one
         for one in saved
-        if trust_block_devices or not any(image.is_block_device() for image in one.images)
+        if trust_block_devices or not any(image.is_block_device() for image in one.images.paths)
     ]
     # All stamps first: whoever writes while we sync must show.
-    stamps = [await asyncio.to_thread(take_stamp, one.images) for one in trusted]
+    stamps = [await asyncio.to_thread(take_stamp, one.images.paths) for one in trusted]
     for one, stamp in zip(trusted, stamps, strict=True):
         if stamp != one.stamp:
             reporter.warning(
-                f"{one.images[0]}: written after the guest had ended; its bitmap is not kept"
+                f"{one.images.paths[0]}: written after the guest had ended; its bitmap is not kept"
             )
             continue
-        for image in one.images:
+        for image in one.images.paths:
             await durable.sync_file(image)  # QEMU may have been told not to (cache=unsafe)
 
         def set_flag(header: bytes, stamp: ImageStamp = stamp) -> bytes:
@@ -129,6 +156,12 @@ async def set_clean(
     await state.remove_others(keep)
 
 
+def let_go(saved: Sequence[Saved]) -> None:
+    """Close image files that were kept open."""
+    for one in saved:
+        one.images.close()
+
+
 async def _save_one(
     monitor: Monitor,
     state: StateDirectory,
@@ -136,7 +169,7 @@ async def _save_one(
     identity: Identity,
     disk: Disk,
     bitmap: Bitmap,
-    images: tuple[Path, ...],
+    images: ImageFiles,
 ) -> Saved:
     path = state.bitmap_file(disk.name, bitmap.name)
     await state.ensure_disk(disk.name)
@@ -162,7 +195,7 @@ async def _save_one(
     return Saved(
         path=await state.write_new(path, data),
         images=images,
-        stamp=await asyncio.to_thread(take_stamp, images),
+        stamp=await asyncio.to_thread(take_stamp, images.paths),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from qbackup.cli.context import make_context
 from qbackup.cli.output import answer
 from qbackup.errors import UsageError
-from qbackup.model.backup import REASON_TEXT, Backup
+from qbackup.model.backup import REASON_TEXT, Backup, DiskBackup
 from qbackup.model.quantities import format_duration, format_size
 from qbackup.ui.tables import facts
 
@@ -26,6 +26,10 @@ async def run(arguments: argparse.Namespace) -> int:
         json_output=context.json_output,
     )
     return 0
+
+
+def _encryption(disk: DiskBackup) -> list[tuple[str, str]]:
+    return [("  encrypted", "the source is; this backup is not")] if disk.source.encrypted else []
 
 
 def _text(backup: Backup, repository: str) -> str:
@@ -60,6 +64,7 @@ def _text(backup: Backup, repository: str) -> str:
                     ("  parent", disk.parent or "-"),
                     ("  BLAKE3", disk.blake3),
                     ("  source", f"{disk.source.filename} ({disk.source.format})"),
+                    *_encryption(disk),
                 ]
             ),
         ]

@@ -34,11 +34,18 @@ def short_address(path: Path) -> Iterator[str]:
 
 def unix_listener(path: Path) -> int | None:
     """Return the process that listens on a UNIX socket, None if it cannot be told."""
-    size = struct.calcsize("3i")
     with suppress(OSError), short_address(path) as name, socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         probe.connect(name)
-        credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        return peer_of(probe)
+    return None
+
+
+def peer_of(link: socket.socket) -> int | None:
+    """Return the process at the other end of a connected UNIX socket (unix(7), SO_PEERCRED)."""
+    with suppress(OSError):
+        size = struct.calcsize("3i")
+        credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
         return int(struct.unpack("3i", credentials)[0]) or None
     return None
 

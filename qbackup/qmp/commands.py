@@ -237,6 +237,11 @@ def query(what: str, **arguments: Any) -> Command:
     return Command(name=f"query-{what}", arguments=arguments)
 
 
+def block_graph() -> Command:
+    """Ask for all nodes, their users and the edges between them (an unstable interface)."""
+    return Command(name="x-debug-query-block-graph")
+
+
 def set_shutdown_action(action: Literal["pause", "poweroff"]) -> Command:
     """Let QEMU stay, paused, when the guest powers off; or let it end, as it does by itself."""
     return Command(name="set-action", arguments={"shutdown": action})

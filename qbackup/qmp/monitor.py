@@ -23,7 +23,7 @@ from qemu.qmp import (
 
 from qbackup.errors import MonitorBusyError, MonitorError, MonitorLostError, QmpCommandError
 from qbackup.formats.documents import DocumentError, convert
-from qbackup.host.sockets import short_address, tcp_listener, unix_listener
+from qbackup.host.sockets import peer_of, short_address, tcp_listener, unix_listener
 from qbackup.qmp import commands
 from qbackup.qmp.commands import Command
 
@@ -141,9 +141,18 @@ class Monitor:
     def peer_pid(self) -> int | None:
         """Return the process that serves the monitor, if it is one of this host and can be told."""
         if isinstance(self._address, Path):
-            return unix_listener(self._address)
+            return self._connected_pid() or unix_listener(self._address)
         pid = tcp_listener(*self._address)
         return pid if pid is not None and _is_qemu(pid) else None
+
+    def _connected_pid(self) -> int | None:
+        """Return the process at the other end of our own UNIX connection.
+
+        Nothing else takes a place in the monitor's queue for it.
+        """
+        writer = getattr(self._client, "_writer", None)
+        link = writer.get_extra_info("socket") if writer is not None else None
+        return peer_of(link) if link is not None else None
 
     @property
     def _text(self) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 
 from qbackup.bitmaps.files import distrust_all
 from qbackup.bitmaps.load import are_loaded, give_up_loading, load_saved_bitmaps
-from qbackup.bitmaps.save import Saved, save_bitmaps, set_clean
+from qbackup.bitmaps.save import Saved, let_go, save_bitmaps, set_clean
 from qbackup.errors import MonitorBusyError, MonitorError, MonitorLostError, QbackupError
 from qbackup.formats.configuration import Vm
 from qbackup.host.tasks import task_group
@@ -405,11 +405,13 @@ class Watcher:
                 # The VM has to end all the same; its files stay as they are, not clean.
                 problem = f"{self._vm.name}: the bitmaps could not be saved: {err}"
             if resumed or (await query_state(monitor)).running:
+                let_go(saved)
                 return False
             await self._quit(monitor)
         if resumed:
             problem = f"{self._vm.name}: the guest ran again before QEMU ended; nothing is trusted"
         if problem is not None:
+            let_go(saved)
             raise QbackupError(problem, hint="the next backup will be a full one")
         await set_clean(
             self._state,
