@@ -9,11 +9,13 @@ The tree, and the exit codes that other programs rely on:
     ├── RepositoryError               10  no repository, or not one that we can use
     ├── LockedError                   11  another run holds the VM's lock
     ├── MonitorError                  12  QEMU cannot be reached, or it went away
-    │   ├── MonitorBusyError          12  another client has the monitor
+    │   ├── MonitorAbsentError        12  nobody listens there
+    │   ├── MonitorBusyError          12  another client has the monitor, or QEMU hangs
     │   └── MonitorLostError          12  the connection ended in the middle
     ├── VerificationError             13  what is stored is not what was written
     ├── InterruptedByUserError       130  Ctrl-C or SIGTERM
     ├── QmpCommandError                1  QEMU refused a command
+    ├── VmStateError                   1  the VM is in no state for what was asked
     ├── DiskError                      1  a disk is missing, or not as it has to be
     ├── JobFailedError                 1  a backup job ended with an error
     ├── NoSpaceError                   1  the repository's file system is too small
@@ -82,8 +84,12 @@ class MonitorError(QbackupError):
     exit_code = 12
 
 
+class MonitorAbsentError(MonitorError):
+    """Nobody listens where the monitor should be."""
+
+
 class MonitorBusyError(MonitorError):
-    """The monitor accepts the connection but does not answer: it serves another client."""
+    """The monitor takes the connection but does not answer: it serves another client, or hangs."""
 
 
 class MonitorLostError(MonitorError):
@@ -117,6 +123,17 @@ class QmpCommandError(QbackupError):
     def __init__(self, command: str, error_class: str, description: str) -> None:
         super().__init__(f"QEMU refused {command}: {description}")
         self.command, self.error_class, self.description = command, error_class, description
+
+
+class VmStateError(QbackupError):
+    """The VM is in a run state in which its disks are not there to be backed up."""
+
+    def __init__(self, vm: str, status: str, why: str) -> None:
+        super().__init__(
+            f"{vm}: the VM is in state {status}: {why}",
+            hint="back the VM up where it runs now, or when QEMU is done with what it does",
+        )
+        self.vm, self.status = vm, status
 
 
 class DiskError(QbackupError):

@@ -14,12 +14,12 @@ from datetime import UTC, datetime
 
 from qbackup.backup import reconcile
 from qbackup.backup.copy import Copied, DiskCopier
-from qbackup.backup.judge import checkpoints, newest_bases
+from qbackup.backup.judge import checkpoints, migrated_verdicts, newest_bases
 from qbackup.backup.plan import BackupOptions, Plan, make_plan, readable_backups
 from qbackup.bitmaps.files import distrust_all
 from qbackup.bitmaps.image_files import query_disks
 from qbackup.bitmaps.roll_back import prune_bitmaps, roll_back_bitmaps
-from qbackup.errors import QbackupError
+from qbackup.errors import QbackupError, VmStateError
 from qbackup.formats.configuration import Vm
 from qbackup.host.tasks import to_its_end
 from qbackup.model.backup import Backup
@@ -27,7 +27,13 @@ from qbackup.model.names import new_backup_id, owner_prefix
 from qbackup.model.progress import Reporter
 from qbackup.qmp.disks import query_inventory
 from qbackup.qmp.monitor import Monitor
-from qbackup.qmp.vm import query_configuration, query_state, query_version
+from qbackup.qmp.vm import (
+    Condition,
+    Migration,
+    query_condition,
+    query_configuration,
+    query_version,
+)
 from qbackup.repository.repository import Repository
 from qbackup.repository.state import StateDirectory
 from qbackup.watching.control import vm_monitor
@@ -63,9 +69,11 @@ async def back_up(
         repository.lock(vm.name, wait_s=options.lock_wait_s),
         vm_monitor(vm, state.control_socket) as (monitor, watched),
     ):
-        if not watched and (await query_state(monitor)).status != "prelaunch":
+        condition = await query_condition(monitor)
+        if not watched and not condition.fitness.load:
             # This VM runs unseen: whatever its files say, they must not be believed later.
             await distrust_all(state)
+        _require_fit(condition, vm.name)
         await reconcile.clear_jobs(monitor, vm=vm.name, prefix=prefix, reporter=reporter)
         await reconcile.remove_partials(repository, vm.name, reporter)
         plan = await _prepare(
@@ -74,6 +82,7 @@ async def back_up(
             vm=vm,
             state=state,
             prefix=prefix,
+            migration=condition.migration,
             options=options,
             reporter=reporter,
         )
@@ -97,6 +106,7 @@ async def back_up(
             )
             async with copier.rolled_back_on_failure():
                 copied = await copier.copy()
+                await _require_not_moved(monitor, vm.name, before=condition)
                 parent, chain = _place_in_chain(plan, copied, backup_id)
                 backup = Backup(
                     id=backup_id,
@@ -128,10 +138,17 @@ async def _prepare(
     vm: Vm,
     state: StateDirectory,
     prefix: str,
+    migration: Migration,
     options: BackupOptions,
     reporter: Reporter,
 ) -> Plan:
-    """Adopt the bits that an interrupted run left, then look again and decide."""
+    """Adopt the bits that an interrupted run left, then look again and decide.
+
+    What was recorded before a migration of the guest to elsewhere is worth nothing: others may have
+    written since.
+    """
+    if migration.given_away:
+        await prune_bitmaps(monitor, prefix=prefix, checkpoints={})
     inventory = await query_inventory(monitor)
     present = (*inventory.disks, *inventory.busy)
     bases = newest_bases(readable_backups(repository, vm.name, reporter), present)
@@ -144,10 +161,32 @@ async def _prepare(
         vm=vm,
         repository=repository,
         prefix=prefix,
-        not_loaded=state.read_verdicts(),
+        not_loaded=migrated_verdicts(migration, bases, prefix) or state.read_verdicts(),
         options=options,
         reporter=reporter,
     )
+
+
+def _require_fit(condition: Condition, vm: str) -> None:
+    """Make sure that the VM's disks are there to be backed up.
+
+    Raises:
+        VmStateError: they are not this QEMU's alone.
+    """
+    if not condition.fitness.back_up:
+        raise VmStateError(vm, condition.state.status, condition.fitness.why_not)
+
+
+async def _require_not_moved(monitor: Monitor, vm: str, *, before: Condition) -> None:
+    """Make sure that no other QEMU took over while the disks were copied.
+
+    Raises:
+        VmStateError: one did; what was copied may be of no instant.
+    """
+    now = await query_condition(monitor)
+    _require_fit(now, vm)
+    if now.migration.given_away and not before.migration.given_away:
+        raise VmStateError(vm, now.state.status, "it was migrated while it was backed up")
 
 
 def _place_in_chain(plan: Plan, copied: Copied, backup_id: str) -> tuple[str | None, str]:

@@ -9,22 +9,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from qbackup.backup.judge import Verdict, checkpoints, newest_bases
+from qbackup.backup.judge import Verdict, checkpoints, migrated_verdicts, newest_bases
 from qbackup.backup.plan import judge_with_chain
-from qbackup.bitmaps.files import NotTrustedError, read_saved
+from qbackup.bitmaps.files import NotTrustedError, is_clean, read_saved
 from qbackup.bitmaps.image_files import query_disks
 from qbackup.bitmaps.roll_back import as_rolled_back
-from qbackup.errors import DiskError, MonitorBusyError, MonitorError
+from qbackup.errors import DiskError, MonitorAbsentError, MonitorBusyError, MonitorError
 from qbackup.formats.configuration import Vm
 from qbackup.model.backup import REASON_TEXT, Backup, DiskBackup, Reason
 from qbackup.model.names import bitmap_name, checkpoint_of_bitmap, owner_prefix
 from qbackup.qmp.disks import Inventory
 from qbackup.qmp.jobs import query_jobs
-from qbackup.qmp.monitor import Monitor
-from qbackup.qmp.vm import query_state
+from qbackup.qmp.monitor import Looker
+from qbackup.qmp.vm import query_condition
 from qbackup.repository.repository import DamagedBackup, Repository
 from qbackup.repository.state import StateDirectory
-from qbackup.watching.control import vm_monitor
+from qbackup.watching.control import vm_looker
 
 BitmapPlace = Literal["qemu", "file", "none"]
 
@@ -52,7 +52,12 @@ class DiskStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmStatus:
-    """One VM. `state` is QEMU's run state, or `busy` or `unreachable` with the reason."""
+    """One VM. `state` is QEMU's run state, or one of these, with the reason.
+
+    `off`: nobody listens where its monitor would be, and its bitmaps are saved. `crashed`: nobody
+    listens, and there are bitmap files that were in use: QEMU crashed, or ended unwatched.
+    `busy`: another client has the monitor. `unreachable`: nothing else is known.
+    """
 
     vm: str
     state: str
@@ -65,7 +70,10 @@ class VmStatus:
 
 
 async def query_status(repository: Repository, vm: Vm, state_directory: StateDirectory) -> VmStatus:
-    """Collect the state of one VM; a VM that cannot be reached has one, too."""
+    """Collect the state of one VM; a VM that cannot be reached has one, too.
+
+    Whatever happens here, QEMU and its watcher are as before.
+    """
     running = repository.is_locked(vm.name)
     history = [b for b in repository.newest_first(vm.name) if not isinstance(b, DamagedBackup)]
     prefix = owner_prefix(repository.id, vm.name)
@@ -82,8 +90,9 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
     status = replace(status, leftovers=tuple(path.name for path in repository.partials(vm.name)))
     state = status.state
     try:
-        async with vm_monitor(vm, state_directory.control_socket) as (monitor, _):
-            state = (await query_state(monitor)).status
+        async with vm_looker(vm, state_directory.control_socket) as monitor:
+            condition = await query_condition(monitor)
+            state = condition.state.status
             inventory = await query_disks(monitor, monitor.peer_pid())
             left_in_qemu = await _left_in_qemu(monitor, inventory, prefix)
     except MonitorBusyError as err:
@@ -94,15 +103,27 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
         disks = await asyncio.to_thread(
             _saved_disks, state_directory, history, vm=vm, prefix=prefix
         )
+        if isinstance(err, MonitorAbsentError):
+            state, detail = await asyncio.to_thread(
+                _without_qemu, state_directory, disks, status.last_backup, err.message
+            )
+            return replace(status, state=state, detail=detail, disks=disks)
         return replace(status, detail=err.message, disks=disks)
     # A job of our own that was left behind hides disks, but not from the next run.
     present = (*inventory.disks, *inventory.busy)
     bases = newest_bases(history, present)
     unwanted = _left_out(inventory, vm)
-    not_loaded = state_directory.read_verdicts()
+    not_loaded = (
+        migrated_verdicts(condition.migration, bases, prefix) or state_directory.read_verdicts()
+    )
     verdicts = [
         judge_with_chain(
-            as_rolled_back(disk, prefix, checkpoints(bases).get(disk.name)),
+            as_rolled_back(
+                # What was recorded before a migration is worth nothing.
+                replace(disk, bitmaps=()) if condition.migration.given_away else disk,
+                prefix,
+                checkpoints(bases).get(disk.name),
+            ),
             bases=bases,
             prefix=prefix,
             not_loaded=not_loaded,
@@ -115,6 +136,7 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
     return replace(
         status,
         state=state,
+        detail=condition.fitness.why_not or None,
         disks=tuple(_disk_status(verdict, vm) for verdict in verdicts),
         left_out=inventory.left_out | unwanted,
         leftovers=(*status.leftovers, *left_in_qemu),
@@ -153,6 +175,21 @@ def _disk_status(verdict: Verdict, vm: Vm) -> DiskStatus:
             where="none" if bitmap is None else "qemu",
         ),
     )
+
+
+def _without_qemu(
+    state: StateDirectory, disks: Sequence[DiskStatus], newest: Backup | None, detail: str
+) -> tuple[str, str]:
+    """Say what a VM is whose monitor nobody serves, as far as its bitmap files tell."""
+    # Files of disks that the VM no longer has say nothing.
+    had = {disk.name for disk in newest.disks} if newest else set()
+    reasons = {disk.bitmap.reason for disk in disks if disk.name in had}
+    if "unclean" in reasons:
+        return "crashed", f"QEMU ended without its bitmaps being saved, or unwatched ({detail})"
+    files = [path for (name, _), path in state.bitmap_files().items() if name in had]
+    if None in reasons or (files and all(is_clean(path) for path in files)):
+        return "off", f"bitmaps saved ({detail})"
+    return "unreachable", detail
 
 
 def _saved_disks(
@@ -215,7 +252,7 @@ def _judge_files(
     return None, file.bits.dirty_bytes()
 
 
-async def _left_in_qemu(monitor: Monitor, inventory: Inventory, prefix: str) -> list[str]:
+async def _left_in_qemu(monitor: Looker, inventory: Inventory, prefix: str) -> list[str]:
     left = [f"job {job.job}" for job in await query_jobs(monitor, prefix=prefix)]
     left += [f"node {node}" for node in inventory.nodes if node.startswith(prefix)]
     left += [

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from qbackup.backup.freeze import frozen
 from qbackup.backup.judge import Verdict
@@ -33,7 +32,7 @@ from qbackup.qmp import commands, jobs
 from qbackup.qmp.commands import BackupRequest, Command, JobTuning
 from qbackup.qmp.disks import Disk, query_inventory
 from qbackup.qmp.jobs import JobError, JobState
-from qbackup.qmp.monitor import Monitor
+from qbackup.qmp.monitor import Event, Monitor
 from qbackup.qmp.targets import Target, attached
 from qbackup.qmp.vm import QemuVersion, query_state
 from qbackup.repository.repository import PartialBackup
@@ -127,7 +126,7 @@ class DiskCopier:
                     disks = await self._finish(copies, states)
         return Copied(disks=disks, consistency=consistency, freeze_failed=freeze_failed)
 
-    def _is_ours(self, event: dict[str, Any]) -> bool:
+    def _is_ours(self, event: Event) -> bool:
         return jobs.is_event_of(self._prefix, event)
 
     async def _attach(self, index: int, verdict: Verdict, targets: AsyncExitStack) -> _DiskCopy:

@@ -11,6 +11,7 @@ from qbackup.bitmaps.size_guard import is_guarded
 from qbackup.model.backup import Backup, DiskBackup, Reason
 from qbackup.model.names import bitmap_name, checkpoint_of_bitmap
 from qbackup.qmp.disks import Bitmap, Disk
+from qbackup.qmp.vm import Migration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,15 @@ def newest_bases(newest_first: Iterable[Backup], disks: Iterable[Disk]) -> dict[
 def checkpoints(bases: Mapping[str, Base]) -> dict[str, str]:
     """Return the newest committed checkpoint of each disk."""
     return {name: base.backup.id for name, base in bases.items()}
+
+
+def migrated_verdicts(
+    migration: Migration, bases: Mapping[str, Base], prefix: str
+) -> dict[tuple[str, str], Reason]:
+    """Say why QEMU has no bitmap of a guest that came from another QEMU, or went to one."""
+    if not migration.images_passed:
+        return {}
+    return {(disk, bitmap_name(prefix, base.backup.id)): "migrated" for disk, base in bases.items()}
 
 
 def judge(

@@ -1,31 +1,79 @@
 """Bitmap files as such: read and checked as far as a file alone proves anything, or distrusted."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from qbackup.errors import QbackupError
 from qbackup.formats import qbm
+from qbackup.host.tasks import in_thread
 from qbackup.model.backup import Reason
+from qbackup.model.bitmap import FileStamp
 from qbackup.model.names import split_bitmap_name
 from qbackup.qmp.disks import Bitmap, Disk
-from qbackup.repository.state import StateDirectory
+from qbackup.repository.state import StateDirectory, read_start
 
 
-async def distrust_all(state: StateDirectory) -> None:
+async def distrust_all(state: StateDirectory, *, present: Collection[str] | None = None) -> None:
     """Clear the clean flag of every file: from now on QEMU may write unseen by them.
 
+    `present` are the disks that QEMU has. A file of another disk stays as it is if the stamp in
+    it shows any later write to the image, whoever makes it and under whatever name: it is
+    checked again before the file is used. None: which disks there are is not known.
+
     Raises:
-        OSError: a file can be neither changed nor removed. All others are done.
+        StillTrustedError: files can be neither changed nor removed. All others are done.
     """
-    failure: OSError | None = None
-    for path in state.bitmap_files().values():
+    failed: dict[Path, OSError] = {}
+    for (disk, _), path in (await in_thread(state.bitmap_files)).items():
+        if present is not None and disk not in present and await in_thread(_shows_writes, path):
+            continue
         try:
             await state.rewrite_header(path, lambda header: qbm.with_clean(header, clean=False))
         except (qbm.QbmError, OSError):
             try:
                 await state.remove(path)
             except OSError as err:
-                failure = err
-    if failure is not None:
-        raise failure
+                if await in_thread(_may_be_trusted, path):
+                    failed[path] = err
+    if failed:
+        raise StillTrustedError(failed)
+
+
+class StillTrustedError(QbackupError):
+    """Files that must not be trusted any more say that they may be."""
+
+    def __init__(self, failed: Mapping[Path, OSError]) -> None:
+        listed = ", ".join(f"{path} ({err.strerror})" for path, err in failed.items())
+        super().__init__(
+            f"what was saved may still look trusted: {listed}",
+            hint="remove the files before the VM is started again",
+        )
+
+
+def _shows_writes(path: Path) -> bool:
+    """Tell whether a bitmap file is of an image of which no write can escape its stamp."""
+    try:
+        return isinstance(qbm.decode_header(read_start(path)).stamp, FileStamp)
+    except (qbm.QbmError, OSError):
+        return False
+
+
+def _may_be_trusted(path: Path) -> bool:
+    """Tell whether a file that could not be changed is one that a start would believe."""
+    try:
+        return path.is_file() and qbm.decode_header(read_start(path)).clean
+    except qbm.QbmError:
+        return False
+    except OSError:
+        return True
+
+
+def is_clean(path: Path) -> bool:
+    """Tell whether a bitmap file says that its VM has ended in order."""
+    try:
+        return qbm.decode_header(read_start(path)).clean
+    except (qbm.QbmError, OSError):
+        return False
 
 
 class NotTrustedError(Exception):

@@ -24,7 +24,7 @@ from qbackup.host.process_files import (
 from qbackup.model.backup import Reason, SourceFile
 from qbackup.qmp.disks import Disk, Inventory, query_inventory
 from qbackup.qmp.graph import NodeFile
-from qbackup.qmp.monitor import Monitor
+from qbackup.qmp.monitor import Looker
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,7 +80,7 @@ def no_bitmap_reason(inventory: Inventory, disk: Disk) -> Reason | None:
     return "shared" if disk.shared or disk.name in inventory.refused else None
 
 
-async def query_disks(monitor: Monitor, pid: int | None) -> Inventory:
+async def query_disks(monitor: Looker, pid: int | None) -> Inventory:
     """Ask QEMU for its disks, and this host for what their files are.
 
     Without `pid`, or the right to look at that process, files are compared by name.

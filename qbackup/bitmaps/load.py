@@ -5,10 +5,10 @@
 The order is what makes the clean flag mean something.
 """
 
-import asyncio
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from qbackup.bitmaps.files import (
@@ -21,6 +21,7 @@ from qbackup.bitmaps.files import (
 )
 from qbackup.bitmaps.image_files import no_bitmap_reason, open_images, query_disks
 from qbackup.bitmaps.size_guard import ensure_size_guard
+from qbackup.host.tasks import in_thread
 from qbackup.images.stamp import take_stamp
 from qbackup.model.backup import Reason
 from qbackup.model.bitmap import Bits, ImageStamp
@@ -63,7 +64,7 @@ async def load_saved_bitmaps(
     Recording begins before anything is checked, so that a guest that somebody lets run
     meanwhile is either caught by the checks or recorded. It begins under another name, and the
     bitmap appears at one instant, complete: whoever is killed in between leaves none that a
-    backup would trust. Afterwards no file is clean.
+    backup would trust. Afterwards no file of a disk that QEMU has is clean.
 
     Returns why each of the others was not loaded.
     """
@@ -71,13 +72,19 @@ async def load_saved_bitmaps(
     candidates: list[_Candidate] = []
     await _remove_recorders(monitor)
     inventory = await query_disks(monitor, pid)
-    for (disk_name, name), path in state.bitmap_files().items():
+    for (disk_name, name), path in (await in_thread(state.bitmap_files)).items():
         disk = inventory.disk(disk_name)
         if disk is None or disk.bitmap(name) is not None:
             continue
         try:
-            file = await asyncio.to_thread(
-                read_saved, path, vm=vm, disk=disk_name, virtual_size_bytes=disk.virtual_size_bytes
+            file = await in_thread(
+                partial(
+                    read_saved,
+                    path,
+                    vm=vm,
+                    disk=disk_name,
+                    virtual_size_bytes=disk.virtual_size_bytes,
+                )
             )
         except NotTrustedError as err:
             verdicts[disk_name, name] = err.reason
@@ -102,10 +109,10 @@ async def load_saved_bitmaps(
                 raise NotTrustedError(reason)  # noqa: TRY301 - all reasons end below
             if candidate.disk.node in written:
                 raise NotTrustedError("image-changed")  # noqa: TRY301 - all reasons end below
-            with open_images(candidate.disk, pid) or nullcontext() as images:
+            with await in_thread(open_images, candidate.disk, pid) or nullcontext() as images:
                 paths = images.paths if images is not None else None
                 _require_local(paths, trust_block_devices=trust_block_devices)
-                await asyncio.to_thread(_require_unchanged, candidate.stamp, paths or ())
+                await in_thread(_require_unchanged, candidate.stamp, paths or ())
         except NotTrustedError as err:
             verdicts[candidate.disk.name, candidate.name] = err.reason
             await monitor.execute(
@@ -114,7 +121,8 @@ async def load_saved_bitmaps(
         else:
             trusted.append(candidate)
     await state.write_verdicts(verdicts)
-    await distrust_all(state)
+    present = {disk.name for disk in (*inventory.disks, *inventory.busy)}
+    await distrust_all(state, present=present)
     for candidate in trusted:
         await load_bitmap(
             monitor,

@@ -6,8 +6,6 @@ It takes every bitmap of ours, of whichever repository: whether a bitmap's check
 newest one is asked by the backup that wants to use it.
 """
 
-import asyncio
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from qbackup.bitmaps.size_guard import is_guarded
 from qbackup.errors import ManifestDamagedError
 from qbackup.formats import qbm
 from qbackup.host import durable
+from qbackup.host.tasks import in_thread
 from qbackup.images.stamp import take_stamp
 from qbackup.model.backup import REASON_TEXT
 from qbackup.model.bitmap import Identity, ImageStamp
@@ -35,10 +34,23 @@ from qbackup.qmp.exports import end_exports
 from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.sidecar import save_bitmap
 from qbackup.repository.repository import Repository
-from qbackup.repository.state import HEADER_BYTES, StateDirectory
+from qbackup.repository.state import StateDirectory, read_start
 
 UNKNOWN_CHAIN = "unknown"
 """In a file of a bitmap whose backup is in a repository that we do not see."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedVm:
+    """What was saved of a VM: the files, and which disks it had when it was."""
+
+    files: tuple["Saved", ...] = ()
+    disks: frozenset[str] = frozenset()
+
+    def close(self) -> None:
+        """Close image files that were kept open."""
+        for one in self.files:
+            one.images.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +71,7 @@ async def save_bitmaps(
     vm: str,
     pid: int | None,
     reporter: Reporter,
-) -> list[Saved]:
+) -> SavedVm:
     """Write every bitmap of ours into a new file, not clean. The guest must be stopped.
 
     Exports are ended first: their clients could write after the bits were taken.
@@ -84,7 +96,7 @@ async def save_bitmaps(
             why = inventory.refused.get(disk.name, REASON_TEXT[reason])
             reporter.warning(f"{vm}: disk {disk.name}: its bitmap is not kept ({reason}): {why}")
             continue
-        images = open_images(disk, pid)
+        images = await in_thread(open_images, disk, pid)
         if images is None:
             reporter.warning(
                 f"{vm}: disk {disk.name}: QEMU has no file or block device of this host open "
@@ -102,12 +114,13 @@ async def save_bitmaps(
                 )
                 for bitmap in bitmaps
             ]
-    return saved
+    present = frozenset(disk.name for disk in (*inventory.disks, *inventory.busy))
+    return SavedVm(files=tuple(saved), disks=present)
 
 
 async def set_clean(
     state: StateDirectory,
-    saved: Sequence[Saved],
+    saved: SavedVm,
     *,
     trust_block_devices: bool,
     reporter: Reporter,
@@ -116,29 +129,17 @@ async def set_clean(
 
     The stamp must be the one that was taken before QEMU ended. Else somebody wrote into the image
     since, or another file has its name, or QEMU itself wrote at the end (lazy refcounts, or
-    bitmaps of its own), which cannot be told apart.
+    bitmaps of its own), which cannot be told apart. Files of disks that the VM does not have at
+    its end stay as they are.
     """
-    try:
-        await _set_clean(state, saved, trust_block_devices=trust_block_devices, reporter=reporter)
-    finally:
-        let_go(saved)
-
-
-async def _set_clean(
-    state: StateDirectory,
-    saved: Sequence[Saved],
-    *,
-    trust_block_devices: bool,
-    reporter: Reporter,
-) -> None:
     keep = set()
     trusted = [
         one
-        for one in saved
+        for one in saved.files
         if trust_block_devices or not any(image.is_block_device() for image in one.images.paths)
     ]
     # All stamps first: whoever writes while we sync must show.
-    stamps = [await asyncio.to_thread(take_stamp, one.images.paths) for one in trusted]
+    stamps = [await in_thread(take_stamp, one.images.paths) for one in trusted]
     for one, stamp in zip(trusted, stamps, strict=True):
         if stamp != one.stamp:
             reporter.warning(
@@ -153,13 +154,7 @@ async def _set_clean(
 
         await state.rewrite_header(one.path, set_flag)
         keep.add(await state.put_in_place(one.path))
-    await state.remove_others(keep)
-
-
-def let_go(saved: Sequence[Saved]) -> None:
-    """Close image files that were kept open."""
-    for one in saved:
-        one.images.close()
+    await state.remove_others(keep, disks=saved.disks)
 
 
 async def _save_one(
@@ -182,11 +177,11 @@ async def _save_one(
         path=sidecar_path(path),
         prefix=RESERVED_PREFIX,
     )
-    data = await asyncio.to_thread(
+    data = await in_thread(
         qbm.encode,
         qbm.BitmapFile(
             identity=identity,
-            generation=_generation(path) + 1,
+            generation=min(await in_thread(_generation, path) + 1, qbm.MAX_GENERATION),
             clean=False,
             stamp=None,
             bits=bits,
@@ -195,7 +190,7 @@ async def _save_one(
     return Saved(
         path=await state.write_new(path, data),
         images=images,
-        stamp=await asyncio.to_thread(take_stamp, images.paths),
+        stamp=await in_thread(take_stamp, images.paths),
     )
 
 
@@ -220,7 +215,6 @@ def _identify(repository: Repository | None, *, vm: str, disk: Disk, bitmap: Bit
 def _generation(path: Path) -> int:
     """Return the generation of the file in place, 0 if there is none that can be read."""
     try:
-        with path.open("rb") as file:
-            return qbm.decode_header(file.read(HEADER_BYTES)).generation
+        return qbm.decode_header(read_start(path)).generation
     except (OSError, qbm.QbmError):
         return 0

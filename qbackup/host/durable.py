@@ -5,7 +5,6 @@ holds the name, each synced before the next. What is renamed into place is there
 complete, and what is not there yet does not exist.
 """
 
-import asyncio
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import TypeVar
 
 import aiofiles
 import aiofiles.os
+
+from qbackup.host.tasks import in_thread
 
 T = TypeVar("T")
 
@@ -105,4 +106,4 @@ def _private(path: str, flags: int) -> int:
 
 
 async def _run(function: Callable[..., T], *arguments: object) -> T:
-    return await asyncio.to_thread(function, *arguments)
+    return await in_thread(function, *arguments)

@@ -27,6 +27,7 @@ Reason = Literal[
     # Why no bitmap of the disk can be trusted, ever:
     "shared",
     "throw-away",
+    "migrated",
     # Why a disk has no earlier backup to build on, or is not to use it:
     "new-disk",
     "requested",
@@ -45,6 +46,7 @@ REASON_TEXT: dict[Reason, str] = {
     "wrong-checkpoint": "the bitmap does not belong to the newest usable backup",
     "shared": "the image may be written by others than this QEMU (share-rw=on or locking=off)",
     "throw-away": "the disk is a throw-away overlay (snapshot=on), gone when QEMU ends",
+    "migrated": "the guest came from another QEMU or a file, or went to one; bitmaps do not",
     "new-disk": "the disk is in no earlier backup",
     "requested": "a full backup was asked for",
     "no-parent": "there is no intact earlier backup to build on",

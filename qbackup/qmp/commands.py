@@ -32,6 +32,23 @@ class Command:
         return {"type": self.name, "data": self.arguments}
 
 
+_OTHER_QUERIES = frozenset({"qom-get", "x-debug-query-block-graph"})
+"""Commands that change nothing, without the usual prefix."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query(Command):
+    """A command that only looks: it changes nothing in QEMU.
+
+    Raises:
+        ValueError: on construction, if it is none of those.
+    """
+
+    def __post_init__(self) -> None:
+        if not self.name.startswith("query-") and self.name not in _OTHER_QUERIES:
+            raise ValueError(f"{self.name} does more than look")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobTuning:
     """BackupPerf: how many requests of which size a job has in flight."""
@@ -232,14 +249,14 @@ def remove_fd(fdset_id: int) -> Command:
     return Command(name="remove-fd", arguments={"fdset-id": fdset_id})
 
 
-def query(what: str, **arguments: Any) -> Command:
+def query(what: str, **arguments: Any) -> Query:
     """Ask for something; `what` is the name after `query-`."""
-    return Command(name=f"query-{what}", arguments=arguments)
+    return Query(name=f"query-{what}", arguments=arguments)
 
 
-def block_graph() -> Command:
+def block_graph() -> Query:
     """Ask for all nodes, their users and the edges between them (an unstable interface)."""
-    return Command(name="x-debug-query-block-graph")
+    return Query(name="x-debug-query-block-graph")
 
 
 def set_shutdown_action(action: Literal["pause", "poweroff"]) -> Command:
@@ -257,6 +274,16 @@ def pause_guest() -> Command:
     return Command(name="stop")
 
 
+def wake_guest() -> Command:
+    """Wake a guest that sleeps in ACPI S3."""
+    return Command(name="system_wakeup")
+
+
+def cancel_migration() -> Command:
+    """End a migration that is under way; the guest stays here."""
+    return Command(name="migrate_cancel")
+
+
 def resume_guest() -> Command:
     """Let the guest run."""
     return Command(name="cont")
@@ -267,6 +294,6 @@ def end_qemu() -> Command:
     return Command(name="quit")
 
 
-def qom_get(path: str, prop: str) -> Command:
+def qom_get(path: str, prop: str) -> Query:
     """Read one property of QEMU's object tree."""
-    return Command(name="qom-get", arguments={"path": path, "property": prop})
+    return Query(name="qom-get", arguments={"path": path, "property": prop})

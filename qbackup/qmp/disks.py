@@ -19,7 +19,7 @@ from qbackup.model.backup import MAX_DISK_BYTES, SourceFile, SourceImage
 from qbackup.model.names import RESERVED_PREFIX, is_safe_name
 from qbackup.qmp import commands
 from qbackup.qmp.graph import BlockGraph, NodeFacts, NodeFile, chain_files, query_graph
-from qbackup.qmp.monitor import Monitor
+from qbackup.qmp.monitor import Looker
 
 _AUTOMATIC_NODE_PREFIX = "#block"
 _JOB_FILTERS = frozenset({"copy-before-write", "mirror_top", "commit_top", "backup-top"})
@@ -220,7 +220,7 @@ class _Blocks:
         )
 
 
-async def query_inventory(monitor: Monitor) -> Inventory:
+async def query_inventory(monitor: Looker) -> Inventory:
     """Ask for all drives, nodes and bitmaps.
 
     Raises:
@@ -257,7 +257,7 @@ async def query_inventory(monitor: Monitor) -> Inventory:
     )
 
 
-async def _query_blocks(monitor: Monitor) -> _Blocks:
+async def _query_blocks(monitor: Looker) -> _Blocks:
     listed = await monitor.query(commands.query("named-block-nodes", flat=True), list[_Node])
     nodes = {node.node_name: node for node in listed if node.node_name is not None}
     graph = await query_graph(monitor)
@@ -339,7 +339,7 @@ class _NodeStats(msgspec.Struct, rename="kebab"):
     node_name: str | None = None
 
 
-async def query_written_nodes(monitor: Monitor) -> frozenset[str]:
+async def query_written_nodes(monitor: Looker) -> frozenset[str]:
     """Return the nodes that were written to, or discarded on, since QEMU started."""
     nodes = await monitor.query(commands.query("blockstats"), list[_NodeStats])
     nodes += await monitor.query(

@@ -15,7 +15,7 @@ import msgspec
 
 from qbackup.errors import MonitorError, MonitorLostError, QmpCommandError
 from qbackup.qmp import commands
-from qbackup.qmp.monitor import Monitor
+from qbackup.qmp.monitor import Looker
 
 LOCAL_DRIVERS = frozenset({"file", "host_device", "host_cdrom"})
 """Protocol drivers whose file name is one of QEMU's host."""
@@ -238,7 +238,7 @@ class BlockGraph:
         return any(edge.writes for edge in self._above.get(number, []))
 
 
-async def query_graph(monitor: Monitor) -> BlockGraph | None:
+async def query_graph(monitor: Looker) -> BlockGraph | None:
     """Ask for the block graph; None if QEMU does not tell it, or not as we know it.
 
     Raises:

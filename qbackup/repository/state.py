@@ -12,12 +12,13 @@ Bytes only: what a bitmap file says is the business of `formats.qbm`.
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qbackup.errors import LockedError
 from qbackup.host import durable
+from qbackup.host.tasks import in_thread
 from qbackup.model.backup import REASON_TEXT, Reason
 from qbackup.model.names import RESERVED_PREFIX, is_safe_name
 
@@ -28,6 +29,16 @@ WATCH_LOCK = ".watch"
 HEADER_BYTES = 512
 _NEW_SUFFIX = ".new"
 _MAX_VERDICTS_BYTES = 1024 * 1024
+
+
+def read_start(path: Path) -> bytes:
+    """Return a bitmap file's header.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb", buffering=0) as file:
+        return file.read(HEADER_BYTES)
 
 
 class StateDirectory:
@@ -78,8 +89,7 @@ class StateDirectory:
 
     async def rewrite_header(self, path: Path, change: Callable[[bytes], bytes]) -> None:
         """Replace a file's first sector by what `change` makes of it: one write, one sync."""
-        with path.open("rb", buffering=0) as file:
-            header = file.read(HEADER_BYTES)
+        header = await in_thread(read_start, path)
         await durable.overwrite_start(path, change(header))
 
     async def put_in_place(self, new: Path) -> Path:
@@ -93,13 +103,18 @@ class StateDirectory:
         path.unlink(missing_ok=True)
         await durable.sync_directory(path.parent)
 
-    async def remove_others(self, keep: set[Path]) -> None:
-        """Remove bitmap files that no longer stand for anything, and unfinished ones."""
+    async def remove_others(self, keep: set[Path], *, disks: Collection[str]) -> None:
+        """Remove bitmap files of these disks that no longer stand for anything.
+
+        Unfinished ones go, of whatever disk.
+        """
         for folder in self._disk_directories():
             stale = [
                 path
                 for path in folder.iterdir()
-                if path not in keep and BITMAP_SUFFIX in path.suffixes
+                if path not in keep
+                and BITMAP_SUFFIX in path.suffixes
+                and (folder.name in disks or path.name.startswith("."))
             ]
             for path in stale:
                 path.unlink()

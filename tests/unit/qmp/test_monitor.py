@@ -13,6 +13,7 @@ from qbackup.qmp import commands
 from qbackup.qmp.monitor import (
     COMMAND_TIMEOUT_S,
     CONNECT_TIMEOUT_S,
+    Event,
     Monitor,
     address_text,
     connected,
@@ -226,11 +227,11 @@ async def test_only_events_of_interest_are_heard_in_their_order(
     monitor_of: MonitorOf, clock: Clock
 ) -> None:
     monitor, fake = await monitor_of({"query-status": {}})
-    with monitor.listen(("A", "B"), lambda data: data.get("id") == "ours") as events:
+    with monitor.listen(("A", "B"), lambda event: event.subject == "ours") as events:
         for name, owner in (("A", "ours"), ("A", "other"), ("C", "ours"), ("B", "ours")):
             fake.emit(name, id=owner)
         heard = [await events.next(timeout_s=60) for _ in range(2)]
-        assert heard == [{"event": "A", "id": "ours"}, {"event": "B", "id": "ours"}]
+        assert heard == [Event(name="A", subject="ours"), Event(name="B", subject="ours")]
         waiting = asyncio.create_task(events.next(timeout_s=60))
         await monitor.execute(STATUS)  # everything that was sent has been looked at
         assert not waiting.done()
