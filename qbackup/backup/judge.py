@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from qbackup.bitmaps.size_guard import is_guarded
-from qbackup.model.backup import Backup, DiskBackup, Reason
+from qbackup.model.backup import Backup, DiskBackup, Reason, Refusal
 from qbackup.model.names import bitmap_name, checkpoint_of_bitmap
 from qbackup.qmp.disks import Bitmap, Disk
 
@@ -60,13 +60,13 @@ def judge(
     *,
     bases: Mapping[str, Base],
     prefix: str,
-    not_loaded: Mapping[tuple[str, str], Reason],
+    not_loaded: Mapping[tuple[str, str], Refusal],
     granularity_bytes: int,
 ) -> Verdict:
     """Decide whether the bitmap of a disk's newest backup can be trusted.
 
-    `not_loaded` says of saved bitmaps, by disk and name, why they were not given to QEMU when
-    the VM started.
+    `not_loaded` says of bitmaps, by disk and name, why they were not saved when the VM ended,
+    or not given to QEMU when it started.
     """
     base = bases.get(disk.name)
     if base is None:
@@ -75,8 +75,8 @@ def judge(
     name = bitmap_name(prefix, base.backup.id)
     bitmap = disk.bitmap(name)
     if bitmap is None:
-        reason = _why_absent(disk, prefix, not_loaded)
-        return Verdict(disk=disk, base=base, bitmap=None, reason=reason)
+        why = _why_absent(disk, name, prefix, not_loaded)
+        return Verdict(disk=disk, base=base, bitmap=None, reason=why.reason, problem=why.detail)
     return Verdict(
         disk=disk,
         base=base,
@@ -91,20 +91,24 @@ def judge(
     )
 
 
-def _why_absent(disk: Disk, prefix: str, not_loaded: Mapping[tuple[str, str], Reason]) -> Reason:
-    """Return why QEMU has no bitmap of the newest checkpoint.
+def _why_absent(
+    disk: Disk, wanted: str, prefix: str, not_loaded: Mapping[tuple[str, str], Refusal]
+) -> Refusal:
+    """Return why QEMU has no bitmap of the newest checkpoint, which would be named `wanted`.
 
-    A file that was refused may be of an older checkpoint: the VM then crashed after backups
-    that no file knows of.
+    What was refused may be of an older checkpoint: the VM then crashed after backups that no file
+    knows of.
     """
     if any(checkpoint_of_bitmap(prefix, other.name) for other in disk.bitmaps):
-        return "wrong-checkpoint"
-    refused = (
-        reason
-        for (name, bitmap), reason in not_loaded.items()
+        return Refusal(reason="wrong-checkpoint")
+    refused = {
+        bitmap: why
+        for (name, bitmap), why in not_loaded.items()
         if name == disk.name and checkpoint_of_bitmap(prefix, bitmap)
-    )
-    return next(refused, "missing")
+    }
+    if not refused:
+        return Refusal(reason="missing")
+    return refused.get(wanted) or refused[max(refused)]
 
 
 def _distrust(

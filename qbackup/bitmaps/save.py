@@ -12,15 +12,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from qbackup.bitmaps.files import our_bitmaps, owner_of, sidecar_path
+from qbackup.bitmaps.files import our_bitmaps, owner_of, read_header, remember, sidecar_path
 from qbackup.bitmaps.image_files import image_paths
 from qbackup.bitmaps.roll_back import complete_stopped_bitmaps
 from qbackup.bitmaps.size_guard import is_guarded
-from qbackup.errors import ManifestDamagedError
+from qbackup.errors import ManifestDamagedError, MonitorLostError, QbackupError
 from qbackup.formats import qbm
 from qbackup.host import durable
 from qbackup.images.stamp import take_stamp
-from qbackup.model.bitmap import Identity, ImageStamp
+from qbackup.model.backup import Refusal
+from qbackup.model.bitmap import DeviceStamp, Identity, ImageStamp, Sameness, compare_stamps
 from qbackup.model.names import RESERVED_PREFIX, owner_prefix, split_bitmap_name
 from qbackup.model.progress import Reporter
 from qbackup.qmp import jobs, targets
@@ -29,7 +30,7 @@ from qbackup.qmp.exports import end_exports
 from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.sidecar import save_bitmap
 from qbackup.repository.repository import Repository
-from qbackup.repository.state import HEADER_BYTES, StateDirectory
+from qbackup.repository.state import StateDirectory
 
 UNKNOWN_CHAIN = "unknown"
 """In a file of a bitmap whose backup is in a repository that we do not see."""
@@ -39,6 +40,8 @@ UNKNOWN_CHAIN = "unknown"
 class Saved:
     """A bitmap file that is written but not yet clean, and the image files it depends on."""
 
+    disk: str
+    bitmap: str
     path: Path
     images: tuple[Path, ...]
     stamp: ImageStamp
@@ -63,70 +66,131 @@ async def save_bitmaps(
     await jobs.end_jobs(monitor, prefix=RESERVED_PREFIX)
     await targets.remove_leftovers(monitor, prefix=RESERVED_PREFIX)
     await complete_stopped_bitmaps(monitor, (await query_inventory(monitor)).disks)
-    saved = []
+    saved: list[Saved] = []
+    refused: dict[tuple[str, str], Refusal] = {}
     for disk in (await query_inventory(monitor)).disks:
-        bitmaps = [
-            b
-            for b in our_bitmaps(disk)
-            if b.recording and not (b.busy or b.inconsistent) and is_guarded(disk, owner_of(b.name))
-        ]
         images = image_paths(disk, pid)
-        if images is None and bitmaps:
-            reporter.warning(
-                f"{vm}: disk {disk.name}: QEMU has no file or block device of this host open "
-                f"under the name {disk.source.filename}, so its bitmap cannot be kept"
-            )
-        elif images is not None:
-            saved += [
-                await _save_one(
-                    monitor,
-                    state,
-                    identity=_identify(repository, vm=vm, disk=disk, bitmap=bitmap),
-                    disk=disk,
-                    bitmap=bitmap,
-                    images=images,
+        told: set[str] = set()
+        for bitmap in our_bitmaps(disk):
+            try:
+                saved.append(
+                    await _save_one(
+                        monitor,
+                        state,
+                        identity=_identify(repository, vm=vm, disk=disk, bitmap=bitmap),
+                        disk=disk,
+                        bitmap=bitmap,
+                        images=_require_savable(disk, bitmap, images),
+                    )
                 )
-                for bitmap in bitmaps
-            ]
+            except MonitorLostError:
+                raise
+            except _NotKeptError as err:
+                detail = f"{err}, so its bitmap cannot be kept"
+            except (QbackupError, OSError, ValueError) as err:
+                # The other disks are not to suffer from it.
+                detail = f"its bitmap could not be saved: {err}"
+            else:
+                continue
+            refused[disk.name, bitmap.name] = Refusal(reason="missing", detail=detail)
+            if detail not in told:
+                reporter.warning(f"{vm}: disk {disk.name}: {detail}")
+                told.add(detail)
+    await remember(state, refused, settled=[(one.disk, one.bitmap) for one in saved])
     return saved
+
+
+class _NotKeptError(Exception):
+    """A bitmap is not saved, because nobody could trust it. The message is a fact."""
+
+
+def _require_savable(
+    disk: Disk, bitmap: Bitmap, images: tuple[Path, ...] | None
+) -> tuple[Path, ...]:
+    if bitmap.busy or bitmap.inconsistent or not bitmap.recording:
+        raise _NotKeptError("at the VM's end its bitmap was in use or did not record")
+    if not is_guarded(disk, owner_of(bitmap.name)):
+        raise _NotKeptError("the disk had another size in between")
+    if images is None:
+        raise _NotKeptError(
+            "QEMU has no file or block device of this host open under the name "
+            f"{disk.source.filename}"
+        )
+    return images
 
 
 async def set_clean(
     state: StateDirectory,
     saved: Sequence[Saved],
     *,
-    trust_block_devices: bool,
+    trust_block_devices: bool | None,
     reporter: Reporter,
 ) -> None:
     """Put the saved files in place, stamped and clean. QEMU must have closed the images.
 
     The stamp must be the one that was taken before QEMU ended. Else somebody wrote into the image
     since, or another file has its name, or QEMU itself wrote at the end (lazy refcounts, or
-    bitmaps of its own), which cannot be told apart.
+    bitmaps of its own), which cannot be told apart. A bitmap that cannot be kept does not
+    keep the others from it.
     """
-    keep = set()
-    trusted = [
-        one
-        for one in saved
-        if trust_block_devices or not any(image.is_block_device() for image in one.images)
-    ]
+    keep: dict[Path, Saved] = {}
+    refused: dict[tuple[str, str], Refusal] = {}
+
+    def refuse(one: Saved, detail: str) -> None:
+        refused[one.disk, one.bitmap] = Refusal(reason="missing", detail=detail)
+
+    trusted = []
+    for one in saved:
+        if trust_block_devices is False and any(image.is_block_device() for image in one.images):
+            refuse(one, "the configuration says to trust no block device (trust_block_devices)")
+        else:
+            trusted.append(one)
     # All stamps first: whoever writes while we sync must show.
-    stamps = [await asyncio.to_thread(take_stamp, one.images) for one in trusted]
+    stamps = [await asyncio.to_thread(_stamp_again, one.images) for one in trusted]
     for one, stamp in zip(trusted, stamps, strict=True):
-        if stamp != one.stamp:
+        if stamp is None or compare_stamps(one.stamp, stamp) is Sameness.CHANGED:
+            refuse(one, f"{one.images[0]} was written after the guest had ended")
             reporter.warning(
                 f"{one.images[0]}: written after the guest had ended; its bitmap is not kept"
             )
             continue
-        for image in one.images:
-            await durable.sync_file(image)  # QEMU may have been told not to (cache=unsafe)
+        if trust_block_devices is None:
+            _tell_unproven(one, stamp, reporter)
+        try:
+            keep[await _set_clean(state, one, stamp)] = one
+        except (OSError, ValueError) as err:
+            refuse(one, f"its bitmap could not be saved: {err}")
+            reporter.warning(f"disk {one.disk}: its bitmap could not be saved: {err}")
+    await state.remove_others(set(keep))
+    await remember(state, refused, settled=[(one.disk, one.bitmap) for one in keep.values()])
 
-        def set_flag(header: bytes, stamp: ImageStamp = stamp) -> bytes:
-            return qbm.with_clean(header, clean=True, stamp=stamp)
 
-        await state.rewrite_header(one.path, set_flag)
-        keep.add(await state.put_in_place(one.path))
-    await state.remove_others(keep)
+async def _set_clean(state: StateDirectory, one: Saved, stamp: ImageStamp) -> Path:
+    for image in one.images:
+        await durable.sync_file(image)  # QEMU may have been told not to (cache=unsafe)
+    await state.rewrite_header(
+        one.path, lambda header: qbm.with_clean(header, clean=True, stamp=stamp)
+    )
+    return await state.put_in_place(one.path)
+
+
+def _stamp_again(images: Sequence[Path]) -> ImageStamp | None:
+    """Stamp an image that QEMU had until now; None if it is not there any more."""
+    try:
+        return take_stamp(images)
+    except (OSError, ValueError):
+        return None
+
+
+def _tell_unproven(one: Saved, stamp: ImageStamp, reporter: Reporter) -> None:
+    """Say in time that a device's bitmap will not be trusted, and what to do about it."""
+    if not isinstance(stamp, DeviceStamp) or stamp.uncounted is None:
+        return
+    reporter.notice(
+        f"disk {one.disk}: it will get a full backup after the VM's next start, because nothing "
+        f"will prove that it was not written: {stamp.uncounted}; with trust_block_devices = true "
+        "in the configuration a fingerprint is enough"
+    )
 
 
 async def _save_one(
@@ -153,13 +217,15 @@ async def _save_one(
         qbm.encode,
         qbm.BitmapFile(
             identity=identity,
-            generation=_generation(path) + 1,
+            generation=min(_generation(path) + 1, qbm.MAX_GENERATION),
             clean=False,
             stamp=None,
             bits=bits,
         ),
     )
     return Saved(
+        disk=disk.name,
+        bitmap=bitmap.name,
         path=await state.write_new(path, data),
         images=images,
         stamp=await asyncio.to_thread(take_stamp, images),
@@ -187,7 +253,6 @@ def _identify(repository: Repository | None, *, vm: str, disk: Disk, bitmap: Bit
 def _generation(path: Path) -> int:
     """Return the generation of the file in place, 0 if there is none that can be read."""
     try:
-        with path.open("rb") as file:
-            return qbm.decode_header(file.read(HEADER_BYTES)).generation
+        return read_header(path).generation
     except (OSError, qbm.QbmError):
         return 0

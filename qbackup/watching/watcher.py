@@ -69,7 +69,7 @@ class WatchOptions:
 
     resume: bool
     connect_timeout_s: float
-    trust_block_devices: bool
+    trust_block_devices: bool | None
 
 
 class Watcher:
