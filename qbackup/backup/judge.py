@@ -75,7 +75,7 @@ def judge(
     name = bitmap_name(prefix, base.backup.id)
     bitmap = disk.bitmap(name)
     if bitmap is None:
-        why = _why_absent(disk, name, prefix, not_loaded)
+        why = _why_absent(disk, base, prefix, not_loaded)
         return Verdict(disk=disk, base=base, bitmap=None, reason=why.reason, problem=why.detail)
     return Verdict(
         disk=disk,
@@ -92,9 +92,9 @@ def judge(
 
 
 def _why_absent(
-    disk: Disk, wanted: str, prefix: str, not_loaded: Mapping[tuple[str, str], Refusal]
+    disk: Disk, base: Base, prefix: str, not_loaded: Mapping[tuple[str, str], Refusal]
 ) -> Refusal:
-    """Return why QEMU has no bitmap of the newest checkpoint, which would be named `wanted`.
+    """Return why QEMU has no bitmap of the newest checkpoint.
 
     What was refused may be of an older checkpoint: the VM then crashed after backups that no file
     knows of.
@@ -106,9 +106,16 @@ def _why_absent(
         for (name, bitmap), why in not_loaded.items()
         if name == disk.name and checkpoint_of_bitmap(prefix, bitmap)
     }
-    if not refused:
-        return Refusal(reason="missing")
-    return refused.get(wanted) or refused[max(refused)]
+    if refused:
+        return refused.get(bitmap_name(prefix, base.backup.id)) or refused[max(refused)]
+    before, now = base.disk.source.node, disk.node
+    if before == now or before.startswith("#") or now.startswith("#"):
+        return Refusal(reason="missing")  # a name that QEMU made up may be another at each start
+    return Refusal(
+        reason="missing",
+        detail=f"the guest's disk was node {before} at the last backup and is node {now} now: "
+        "a snapshot, a pivot or another medium; its bitmap stayed behind",
+    )
 
 
 def _distrust(
