@@ -32,7 +32,8 @@ _STACKED = re.compile(r"(dm-|md)\d+")
 """Devices that are made of others, which they name (`slaves`)."""
 
 _LOOP = re.compile(r"loop\d+")
-_DEVICE_NAME = re.compile(r"[\w!.-]+(/[\w.-]+)*", re.ASCII)
+_DEVICE_NAME = re.compile(r"\w[\w!.-]*(/\w[\w.-]*)*", re.ASCII)
+_MAX_DEPTH = 16
 _MAX_DEVICES = 256
 _READS, _WRITTEN, _DISCARDED = 0, 6, 13
 """Fields of `stat`. Written and discarded are sectors: a flush counts as a write of none."""
@@ -149,6 +150,7 @@ class _Kernel:
     def __init__(self, root: Path, sync: Callable[[str, str], None]) -> None:
         self._root, self._sync_device = root, sync
         self._looked_at = 0
+        self._above: list[Path] = []
 
     def count(self, device: int) -> Counts:
         folder = self._folder(device)
@@ -174,8 +176,15 @@ class _Kernel:
             NotCountedError: some of it cannot be known.
         """
         self._looked_at += 1
-        if self._looked_at > _MAX_DEVICES:
+        if self._looked_at > _MAX_DEVICES or len(self._above) > _MAX_DEPTH:
             raise NotCountedError(f"{folder.name} lies on too many devices")
+        self._above.append(folder)
+        try:
+            return self._facts_below(folder)
+        finally:
+            self._above.pop()
+
+    def _facts_below(self, folder: Path) -> list[Fact]:
         if _is_partition(folder):
             whole = folder.parent
             self._sync(whole)
