@@ -16,7 +16,7 @@ from qbackup.bitmaps.image_files import query_disks
 from qbackup.bitmaps.roll_back import as_rolled_back
 from qbackup.errors import DiskError, MonitorAbsentError, MonitorBusyError, MonitorError
 from qbackup.formats.configuration import Vm
-from qbackup.model.backup import REASON_TEXT, Backup, DiskBackup, Reason
+from qbackup.model.backup import REASON_TEXT, Backup, DiskBackup, Reason, Refusal
 from qbackup.model.names import bitmap_name, checkpoint_of_bitmap, owner_prefix
 from qbackup.qmp.disks import Inventory
 from qbackup.qmp.jobs import query_jobs
@@ -35,6 +35,8 @@ class BitmapStatus:
 
     trusted: bool
     reason: Reason | None
+    detail: str | None
+    """What exactly is wrong, where the reason alone does not say it."""
     dirty_bytes: int | None
     granularity_bytes: int
     where: BitmapPlace
@@ -166,6 +168,7 @@ def _disk_status(verdict: Verdict, vm: Vm) -> DiskStatus:
         bitmap=BitmapStatus(
             trusted=trusted,
             reason=verdict.reason,
+            detail=verdict.problem,
             dirty_bytes=(
                 min(bitmap.dirty_bytes, verdict.disk.virtual_size_bytes)
                 if bitmap and trusted
@@ -206,6 +209,7 @@ def _saved_disks(
             if disk.name in there:
                 newest.setdefault(disk.name, (backup, disk))
     files = state.bitmap_files()
+    refused = state.read_verdicts()
     found = []
     for backup, disk in newest.values():
         ours = {
@@ -214,15 +218,18 @@ def _saved_disks(
             if name == disk.name and checkpoint_of_bitmap(prefix, bitmap)
         }
         wanted = bitmap_name(prefix, backup.id)
-        reason, dirty_bytes = _judge_files(ours, wanted, vm=vm.name, disk=disk)
+        why, dirty_bytes = _judge_files(ours, wanted, vm=vm.name, disk=disk)
+        if why is not None and why.reason == "missing":
+            why = refused.get((disk.name, wanted), why)
         found.append(
             DiskStatus(
                 name=disk.name,
                 virtual_size_bytes=disk.virtual_size_bytes,
                 last_backup=backup.id,
                 bitmap=BitmapStatus(
-                    trusted=reason is None,
-                    reason=reason,
+                    trusted=why is None,
+                    reason=why.reason if why else None,
+                    detail=why.detail if why else None,
                     dirty_bytes=dirty_bytes,
                     granularity_bytes=disk.granularity_bytes,
                     where="file" if wanted in ours else "none",
@@ -234,21 +241,21 @@ def _saved_disks(
 
 def _judge_files(
     files: Mapping[str, Path], wanted: str, *, vm: str, disk: DiskBackup
-) -> tuple[Reason | None, int | None]:
+) -> tuple[Refusal | None, int | None]:
     """Say of a disk's saved bitmaps why none can be used, or how many bytes `wanted` has dirty.
 
     After a crash there may be older files only, and what is wrong with them is the reason that
     the next backup will tell.
     """
     if not files:
-        return "missing", None
+        return Refusal(reason="missing"), None
     path = files.get(wanted) or files[max(files)]
     try:
         file = read_saved(path, vm=vm, disk=disk.name, virtual_size_bytes=disk.virtual_size_bytes)
     except NotTrustedError as err:
-        return err.reason, None
+        return err.refusal, None
     if wanted not in files:
-        return "wrong-checkpoint", None
+        return Refusal(reason="wrong-checkpoint"), None
     return None, file.bits.dirty_bytes()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from qbackup.bitmaps.size_guard import is_guarded
-from qbackup.model.backup import Backup, DiskBackup, Reason
+from qbackup.model.backup import Backup, DiskBackup, Reason, Refusal
 from qbackup.model.names import bitmap_name, checkpoint_of_bitmap
 from qbackup.qmp.disks import Bitmap, Disk
 from qbackup.qmp.vm import Migration
@@ -58,11 +58,12 @@ def checkpoints(bases: Mapping[str, Base]) -> dict[str, str]:
 
 def migrated_verdicts(
     migration: Migration, bases: Mapping[str, Base], prefix: str
-) -> dict[tuple[str, str], Reason]:
+) -> dict[tuple[str, str], Refusal]:
     """Say why QEMU has no bitmap of a guest that came from another QEMU, or went to one."""
     if not migration.images_passed:
         return {}
-    return {(disk, bitmap_name(prefix, base.backup.id)): "migrated" for disk, base in bases.items()}
+    why = Refusal(reason="migrated")
+    return {(disk, bitmap_name(prefix, base.backup.id)): why for disk, base in bases.items()}
 
 
 def judge(
@@ -70,13 +71,13 @@ def judge(
     *,
     bases: Mapping[str, Base],
     prefix: str,
-    not_loaded: Mapping[tuple[str, str], Reason],
+    not_loaded: Mapping[tuple[str, str], Refusal],
     granularity_bytes: int,
 ) -> Verdict:
     """Decide whether the bitmap of a disk's newest backup can be trusted.
 
-    `not_loaded` says of saved bitmaps, by disk and name, why they were not given to QEMU when
-    the VM started.
+    `not_loaded` says of bitmaps, by disk and name, why they were not saved when the VM ended,
+    or not given to QEMU when it started.
     """
     base = bases.get(disk.name)
     name = bitmap_name(prefix, base.backup.id) if base else ""
@@ -88,10 +89,10 @@ def judge(
         return Verdict(disk=disk, base=None, bitmap=None, reason=reason)
     bitmap = disk.bitmap(name)
     if bitmap is None:
-        reason = _why_absent(disk, prefix, not_loaded)
-        if reason == "missing" and disk.source.is_other_than(base.disk.source):
-            reason = "image-changed"
-        return Verdict(disk=disk, base=base, bitmap=None, reason=reason)
+        why = _why_absent(disk, base, prefix, not_loaded)
+        if why.reason == "missing" and disk.source.is_other_than(base.disk.source):
+            why = Refusal(reason="image-changed")
+        return Verdict(disk=disk, base=base, bitmap=None, reason=why.reason, problem=why.detail)
     return Verdict(
         disk=disk,
         base=base,
@@ -106,20 +107,31 @@ def judge(
     )
 
 
-def _why_absent(disk: Disk, prefix: str, not_loaded: Mapping[tuple[str, str], Reason]) -> Reason:
+def _why_absent(
+    disk: Disk, base: Base, prefix: str, not_loaded: Mapping[tuple[str, str], Refusal]
+) -> Refusal:
     """Return why QEMU has no bitmap of the newest checkpoint.
 
-    A file that was refused may be of an older checkpoint: the VM then crashed after backups
-    that no file knows of.
+    What was refused may be of an older checkpoint: the VM then crashed after backups that no file
+    knows of.
     """
     if any(checkpoint_of_bitmap(prefix, other.name) for other in disk.bitmaps):
-        return "wrong-checkpoint"
-    refused = (
-        reason
-        for (name, bitmap), reason in not_loaded.items()
+        return Refusal(reason="wrong-checkpoint")
+    refused = {
+        bitmap: why
+        for (name, bitmap), why in not_loaded.items()
         if name == disk.name and checkpoint_of_bitmap(prefix, bitmap)
+    }
+    if refused:
+        return refused.get(bitmap_name(prefix, base.backup.id)) or refused[max(refused)]
+    before, now = base.disk.source.node, disk.node
+    if before == now or before.startswith("#") or now.startswith("#"):
+        return Refusal(reason="missing")  # a name that QEMU made up may be another at each start
+    return Refusal(
+        reason="missing",
+        detail=f"the guest's disk was node {before} at the last backup and is node {now} now: "
+        "a snapshot, a pivot or another medium; its bitmap stayed behind",
     )
-    return next(refused, "missing")
 
 
 def _distrust(

@@ -10,7 +10,7 @@ from qbackup.backup.judge import Base, Verdict, checkpoints, judge
 from qbackup.catalog.chain_check import chain_problem
 from qbackup.errors import DiskError, NoSpaceError, RefusedError, UsageError
 from qbackup.formats.configuration import Vm
-from qbackup.model.backup import REASON_TEXT, Backup, Kind, Reason
+from qbackup.model.backup import REASON_TEXT, Backup, Kind, Refusal
 from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_size
 from qbackup.qmp.disks import Disk, Inventory
@@ -50,7 +50,7 @@ def make_plan(
     vm: Vm,
     repository: Repository,
     prefix: str,
-    not_loaded: Mapping[tuple[str, str], Reason],
+    not_loaded: Mapping[tuple[str, str], Refusal],
     options: BackupOptions,
     reporter: Reporter,
 ) -> Plan:
@@ -173,7 +173,7 @@ def judge_with_chain(
     *,
     bases: Mapping[str, Base],
     prefix: str,
-    not_loaded: Mapping[tuple[str, str], Reason],
+    not_loaded: Mapping[tuple[str, str], Refusal],
     vm: Vm,
     repository: Repository,
 ) -> Verdict:

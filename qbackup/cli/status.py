@@ -41,6 +41,7 @@ def _document(status: VmStatus) -> dict[str, Any]:
                 "bitmap": {
                     "trusted": disk.bitmap.trusted,
                     "reason": disk.bitmap.reason,
+                    "detail": disk.bitmap.detail,
                     "dirty_bytes": disk.bitmap.dirty_bytes,
                     "granularity_bytes": disk.bitmap.granularity_bytes,
                     "where": disk.bitmap.where,
@@ -77,5 +78,5 @@ def _row(disk: DiskStatus) -> tuple[str, str, str, str]:
     if bitmap.reason is None:
         following = "incremental"
     else:
-        following = f"full ({bitmap.reason}: {REASON_TEXT[bitmap.reason]})"
+        following = f"full ({bitmap.reason}: {bitmap.detail or REASON_TEXT[bitmap.reason]})"
     return f"  {disk.name}", format_size(disk.virtual_size_bytes), changed, following

@@ -48,7 +48,8 @@ class Configuration:
     path: Path
     repository: Path
     state: Path
-    trust_block_devices: bool
+    trust_block_devices: bool | None
+    """True: a fingerprint is enough. False: never. None: if the kernel proves that nobody wrote."""
     vms: dict[str, Vm]
 
     def vm(self, name: str) -> Vm:
@@ -80,7 +81,7 @@ class _VmTable:
 class _File:
     repository: str
     state: str
-    trust_block_devices: bool = True
+    trust_block_devices: bool | None = None
     vm: dict[str, Any] = field(default_factory=dict)
 
 
@@ -237,7 +238,7 @@ def example_configuration(*, repository: Path, state: Path) -> str:
 
 repository = {_quoted(repository)}
 state = {_quoted(state)}
-# trust_block_devices = false         # full backup of devices after each restart; before any table
+# trust_block_devices = true          # see docs/how-to-lose-a-backup.md; must be before any table
 
 # One table for each VM. Start QEMU with for example
 #   -qmp unix:/run/vm1/qmp.sock,server=on,wait=off

@@ -13,6 +13,7 @@ from typing import TypeVar
 import aiofiles
 import aiofiles.os
 
+from qbackup.host.files import open_regular
 from qbackup.host.tasks import in_thread
 
 T = TypeVar("T")
@@ -85,12 +86,9 @@ async def sync_directory(path: Path) -> None:
 
 
 def _overwrite_start(path: Path, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        os.pwrite(fd, data, 0)
-        os.fdatasync(fd)
-    finally:
-        os.close(fd)
+    with open_regular(path, "r+b") as file:
+        os.pwrite(file.fileno(), data, 0)
+        os.fdatasync(file.fileno())
 
 
 def _sync_path(path: Path, flags: int) -> None:

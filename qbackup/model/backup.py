@@ -20,6 +20,7 @@ Reason = Literal[
     "corrupt",
     "unsupported",
     "image-changed",
+    "unproven",
     "size-changed",
     "granularity-changed",
     "wrong-disk",
@@ -35,11 +36,13 @@ Reason = Literal[
 ]
 
 REASON_TEXT: dict[Reason, str] = {
-    "missing": "there is no bitmap of the last backup; did QEMU crash, or run unwatched?",
+    "missing": "there is no bitmap of the last backup: QEMU crashed or ran unwatched, or the disk "
+    "has had a snapshot, a pivot or another medium since",
     "unclean": "the bitmap may have missed writes",
     "corrupt": "the bitmap file is damaged",
-    "unsupported": "the bitmap file is of an unknown version",
+    "unsupported": "the bitmap file, or the disk's image, is of a kind that is not known",
     "image-changed": "it is another image now, or was written while nobody watched",
+    "unproven": "nothing proves that the block device was not written while nobody watched",
     "size-changed": "the disk was resized since the last backup",
     "granularity-changed": "the configured granularity is not the bitmap's",
     "wrong-disk": "the bitmap belongs to another disk",
@@ -52,6 +55,18 @@ REASON_TEXT: dict[Reason, str] = {
     "no-parent": "there is no intact earlier backup to build on",
 }
 """Each reason, said to people."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why a bitmap was not saved, or not loaded. `detail` is a sentence for people."""
+
+    reason: Reason
+    detail: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail or REASON_TEXT[self.reason]}"
+
 
 DEFAULT_GRANULARITY_BYTES = 65536
 MIN_GRANULARITY_BYTES = 4096

@@ -85,14 +85,60 @@ class FileStamp:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WriteRecord:
+    """What the kernel counted of the writes to a block device, as three hashes of 32 bytes.
+
+    `session` stands for this boot of the host and this making of the device: counters of another
+    one say nothing. `writes` stands for what was written to the device itself, `below` for what
+    was written past it to the devices that it lies on, None if that cannot be known.
+    """
+
+    session: bytes
+    writes: bytes
+    below: bytes | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceStamp:
-    """By what a block device is recognised; `fingerprint` is 32 bytes."""
+    """By what a block device is recognised; `fingerprint` is 32 bytes.
+
+    `uncounted` says to people why there is no record, or none that proves anything.
+    """
 
     size_bytes: int
     fingerprint: bytes
+    record: WriteRecord | None = None
+    uncounted: str | None = field(default=None, compare=False)
 
 
 ImageStamp = FileStamp | DeviceStamp
+
+
+class Sameness(enum.Enum):
+    """What two stamps of one image say together."""
+
+    PROVEN = "nothing was written in between"
+    ALIKE = "nothing looks different, and nothing proves that nothing was written"
+    CHANGED = "it was written, or it is another image"
+
+
+def compare_stamps(before: ImageStamp | None, now: ImageStamp) -> Sameness:
+    """Say what is known of an image between two stamps of it."""
+    if isinstance(before, DeviceStamp) and isinstance(now, DeviceStamp):
+        return _compare_devices(before, now)
+    return Sameness.PROVEN if before == now else Sameness.CHANGED
+
+
+def _compare_devices(before: DeviceStamp, now: DeviceStamp) -> Sameness:
+    if (before.size_bytes, before.fingerprint) != (now.size_bytes, now.fingerprint):
+        return Sameness.CHANGED
+    first, second = before.record, now.record
+    if first is None or second is None or first.session != second.session:
+        return Sameness.ALIKE
+    if first.writes != second.writes:
+        return Sameness.CHANGED
+    proven = first.below is not None and first.below == second.below
+    return Sameness.PROVEN if proven else Sameness.ALIKE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -106,7 +106,7 @@ class WatchOptions:
 
     resume: bool
     connect_timeout_s: float
-    trust_block_devices: bool
+    trust_block_devices: bool | None
     load_timeout_s: float = LOAD_TIMEOUT_S
     save_timeout_s: float = SAVE_TIMEOUT_S
     silence_s: float = SILENCE_S

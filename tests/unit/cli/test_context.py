@@ -89,7 +89,7 @@ def test_a_file_that_cannot_be_read_is_named(home: Path, content: bytes | None, 
 
 
 def test_a_folder_is_no_configuration(home: Path) -> None:
-    with pytest.raises(ConfigurationError, match="Is a directory"):
+    with pytest.raises(ConfigurationError, match="a directory, not a regular file"):
         read_configuration(home)
     shutil.rmtree(home)
     with pytest.raises(ConfigurationError, match="No such file"):
