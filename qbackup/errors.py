@@ -18,6 +18,7 @@ The tree, and the exit codes that other programs rely on:
     ├── VmStateError                   1  the VM is in no state for what was asked
     ├── DiskError                      1  a disk is missing, or not as it has to be
     ├── JobFailedError                 1  a backup job ended with an error
+    ├── WriterError                    1  the writer process could not write the backup
     ├── NoSpaceError                   1  the repository's file system is too small
     ├── ManifestDamagedError           1  a manifest cannot be trusted
     ├── ChainBrokenError               1  a backup needs another one that is not there
@@ -146,6 +147,26 @@ class JobFailedError(QbackupError):
     def __init__(self, disk: str, description: str, *, hint: str | None = None) -> None:
         super().__init__(f"disk {disk}: the backup job failed: {description}", hint=hint)
         self.disk, self.description = disk, description
+
+
+class WriterError(QbackupError):
+    """The writer process failed, or does not answer.
+
+    `kind` says who is at fault: `source`, `protocol`, `space`, `target` (`writer/channel.py`),
+    `stalled` (it does not answer in time), `gone` (it died) or `program` (qbackup itself).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: str,
+        disk: str | None = None,
+        errno: int | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.kind, self.disk, self.errno = kind, disk, errno
 
 
 class NoSpaceError(QbackupError):

@@ -10,6 +10,7 @@ from qbackup.formats.documents import DocumentError, convert, decode_document, e
 from qbackup.model.backup import MAX_DISK_BYTES, Backup
 from qbackup.model.names import is_backup_id, is_safe_name
 
+MANIFEST_FILE = "manifest.json"
 FORMAT_NAME = "qbackup-manifest"
 VERSION = 1
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from qbackup.model import limits
+
 Kind = Literal["full", "incremental"]
 
 Consistency = Literal["crash", "filesystem", "paused"]
@@ -69,10 +71,9 @@ class Refusal:
 
 
 DEFAULT_GRANULARITY_BYTES = 65536
-MIN_GRANULARITY_BYTES = 4096
-MAX_GRANULARITY_BYTES = 2 * 1024 * 1024
-MAX_DISK_BYTES = 64 * 1024**4
-"""Disks up to 64 TiB; larger sizes in a file are taken for damage."""
+MIN_GRANULARITY_BYTES = limits.MIN_GRANULARITY_BYTES
+MAX_GRANULARITY_BYTES = limits.MAX_GRANULARITY_BYTES
+MAX_DISK_BYTES = limits.MAX_DISK_BYTES
 
 
 ByteCount = Annotated[int, Meta(ge=0, le=2**63 - 1)]

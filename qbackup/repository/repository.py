@@ -10,7 +10,6 @@ REPO/vm1/<backup id>.partial/          being written
 import asyncio
 import os
 import secrets
-import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -18,7 +17,12 @@ from pathlib import Path
 
 from qbackup.errors import BackupNotFoundError, ManifestDamagedError, RepositoryError
 from qbackup.formats.documents import DocumentError, NewerVersionError
-from qbackup.formats.manifest import MAX_MANIFEST_BYTES, decode_manifest, encode_manifest
+from qbackup.formats.manifest import (
+    MANIFEST_FILE,
+    MAX_MANIFEST_BYTES,
+    decode_manifest,
+    encode_manifest,
+)
 from qbackup.formats.repository_file import (
     MAX_FILE_BYTES,
     decode_repository_file,
@@ -30,7 +34,6 @@ from qbackup.model.backup import Backup
 from qbackup.model.names import PARTIAL_SUFFIX, is_backup_id, is_safe_name
 
 REPOSITORY_FILE = "qbackup.json"
-MANIFEST_FILE = "manifest.json"
 _UNFINISHED_FILE = f".{REPOSITORY_FILE}.new"
 """What an `init` that was killed may have left."""
 
@@ -59,8 +62,7 @@ class PartialBackup:
 
     def create_image(self, disk: str) -> int:
         """Create the disk's empty file, for the owner only, and return its descriptor."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(self.image(disk), flags, durable.FILE_MODE)
+        return durable.create_file_now(self.image(disk))
 
     async def publish(self, backup: Backup) -> None:
         """Write the manifest and make the backup exist: the commit point.
@@ -257,8 +259,7 @@ class Repository:
 
     async def remove_partial(self, directory: Path) -> None:
         """Remove what an unfinished run wrote. Call only with the VM's lock held."""
-        await asyncio.to_thread(shutil.rmtree, directory)
-        await durable.sync_directory(directory.parent)
+        await asyncio.to_thread(durable.remove_directory_now, directory, first=MANIFEST_FILE)
 
     async def _remove_if_there(self, directory: Path) -> None:
         if directory.is_dir():
