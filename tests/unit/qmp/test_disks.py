@@ -137,7 +137,9 @@ async def test_every_image_that_a_disk_is_made_of_is_named(inventory_of: Ask) ->
     base["format-specific"] = {"type": "qcow2", "data": {"data-file": "/base.raw"}}
     image = {"filename": "/top.qcow2", "virtual-size": 1024, "backing-image": base}
     found = await inventory_of(block_device({**block_node("system"), "image": image}))
-    assert found.disks[0].images == ("/top.qcow2", "/base.qcow2", "/base.raw")
+    files = found.disks[0].files
+    assert files is not None
+    assert [file.name for file in files] == ["/top.qcow2", "/base.qcow2", "/base.raw"]
 
 
 async def test_bitmaps_are_those_of_the_disk_s_own_node(inventory_of: Ask) -> None:
