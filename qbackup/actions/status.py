@@ -21,6 +21,7 @@ from qbackup.qmp.disks import Inventory, query_inventory
 from qbackup.qmp.jobs import query_jobs
 from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.vm import query_state
+from qbackup.repository.removal import taken_away
 from qbackup.repository.repository import DamagedBackup, Repository
 from qbackup.repository.state import StateDirectory
 from qbackup.watching.control import vm_monitor
@@ -78,7 +79,8 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
     if running:
         # The backup has the monitor; what is in QEMU now will be different in a moment.
         return status
-    status = replace(status, leftovers=tuple(path.name for path in repository.partials(vm.name)))
+    left = (*repository.partials(vm.name), *taken_away(repository.vm_directory(vm.name)))
+    status = replace(status, leftovers=tuple(path.name for path in left))
     state = status.state
     try:
         async with vm_monitor(vm, state_directory.control_socket) as (monitor, _):
