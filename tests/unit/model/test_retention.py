@@ -370,26 +370,29 @@ rule_sets = st.builds(
 zones = st.sampled_from([UTC, BERLIN, ZoneInfo("America/St_Johns"), ZoneInfo("Pacific/Apia")])
 
 
+steps = st.sampled_from([1, 20, 60, 60 * 24, 60 * 24 * 7, 60 * 24 * 40, -60 * 24 * 3])
+drawn_backups = st.lists(st.tuples(steps, st.integers(1, 26), st.integers(0, 9)), max_size=20)
+"""Minutes since the one before; for each disk absent, full or incremental; protected if 0."""
+
+
 @st.composite
 def histories(draw: st.DrawFn) -> list[Candidate]:
     """Draw a VM's backups: disks come and go, chains begin and end, clocks jump."""
     moment = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=draw(st.integers(0, 500_000)))
-    steps = st.sampled_from([1, 20, 60, 60 * 24, 60 * 24 * 7, 60 * 24 * 40, -60 * 24 * 3])
     made: list[Candidate] = []
     newest: dict[str, str] = {}
-    for number in range(draw(st.integers(0, 30))):
-        moment += timedelta(minutes=draw(steps))
+    for number, (minutes, disks, luck) in enumerate(draw(drawn_backups)):
+        moment += timedelta(minutes=minutes)
         backup_id, _ = new_backup_id(
             now=moment, newest=made[-1].id if made else None, random_bits=number
         )
+        kinds = {disk: disks // 3**power % 3 for power, disk in enumerate("abc")}
         parents = {
-            disk: newest.get(disk) if draw(st.booleans()) else None
-            for disk in draw(st.sets(st.sampled_from("abc"), min_size=1))
+            disk: newest.get(disk) if kind == 2 else None for disk, kind in kinds.items() if kind
         }
         newest |= dict.fromkeys(parents, backup_id)
-        protected = draw(st.integers(0, 9)) == 0
-        made.append(Candidate(id=backup_id, time=moment, parents=parents, protected=protected))
-    return broken(made, draw(st.sets(st.integers(0, 29), max_size=2)))
+        made.append(Candidate(id=backup_id, time=moment, parents=parents, protected=luck == 0))
+    return broken(made, draw(st.sets(st.integers(0, 19), max_size=2)))
 
 
 def broken(candidates: Sequence[Candidate], numbers: set[int]) -> list[Candidate]:
