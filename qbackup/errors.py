@@ -23,6 +23,7 @@ The tree, and the exit codes that other programs rely on:
     ├── ManifestDamagedError           1  a manifest cannot be trusted
     ├── ChainBrokenError               1  a backup needs another one that is not there
     ├── BackupNotFoundError            1  no backup, or several, by that name
+    ├── RemovalError                   1  a backup that was to be removed is still there
     └── RestoreError                   1  a restore cannot start, or failed
 
 The exit code 3 (done, but degraded) is no error: the command's result carries it.
@@ -195,6 +196,14 @@ class ChainBrokenError(QbackupError):
 
 class BackupNotFoundError(QbackupError):
     """No backup, or more than one, goes by the name or time that was given."""
+
+
+class RemovalError(QbackupError):
+    """A backup that was to be removed is still there, whole; so is everything it needs."""
+
+    def __init__(self, directory: object, fact: str, *, hint: str | None = None) -> None:
+        super().__init__(f"{directory}: cannot be removed: {fact}", hint=hint)
+        self.directory = directory
 
 
 class RestoreError(QbackupError):

@@ -42,6 +42,7 @@ class RestoreOptions:
     disks: tuple[str, ...] = ()
     image_format: ImageFormat | None = None
     force: bool = False
+    lock_wait_s: float = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +99,21 @@ class _Source:
 async def restore(
     repository: Repository, vm: str, options: RestoreOptions, reporter: Reporter
 ) -> Restored:
-    """Restore disks of one backup.
+    """Restore disks of one backup, which no prune removes meanwhile.
 
     Raises:
+        LockedError: a prune is at work.
         BackupNotFoundError: there is no such backup.
         ChainBrokenError, ManifestDamagedError: the backup cannot be restored.
         RestoreError: the target is taken or too small, or writing failed.
     """
+    async with repository.reading(vm, wait_s=options.lock_wait_s):
+        return await _restore(repository, vm, options, reporter)
+
+
+async def _restore(
+    repository: Repository, vm: str, options: RestoreOptions, reporter: Reporter
+) -> Restored:
     backup = choose_backup(repository, vm, options.at)
     chosen = _choose_disks(backup, options.disks)
     sources = [_source(repository, backup, disk) for disk in chosen]

@@ -22,6 +22,7 @@ from qbackup.qmp.disks import Inventory
 from qbackup.qmp.jobs import query_jobs
 from qbackup.qmp.monitor import Looker
 from qbackup.qmp.vm import query_condition
+from qbackup.repository.removal import taken_away
 from qbackup.repository.repository import DamagedBackup, Repository
 from qbackup.repository.state import StateDirectory
 from qbackup.watching.control import vm_looker
@@ -89,7 +90,8 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
     if running:
         # The backup has the monitor; what is in QEMU now will be different in a moment.
         return status
-    status = replace(status, leftovers=tuple(path.name for path in repository.partials(vm.name)))
+    left = (*repository.partials(vm.name), *taken_away(repository.vm_directory(vm.name)))
+    status = replace(status, leftovers=tuple(path.name for path in left))
     state = status.state
     try:
         async with vm_looker(vm, state_directory.control_socket) as monitor:

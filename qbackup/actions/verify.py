@@ -40,15 +40,17 @@ class Verifier:
     def __init__(self, repository: Repository, reporter: Reporter) -> None:
         self._repository, self._reporter = repository, reporter
         self._problems: list[str] = []
-        self._files = self._bytes = 0
+        self._backups = self._files = self._bytes = 0
 
     async def verify(self, scopes: Sequence[Scope]) -> Verified:
-        """Verify all backups in `scopes`."""
-        count = 0
+        """Verify all backups in `scopes`; return what is known by now, earlier calls included.
+
+        The VM's backups must be kept from being removed meanwhile (`Repository.reading`).
+        """
         for scope in scopes:
             readable: dict[str, Backup] = {}
             for backup_id in scope.ids:
-                count += 1
+                self._backups += 1
                 try:
                     readable[backup_id] = self._repository.backup(scope.vm, backup_id)
                 except ManifestDamagedError as err:
@@ -56,7 +58,7 @@ class Verifier:
             for backup in readable.values():
                 await self._verify_backup(backup)
         return Verified(
-            backups=count,
+            backups=self._backups,
             files=self._files,
             bytes_read=self._bytes,
             problems=tuple(self._problems),

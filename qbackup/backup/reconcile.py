@@ -7,6 +7,7 @@ from qbackup.model.progress import Reporter
 from qbackup.qmp.jobs import end_jobs
 from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.targets import remove_leftovers
+from qbackup.repository import removal
 from qbackup.repository.repository import Repository
 
 
@@ -15,6 +16,7 @@ async def remove_partials(repository: Repository, vm: str, reporter: Reporter) -
     for directory in repository.partials(vm):
         await repository.remove_partial(directory)
         reporter.notice(f"{vm}: removed {directory.name}, left by an interrupted run")
+    await removal.finish(repository.vm_directory(vm), reporter)
 
 
 async def clear_jobs(monitor: Monitor, *, vm: str, prefix: str, reporter: Reporter) -> None:

@@ -20,9 +20,10 @@ async def run(arguments: argparse.Namespace) -> int:
     if not arguments.id:
         raise UsageError("show needs a backup id, or the beginning of one")
     backup = repository.backup(vm, repository.resolve(vm, arguments.id))
+    protected = repository.is_protected(vm, backup.id)
     answer(
-        {**backup.summary(), "manifest": asdict(backup)},
-        text=_text(backup, str(repository.path)),
+        {**backup.summary(), "protected": protected, "manifest": asdict(backup)},
+        text=_text(backup, str(repository.path), protected=protected),
         json_output=context.json_output,
     )
     return 0
@@ -32,7 +33,7 @@ def _encryption(disk: DiskBackup) -> list[tuple[str, str]]:
     return [("  encrypted", "the source is; this backup is not")] if disk.source.encrypted else []
 
 
-def _text(backup: Backup, repository: str) -> str:
+def _text(backup: Backup, repository: str, *, protected: bool) -> str:
     command_line = backup.vm_configuration.command_line
     lines = [
         facts(
@@ -42,6 +43,7 @@ def _text(backup: Backup, repository: str) -> str:
                 ("label", backup.label or "-"),
                 ("chain", backup.chain),
                 ("parent", backup.parent or "-"),
+                ("protected", "yes, from prune" if protected else "no"),
                 ("consistency", backup.consistency),
                 ("took", format_duration(backup.seconds)),
                 ("QEMU", backup.qemu_version),

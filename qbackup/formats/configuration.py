@@ -19,11 +19,14 @@ from qbackup.model.backup import (
     MIN_GRANULARITY_BYTES,
 )
 from qbackup.model.names import check_name
-from qbackup.model.quantities import parse_size_bytes
+from qbackup.model.quantities import parse_duration_s, parse_size_bytes
+from qbackup.model.retention import NO_RULES, Rules
 
 Engine = Literal["blockdev-backup", "drive-backup"]
 
 MAX_CONFIGURATION_BYTES = 1024 * 1024
+MAX_KEEP = 999_999_999
+KEEP_PERIODS = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +42,8 @@ class Vm:
     disks: tuple[str, ...] | None
     granularity_bytes: int
     engine: Engine
+    keep: Rules | None = None
+    """The VM's own rules of retention, in place of the global ones; None means these."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +56,12 @@ class Configuration:
     trust_block_devices: bool | None
     """True: a fingerprint is enough. False: never. None: if the kernel proves that nobody wrote."""
     vms: dict[str, Vm]
+    keep: Rules = NO_RULES
+
+    def rules(self, name: str) -> Rules:
+        """Return what of a VM's backups is kept; the VM need not be in the file (any more)."""
+        vm = self.vms.get(name)
+        return self.keep if vm is None or vm.keep is None else vm.keep
 
     def vm(self, name: str) -> Vm:
         """Return the VM of that name.
@@ -75,6 +86,18 @@ class _VmTable:
     disks: list[str] | None = None
     granularity: str | int = "64K"
     engine: Engine = "blockdev-backup"
+    keep: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _KeepTable:
+    within: str | None = None
+    last: int | None = None
+    hourly: int | None = None
+    daily: int | None = None
+    weekly: int | None = None
+    monthly: int | None = None
+    yearly: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +105,7 @@ class _File:
     repository: str
     state: str
     trust_block_devices: bool | None = None
+    keep: dict[str, Any] | None = None
     vm: dict[str, Any] = field(default_factory=dict)
 
 
@@ -95,7 +119,9 @@ _EXPECTED = {
     "disks": 'a list of names, such as disks = ["system", "data"]',
     "granularity": 'a power of two from 4K to 2M, such as granularity = "64K"',
     "engine": '"blockdev-backup" or "drive-backup"',
-}
+    "keep": "a table, such as [keep] or [vm.vm1.keep]",
+    "within": 'a time, such as within = "30d"',
+} | dict.fromkeys(KEEP_PERIODS, "how many to keep, a number from 1 on")
 """What each key takes, for the hint of every error about it."""
 
 
@@ -134,6 +160,7 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
         state=folder / top.state,
         trust_block_devices=top.trust_block_devices,
         vms=vms,
+        keep=_rules(top.keep or {}, path=path, where="keep"),
     )
 
 
@@ -154,7 +181,32 @@ def _vm(name: str, table: _VmTable, *, path: Path, folder: Path) -> Vm:
         disks=None if table.disks is None else tuple(table.disks),
         granularity_bytes=_granularity(table.granularity, where=f"{where}.granularity"),
         engine=table.engine,
+        keep=None if table.keep is None else _rules(table.keep, path=path, where=f"vm.{name}.keep"),
     )
+
+
+def _rules(document: dict[str, Any], *, path: Path, where: str) -> Rules:
+    table = _table(document, _KeepTable, path=path, where=where)
+    for key in KEEP_PERIODS:
+        number = getattr(table, key)
+        if number is not None and not 1 <= number <= MAX_KEEP:
+            raise ConfigurationError(
+                f"{path}: {where}.{key}: {number} is not allowed", hint=f"expected {_EXPECTED[key]}"
+            )
+    within_s = None
+    if table.within is not None:
+        try:
+            within_s = parse_duration_s(table.within)
+        except ValueError as err:
+            raise ConfigurationError(
+                f"{path}: {where}.within: {err}", hint=f"expected {_EXPECTED['within']}"
+            ) from err
+        if within_s == 0:
+            raise ConfigurationError(
+                f"{path}: {where}.within: {table.within!r} would keep nothing",
+                hint=f"expected {_EXPECTED['within']}",
+            )
+    return Rules(within_s=within_s, **{key: getattr(table, key) for key in KEEP_PERIODS})
 
 
 def _table(document: dict[str, Any], target: type[Any], *, path: Path, where: str) -> Any:
@@ -239,6 +291,14 @@ def example_configuration(*, repository: Path, state: Path) -> str:
 repository = {_quoted(repository)}
 state = {_quoted(state)}
 # trust_block_devices = true          # see docs/how-to-lose-a-backup.md; must be before any table
+
+# What qbackup prune keeps: the newest backup of each of so many periods that have one. A table
+# [vm.vm1.keep] replaces this one for vm1. Without any rule, nothing is ever removed.
+#
+# [keep]
+# hourly = 24
+# daily = 7                           # also: last, weekly, monthly, yearly
+# within = "2d"                       # and everything that is not older
 
 # One table for each VM. Start QEMU with for example
 #   -qmp unix:/run/vm1/qmp.sock,server=on,wait=off

@@ -19,6 +19,9 @@ _TIME_FORMAT = "%Y%m%d-%H%M%S.%f"
 
 PARTIAL_SUFFIX = ".partial"
 
+REMOVED_SUFFIX = ".removed"
+"""What `prune` has taken away, and not deleted yet."""
+
 RESERVED_PREFIX = "qbackup-"
 """Jobs, nodes, fd sets and bitmaps in QEMU whose name starts so are ours."""
 

@@ -1,17 +1,19 @@
 """The repository: opened, checked and locked in one place.
 
 REPO/qbackup.json                      format version, repository id
-REPO/vm1/.lock                         held while a backup of vm1 runs
+REPO/vm1/.lock                         who may use vm1's backups now (`host/lock.py`)
 REPO/vm1/<backup id>/manifest.json     written last; without it the backup does not exist
 REPO/vm1/<backup id>/<disk>.qcow2      backing file: ../<parent id>/<disk>.qcow2
+REPO/vm1/<backup id>/protected         if it is there, `prune` leaves the backup alone
 REPO/vm1/<backup id>.partial/          being written
+REPO/vm1/<backup id>.removed/          being deleted (`removal.py`)
 """
 
 import asyncio
 import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +31,13 @@ from qbackup.formats.repository_file import (
     encode_repository_file,
 )
 from qbackup.host import durable
-from qbackup.host.lock import is_locked, locked
+from qbackup.host.lock import is_locked, locked, locked_alone, locked_for_reading
 from qbackup.model.backup import Backup
 from qbackup.model.names import PARTIAL_SUFFIX, is_backup_id, is_safe_name
+from qbackup.repository.removal import MANIFEST_FILE, PROTECTED_FILE
 
 REPOSITORY_FILE = "qbackup.json"
+_PROTECTED_TEXT = b"qbackup prune keeps this backup while this file is here.\n"
 _UNFINISHED_FILE = f".{REPOSITORY_FILE}.new"
 """What an `init` that was killed may have left."""
 
@@ -144,8 +148,16 @@ class Repository:
         return self.path / vm
 
     def lock(self, vm: str, *, wait_s: float) -> AbstractAsyncContextManager[None]:
-        """Hold the VM's lock; see `lock.locked`."""
+        """Be the only one who makes a backup of the VM; see `lock.locked`."""
         return locked(self.vm_directory(vm), vm=vm, wait_s=wait_s)
+
+    def reading(self, vm: str, *, wait_s: float) -> AbstractAsyncContextManager[None]:
+        """Keep the VM's backups from being removed; see `lock.locked_for_reading`."""
+        return locked_for_reading(self.vm_directory(vm), vm=vm, wait_s=wait_s)
+
+    def removing(self, vm: str, *, wait_s: float) -> AbstractAsyncContextManager[None]:
+        """Be alone with the VM's backups; see `lock.locked_alone`."""
+        return locked_alone(self.vm_directory(vm), vm=vm, wait_s=wait_s)
 
     def is_locked(self, vm: str) -> bool:
         """Tell whether a backup of the VM is under way."""
@@ -213,6 +225,8 @@ class Repository:
                 yield self.backup(vm, backup_id)
             except ManifestDamagedError as err:
                 yield DamagedBackup(vm=vm, id=backup_id, error=err)
+            except BackupNotFoundError:
+                pass  # removed since the directory was read
 
     def find(self, vm: str, backup_id: str) -> Backup | None:
         """Return a backup, None if there is none of that id.
@@ -224,6 +238,34 @@ class Repository:
             return self.backup(vm, backup_id)
         except BackupNotFoundError:
             return None
+
+    def is_protected(self, vm: str, backup_id: str) -> bool:
+        """Tell whether `prune` must leave a backup alone: whatever has that name says so."""
+        try:
+            os.lstat(f"{self.path}/{vm}/{backup_id}/{PROTECTED_FILE}")
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    async def set_protected(self, vm: str, backup_id: str, *, protected: bool) -> None:
+        """Let `prune` leave a backup alone, or not, durably.
+
+        The mark is no part of the manifest, which is never written again; it goes with the
+        directory wherever that is copied.
+
+        Raises:
+            BackupNotFoundError: there is no such backup.
+        """
+        directory = self.vm_directory(vm) / backup_id
+        if not directory.is_dir() or directory.is_symlink():
+            raise BackupNotFoundError(f"{vm}: {directory} is not a directory")
+        mark = directory / PROTECTED_FILE
+        if protected:
+            with suppress(FileExistsError):
+                await durable.write_new_file(mark, _PROTECTED_TEXT)
+        else:
+            mark.unlink(missing_ok=True)
+        await durable.sync_directory(directory)
 
     def resolve(self, vm: str, prefix: str) -> str:
         """Return the id of the VM's only backup that begins with `prefix`.

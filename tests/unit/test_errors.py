@@ -27,6 +27,7 @@ EXIT_CODES = {
     "ManifestDamagedError": 1,
     "ChainBrokenError": 1,
     "BackupNotFoundError": 1,
+    "RemovalError": 1,
     "RestoreError": 1,
 }
 
