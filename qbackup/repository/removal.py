@@ -16,11 +16,11 @@ import stat
 from pathlib import Path
 
 from qbackup.errors import RemovalError
+from qbackup.formats.manifest import MANIFEST_FILE
 from qbackup.host import durable
 from qbackup.model.names import REMOVED_SUFFIX, is_backup_id
 from qbackup.model.progress import Reporter
 
-MANIFEST_FILE = "manifest.json"
 PROTECTED_FILE = "protected"
 IMAGE_SUFFIX = ".qcow2"
 _OURS = frozenset({MANIFEST_FILE, PROTECTED_FILE})

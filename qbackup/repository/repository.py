@@ -34,7 +34,7 @@ from qbackup.host import durable
 from qbackup.host.lock import is_locked, locked, locked_alone, locked_for_reading
 from qbackup.model.backup import Backup
 from qbackup.model.names import PARTIAL_SUFFIX, is_backup_id, is_safe_name
-from qbackup.repository.removal import MANIFEST_FILE, PROTECTED_FILE
+from qbackup.repository.removal import PROTECTED_FILE
 
 REPOSITORY_FILE = "qbackup.json"
 _PROTECTED_TEXT = b"qbackup prune keeps this backup while this file is here.\n"
