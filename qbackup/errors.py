@@ -9,7 +9,6 @@ The tree, and the exit codes that other programs rely on:
     ├── RepositoryError               10  no repository, or not one that we can use
     ├── LockedError                   11  another run holds the VM's lock
     ├── MonitorError                  12  QEMU cannot be reached, or it went away
-    │   ├── MonitorAbsentError        12  nobody listens there
     │   ├── MonitorBusyError          12  another client has the monitor, or QEMU hangs
     │   └── MonitorLostError          12  the connection ended in the middle
     ├── VerificationError             13  what is stored is not what was written
@@ -81,13 +80,13 @@ class LockedError(QbackupError):
 
 
 class MonitorError(QbackupError):
-    """QEMU cannot be reached."""
+    """QEMU cannot be reached; `absent`: because nobody listens where its monitor should be."""
 
     exit_code = 12
 
-
-class MonitorAbsentError(MonitorError):
-    """Nobody listens where the monitor should be."""
+    def __init__(self, message: str, *, hint: str | None = None, absent: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.absent = absent
 
 
 class MonitorBusyError(MonitorError):

@@ -14,7 +14,7 @@ from qbackup.backup.plan import judge_with_chain
 from qbackup.bitmaps.files import NotTrustedError, is_clean, read_saved
 from qbackup.bitmaps.image_files import query_disks
 from qbackup.bitmaps.roll_back import as_rolled_back
-from qbackup.errors import DiskError, MonitorAbsentError, MonitorBusyError, MonitorError
+from qbackup.errors import DiskError, MonitorBusyError, MonitorError
 from qbackup.formats.configuration import Vm
 from qbackup.model.backup import REASON_TEXT, Backup, DiskBackup, Reason, Refusal
 from qbackup.model.names import bitmap_name, checkpoint_of_bitmap, owner_prefix
@@ -107,7 +107,7 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
         disks = await asyncio.to_thread(
             _saved_disks, state_directory, history, vm=vm, prefix=prefix
         )
-        if isinstance(err, MonitorAbsentError):
+        if err.absent:
             state, detail = await asyncio.to_thread(
                 _without_qemu, state_directory, disks, status.last_backup, err.message
             )

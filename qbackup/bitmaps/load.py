@@ -6,7 +6,7 @@ The order is what makes the clean flag mean something.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -155,8 +155,12 @@ async def are_loaded(monitor: Monitor) -> bool:
 
 async def give_up_loading(monitor: Monitor, state: StateDirectory) -> None:
     """Clean up after a loading that failed, wherever it was, and before the guest writes."""
+    present = None
+    with suppress(QbackupError):
+        inventory = await query_inventory(monitor)
+        present = {disk.name for disk in (*inventory.disks, *inventory.busy)}
     try:
-        await distrust_all(state)
+        await distrust_all(state, present=present)
     finally:
         await _remove_recorders(monitor)
 

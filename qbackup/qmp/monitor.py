@@ -25,7 +25,6 @@ from qemu.qmp import (
 from qemu.qmp.message import DeserializationError
 
 from qbackup.errors import (
-    MonitorAbsentError,
     MonitorBusyError,
     MonitorError,
     MonitorLostError,
@@ -214,8 +213,7 @@ async def connected(
     """Connect for the duration of a block.
 
     Raises:
-        MonitorAbsentError: nobody listens there.
-        MonitorError: what listens is not QEMU's QMP monitor.
+        MonitorError: nobody listens there, or what listens is not QEMU's QMP monitor.
         MonitorBusyError: the monitor does not greet us.
     """
     client = QMPClient("qbackup")
@@ -297,13 +295,16 @@ def _silent(address: Address, process: HostProcess | None) -> MonitorBusyError:
 def _unreachable(address: Address, cause: BaseException) -> MonitorError:
     text = address_text(address)
     if isinstance(cause, FileNotFoundError):
-        return MonitorAbsentError(
+        return MonitorError(
             f"{text}: no such socket",
             hint="is the VM running? start QEMU with -qmp unix:PATH,server=on,wait=off",
+            absent=True,
         )
     if isinstance(cause, ConnectionRefusedError):
-        return MonitorAbsentError(
-            f"{text}: connection refused", hint="QEMU is not running, or listens elsewhere"
+        return MonitorError(
+            f"{text}: connection refused",
+            hint="QEMU is not running, or listens elsewhere",
+            absent=True,
         )
     if isinstance(cause, OSError) and cause.strerror:
         return MonitorError(f"{text}: cannot connect: {cause.strerror}")

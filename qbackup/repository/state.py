@@ -140,8 +140,8 @@ class StateDirectory:
         path.unlink(missing_ok=True)
         await durable.sync_directory(path.parent)
 
-    async def remove_others(self, keep: set[Path], *, disks: Collection[str]) -> None:
-        """Remove bitmap files of these disks that no longer stand for anything.
+    async def remove_others(self, keep: set[Path], *, disks: Collection[str] | None = None) -> None:
+        """Remove bitmap files that no longer stand for anything, of these disks or of all.
 
         Unfinished ones go, of whatever disk. What cannot be removed stays; it is not clean.
         """
@@ -151,7 +151,7 @@ class StateDirectory:
                 for path in _content_of(folder)
                 if path not in keep
                 and BITMAP_SUFFIX in path.suffixes
-                and (folder.name in disks or path.name.startswith("."))
+                and (disks is None or folder.name in disks or path.name.startswith("."))
             ]
             for path in stale:
                 with suppress(OSError):

@@ -490,8 +490,10 @@ class Watcher:
                         await request.answer(**{"return": True})
                 elif waiting.done():
                     return
-                elif loop.time() < due:
-                    continue  # it was heard meanwhile
+                elif loop.time() < due or (
+                    recalled_at is None and await self._is_heard_after_all(request)
+                ):
+                    continue
                 elif recalled_at is None:
                     recalled_at = loop.time()
                     why = f"nothing was heard of it for {self._options.silence_s:.0f} s"
@@ -511,6 +513,12 @@ class Watcher:
             getting.cancel()
             for item in later:
                 self._inbox.put_nowait(item)
+
+    async def _is_heard_after_all(self, request: Request) -> bool:
+        """Listen once more: it may be we ourselves who were stopped, with its words unread."""
+        await asyncio.sleep(self._options.silence_s / 4)
+        heard_s = asyncio.get_running_loop().time() - request.heard_at
+        return request.ended.is_set() or heard_s < self._options.silence_s
 
     async def _take_back(self, request: Request) -> None:
         """End a client that does not give the monitor back: QEMU serves no other meanwhile."""

@@ -21,6 +21,7 @@ EXIT_CODES = {
     "VerificationError": 13,
     "InterruptedByUserError": 130,
     "QmpCommandError": 1,
+    "VmStateError": 1,
     "DiskError": 1,
     "JobFailedError": 1,
     "NoSpaceError": 1,

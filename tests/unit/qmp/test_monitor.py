@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from qbackup.errors import MonitorBusyError, MonitorError, MonitorLostError, QmpCommandError
 from qbackup.qmp import commands
+from qbackup.qmp.commands import Query
 from qbackup.qmp.monitor import (
     COMMAND_TIMEOUT_S,
     CONNECT_TIMEOUT_S,
@@ -17,6 +19,7 @@ from qbackup.qmp.monitor import (
     Monitor,
     address_text,
     connected,
+    looking,
 )
 from qbackup.qmp.vm import VmState
 
@@ -125,6 +128,44 @@ async def test_what_is_not_qmp_at_all_is_told(fake_qmp: Start, greeting: bytes) 
         async with connected(fake.path):
             pass
     assert caught.value.hint is not None and "-qmp" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("greeting", "told", "hint"),
+    [
+        (b"{\r\n", "in many lines", "in place of -qmp-pretty"),
+        (b"QEMU 7.2.22 monitor - type 'help' for more\r\n(qemu) ", "for people", "-qmp"),
+    ],
+)
+async def test_qemus_other_monitors_are_told_apart(
+    fake_qmp: Start, greeting: bytes, told: str, hint: str
+) -> None:
+    fake = await fake_qmp(greeting=greeting)
+    with pytest.raises(MonitorError, match=told) as caught:
+        async with connected(fake.path):
+            pass
+    assert caught.value.hint is not None and hint in caught.value.hint
+
+
+async def test_a_qemu_that_hangs_is_not_blamed_on_another_client(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "qmp.sock"))
+        server.listen()
+        with pytest.raises(MonitorBusyError, match="nobody else has it"):
+            async with connected(tmp_path / "qmp.sock", timeout_s=0.05):
+                pass
+
+
+async def test_who_looks_can_do_nothing_else(fake_qmp: Start) -> None:
+    fake = await fake_qmp({"query-status": {"status": "shutdown", "running": False}})
+    async with looking(fake.path) as looker:
+        assert not isinstance(looker, Monitor)
+        assert not hasattr(looker, "execute") and not hasattr(looker, "send_descriptor")
+        assert (await looker.query(commands.query("status"), dict))["status"] == "shutdown"
+    assert [m["execute"] for m in fake.received] == ["qmp_capabilities", "query-status"]
+    for name in ("quit", "set-action", "job-cancel", "qom-set", "human-monitor-command"):
+        with pytest.raises(ValueError, match="more than look"):
+            Query(name=name)
 
 
 @pytest.mark.parametrize("reply", [HangUp(), Refusal(description="no"), Raw(b"no\n")])
