@@ -77,7 +77,7 @@ async def save_bitmaps(
             for b in our_bitmaps(disk)
             if b.recording and not (b.busy or b.inconsistent) and is_guarded(disk, owner_of(b.name))
         ]
-        if not bitmaps:
+        if not bitmaps or disk.virtual_size_bytes == 0:
             continue
         reason = no_bitmap_reason(inventory, disk)
         if reason is not None:
