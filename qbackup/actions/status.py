@@ -162,7 +162,7 @@ def _left_out(inventory: Inventory, vm: Vm) -> dict[str, str]:
 
 def _disk_status(verdict: Verdict, vm: Vm) -> DiskStatus:
     bitmap = verdict.bitmap
-    trusted = verdict.reason is None and bitmap is not None
+    trusted = verdict.reason is None
     return DiskStatus(
         name=verdict.disk.name,
         virtual_size_bytes=verdict.disk.virtual_size_bytes,

@@ -87,6 +87,9 @@ def judge(
     if base is None:
         reason: Reason = "new-disk" if bases else "no-parent"
         return Verdict(disk=disk, base=None, bitmap=None, reason=reason)
+    if disk.virtual_size_bytes == 0 == base.disk.virtual_size_bytes:
+        # Nothing can have changed, and nothing is what a backup of all of it copies.
+        return Verdict(disk=disk, base=base, bitmap=None, reason=None)
     bitmap = disk.bitmap(name)
     if bitmap is None:
         why = _why_absent(disk, base, prefix, not_loaded)

@@ -89,7 +89,7 @@ async def save_bitmaps(
     inventory = await query_disks(monitor, pid)
     for disk in (*inventory.disks, *inventory.busy):
         ours = our_bitmaps(disk)
-        if not ours:
+        if not ours or disk.virtual_size_bytes == 0:
             continue
         never = no_bitmap_reason(inventory, disk)
         images = None if never else await in_thread(open_images, disk, pid)
