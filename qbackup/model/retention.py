@@ -164,11 +164,11 @@ def _periodic(rules: Rules) -> list[tuple[Reason, int, Callable[[str, datetime],
     """Return the rules that count periods, in order, each with the name of a backup's period."""
     every: list[tuple[Reason, int | None, Callable[[str, datetime], str]]] = [
         ("keep-last", rules.last, lambda backup_id, _: backup_id),
-        ("keep-hourly", rules.hourly, lambda _, time: f"{time:%Y-%m-%d %H}:00"),
-        ("keep-daily", rules.daily, lambda _, time: f"{time:%Y-%m-%d}"),
+        ("keep-hourly", rules.hourly, lambda _, time: f"{time.isoformat(' ', 'hours')[:13]}:00"),
+        ("keep-daily", rules.daily, lambda _, time: time.date().isoformat()),
         ("keep-weekly", rules.weekly, lambda _, time: _iso_week(time)),
-        ("keep-monthly", rules.monthly, lambda _, time: f"{time:%Y-%m}"),
-        ("keep-yearly", rules.yearly, lambda _, time: f"{time:%Y}"),
+        ("keep-monthly", rules.monthly, lambda _, time: time.date().isoformat()[:7]),
+        ("keep-yearly", rules.yearly, lambda _, time: time.date().isoformat()[:4]),
     ]
     return [(reason, count, period) for reason, count, period in every if count is not None]
 
