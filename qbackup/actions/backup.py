@@ -13,11 +13,18 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from qbackup.backup import reconcile
-from qbackup.backup.copy import Copied, DiskCopier
+from qbackup.backup.copy import DiskCopier
 from qbackup.backup.judge import checkpoints, newest_bases
-from qbackup.backup.plan import BackupOptions, Plan, make_plan, readable_backups
+from qbackup.backup.plan import (
+    BackupOptions,
+    Plan,
+    disks_to_look_up,
+    make_plan,
+    readable_backups,
+)
 from qbackup.bitmaps.files import distrust_all
 from qbackup.bitmaps.roll_back import prune_bitmaps, roll_back_bitmaps
+from qbackup.catalog.history import History
 from qbackup.errors import QbackupError
 from qbackup.formats.configuration import Vm
 from qbackup.host.tasks import to_its_end
@@ -67,9 +74,10 @@ async def back_up(
             await distrust_all(state)
         await reconcile.clear_jobs(monitor, vm=vm.name, prefix=prefix, reporter=reporter)
         await reconcile.remove_partials(repository, vm.name, reporter)
+        history = History(repository, vm.name)
         plan = await _prepare(
             monitor,
-            repository,
+            history,
             vm=vm,
             state=state,
             prefix=prefix,
@@ -78,7 +86,8 @@ async def back_up(
         )
         version = await query_version(monitor)
         configuration = await query_configuration(monitor)
-        backup_id, moment = new_backup_id(
+        _compare_clock(history, reporter)
+        backup_id = new_backup_id(
             now=datetime.now(UTC), newest=plan.newest_id, random_bits=secrets.randbits(16)
         )
         async with repository.partial(vm.name, backup_id) as partial:
@@ -96,11 +105,11 @@ async def back_up(
             )
             async with copier.rolled_back_on_failure():
                 copied = await copier.copy()
-                parent, chain = _place_in_chain(plan, copied, backup_id)
+                parent, chain = _place_in_chain(plan, backup_id)
                 backup = Backup(
                     id=backup_id,
                     vm=vm.name,
-                    time=moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+                    time=_written(copied.instant),
                     chain=chain,
                     parent=parent,
                     label=options.label,
@@ -120,7 +129,7 @@ async def back_up(
 
 async def _prepare(
     monitor: Monitor,
-    repository: Repository,
+    history: History,
     *,
     vm: Vm,
     state: StateDirectory,
@@ -130,7 +139,8 @@ async def _prepare(
 ) -> Plan:
     """Adopt the bits that an interrupted run left, then look again and decide."""
     inventory = await query_inventory(monitor)
-    bases = newest_bases(readable_backups(repository, vm.name, reporter), inventory.disks)
+    disks = disks_to_look_up(inventory, vm=vm, options=options)
+    bases = newest_bases(readable_backups(history, reporter), disks)
     await roll_back_bitmaps(
         monitor, prefix=prefix, checkpoints=checkpoints(bases), uncommitted=None
     )
@@ -138,7 +148,7 @@ async def _prepare(
         await query_inventory(monitor),
         bases,
         vm=vm,
-        repository=repository,
+        history=history,
         prefix=prefix,
         not_loaded=state.read_verdicts(),
         options=options,
@@ -146,12 +156,26 @@ async def _prepare(
     )
 
 
-def _place_in_chain(plan: Plan, copied: Copied, backup_id: str) -> tuple[str | None, str]:
+def _compare_clock(history: History, reporter: Reporter) -> None:
+    """Warn if the clock is behind the newest backup: it was ahead then, or it is wrong now."""
+    newest = history.newest_usable()
+    if newest is not None and datetime.now(UTC) < newest.moment:
+        reporter.warning(
+            f"{newest.vm}: the clock is behind the newest backup, {newest.id} of {newest.time}; "
+            "was it wrong then, or is it now? restore --at TIME goes by the clock"
+        )
+
+
+def _written(instant: datetime) -> str:
+    return instant.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _place_in_chain(plan: Plan, backup_id: str) -> tuple[str | None, str]:
     """Return the newest parent of any disk and the chain that it is in."""
     parents = [
         verdict.base.backup
-        for verdict, disk in zip(plan.verdicts, copied.disks, strict=True)
-        if disk.parent is not None and verdict.base is not None
+        for verdict in plan.verdicts
+        if verdict.method == "incremental" and verdict.base is not None
     ]
     if not parents:
         return None, backup_id

@@ -4,6 +4,7 @@ import argparse
 
 from qbackup.actions.verify import Scope, Verifier, scope_of_chain
 from qbackup.catalog.choose import choose_backup
+from qbackup.catalog.history import History
 from qbackup.cli.context import make_context
 from qbackup.cli.output import summary
 from qbackup.errors import ManifestDamagedError, UsageError, VerificationError
@@ -24,7 +25,8 @@ async def run(arguments: argparse.Namespace) -> int:
             raise UsageError("--at needs a VM", hint="qbackup verify VM --at ID")
         vm = context.vm_name(repository, arguments.vm)
         try:
-            scopes = [scope_of_chain(repository, choose_backup(repository, vm, arguments.at))]
+            history = History(repository, vm)
+            scopes = [scope_of_chain(history, choose_backup(history, arguments.at))]
         except ManifestDamagedError as err:
             raise VerificationError([err.message]) from err
     else:

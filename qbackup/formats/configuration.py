@@ -18,6 +18,7 @@ from qbackup.model.backup import (
     MAX_GRANULARITY_BYTES,
     MIN_GRANULARITY_BYTES,
 )
+from qbackup.model.chain import DEFAULT_MAX_CHAIN, LARGEST_MAX_CHAIN
 from qbackup.model.names import check_name
 from qbackup.model.quantities import parse_size_bytes
 
@@ -39,6 +40,7 @@ class Vm:
     disks: tuple[str, ...] | None
     granularity_bytes: int
     engine: Engine
+    max_chain: int = DEFAULT_MAX_CHAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,7 @@ class _VmTable:
     disks: list[str] | None = None
     granularity: str | int = "64K"
     engine: Engine = "blockdev-backup"
+    max_chain: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +84,7 @@ class _File:
     repository: str
     state: str
     trust_block_devices: bool = True
+    max_chain: int = DEFAULT_MAX_CHAIN
     vm: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,6 +92,7 @@ _EXPECTED = {
     "repository": 'a directory, such as repository = "/srv/backups"',
     "state": 'a directory, such as state = "/var/lib/qbackup"',
     "trust_block_devices": "true or false",
+    "max_chain": f"a number of backups from 1 to {LARGEST_MAX_CHAIN}, such as max_chain = 100",
     "vm": "tables such as [vm.vm1]",
     "qmp": "QEMU's monitor, a socket's path or tcp:HOST:PORT",
     "agent": 'the guest agent\'s socket, such as agent = "/run/vm1/qga.sock"',
@@ -110,6 +115,7 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
         raise ConfigurationError(f"{path}: not TOML: {err}") from err
     top = _table(document, _File, path=path, where="")
     folder = path.absolute().parent
+    max_chain = _max_chain(top.max_chain, where=f"{path}: max_chain")
     vms = {}
     for name, table in top.vm.items():
         where = f"vm.{name}"
@@ -120,7 +126,7 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
         if not isinstance(table, dict):
             raise ConfigurationError(f"{path}: {where}: expected a table [{where}]")
         parsed = _table(table, _VmTable, path=path, where=where)
-        vms[name] = _vm(name, parsed, path=path, folder=folder)
+        vms[name] = _vm(name, parsed, path=path, folder=folder, max_chain=max_chain)
         for other in vms.values():
             if other.name != name and other.qmp == vms[name].qmp:
                 raise ConfigurationError(
@@ -136,7 +142,7 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
     )
 
 
-def _vm(name: str, table: _VmTable, *, path: Path, folder: Path) -> Vm:
+def _vm(name: str, table: _VmTable, *, path: Path, folder: Path, max_chain: int) -> Vm:
     where = f"{path}: vm.{name}"
     if table.disks is not None:
         if not table.disks:
@@ -153,6 +159,11 @@ def _vm(name: str, table: _VmTable, *, path: Path, folder: Path) -> Vm:
         disks=None if table.disks is None else tuple(table.disks),
         granularity_bytes=_granularity(table.granularity, where=f"{where}.granularity"),
         engine=table.engine,
+        max_chain=(
+            max_chain
+            if table.max_chain is None
+            else _max_chain(table.max_chain, where=f"{where}.max_chain")
+        ),
     )
 
 
@@ -229,6 +240,14 @@ def _granularity(value: str | int, *, where: str) -> int:
     return size
 
 
+def _max_chain(value: int, *, where: str) -> int:
+    if not 1 <= value <= LARGEST_MAX_CHAIN:
+        raise ConfigurationError(
+            f"{where}: {value} is not allowed", hint=f"expected {_EXPECTED['max_chain']}"
+        )
+    return value
+
+
 def example_configuration(*, repository: Path, state: Path) -> str:
     """Return the commented file that `qbackup init` writes."""
     granularity = f"{DEFAULT_GRANULARITY_BYTES // 1024}K"
@@ -238,6 +257,7 @@ def example_configuration(*, repository: Path, state: Path) -> str:
 repository = {_quoted(repository)}
 state = {_quoted(state)}
 # trust_block_devices = false         # full backup of devices after each restart; before any table
+# max_chain = {DEFAULT_MAX_CHAIN}                     # backups in a chain; before any table
 
 # One table for each VM. Start QEMU with for example
 #   -qmp unix:/run/vm1/qmp.sock,server=on,wait=off
@@ -249,6 +269,7 @@ state = {_quoted(state)}
 # disks = ["system", "data"]          # default: every writable disk
 # granularity = "{granularity}"                 # bytes per bit of the dirty bitmap, 4K to 2M
 # engine = "blockdev-backup"          # or "drive-backup"
+# max_chain = {DEFAULT_MAX_CHAIN}                     # for this VM alone
 """
 
 

@@ -8,17 +8,20 @@ process that has it open ends, however it ends, so there is no such thing as a s
 import asyncio
 import fcntl
 import os
+import stat
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from qbackup.errors import LockedError
+from qbackup.errors import LockedError, RepositoryError
 from qbackup.host.durable import FILE_MODE
+from qbackup.host.files import open_regular
 
 LOCK_NAME = ".lock"
 _POLL_S = 0.2
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
+_HINT = "qbackup makes it anew: if no backup is running, remove what is there"
 _WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 """`struct flock`: an exclusive lock from the first byte to the end."""
 
@@ -29,8 +32,9 @@ async def locked(directory: Path, *, vm: str, wait_s: float) -> AsyncIterator[No
 
     Raises:
         LockedError: another process holds it.
+        RepositoryError: the lock is not a regular file.
     """
-    fd = os.open(directory / LOCK_NAME, _FLAGS | os.O_RDWR | os.O_CREAT, FILE_MODE)
+    fd = _open(directory / LOCK_NAME)
     try:
         await _acquire(fd, vm=vm, wait_s=wait_s)
         os.ftruncate(fd, 0)
@@ -43,15 +47,25 @@ async def locked(directory: Path, *, vm: str, wait_s: float) -> AsyncIterator[No
 def is_locked(directory: Path) -> bool:
     """Tell whether a run is under way, without disturbing it."""
     try:
-        fd = os.open(directory / LOCK_NAME, _FLAGS | os.O_RDONLY)
+        with open_regular(directory / LOCK_NAME) as file:
+            found = fcntl.fcntl(file, fcntl.F_OFD_GETLK, _WHOLE_FILE)
     except OSError:
         return False
-    try:
-        found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _WHOLE_FILE)
-    finally:
-        os.close(fd)
     (kind,) = struct.unpack_from("h", found)
     return bool(kind != fcntl.F_UNLCK)
+
+
+def _open(path: Path) -> int:
+    """Open the lock, and make it if it is not there."""
+    try:
+        fd = os.open(path, _FLAGS | os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, FILE_MODE)
+    except OSError as err:
+        hint = _HINT if path.is_symlink() or path.is_dir() else None
+        raise RepositoryError(f"{path}: cannot be opened: {err.strerror}", hint=hint) from err
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise RepositoryError(f"{path}: the lock is not a regular file", hint=_HINT)
+    return fd
 
 
 async def _acquire(fd: int, *, vm: str, wait_s: float) -> None:

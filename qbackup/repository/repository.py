@@ -8,6 +8,7 @@ REPO/vm1/<backup id>.partial/          being written
 """
 
 import asyncio
+import errno
 import os
 import secrets
 import shutil
@@ -25,6 +26,7 @@ from qbackup.formats.repository_file import (
     encode_repository_file,
 )
 from qbackup.host import durable
+from qbackup.host.files import read_bounded
 from qbackup.host.lock import is_locked, locked
 from qbackup.model.backup import Backup
 from qbackup.model.names import PARTIAL_SUFFIX, is_backup_id, is_safe_name
@@ -119,7 +121,7 @@ class Repository:
         """
         file = path / REPOSITORY_FILE
         try:
-            data = _read_bounded(file, MAX_FILE_BYTES)
+            data = read_bounded(file, MAX_FILE_BYTES)
             return cls(path, decode_repository_file(data))
         except FileNotFoundError as err:
             raise _no_repository(path) from err
@@ -163,10 +165,16 @@ class Repository:
             )
 
     def backup_ids(self, vm: str) -> list[str]:
-        """Return the ids of the VM's backups, oldest first, whether readable or not."""
+        """Return the ids of the VM's backups, oldest first, whether they can be used or not."""
         try:
             with os.scandir(self.vm_directory(vm)) as entries:
-                return sorted(e.name for e in entries if is_backup_id(e.name))
+                return sorted(
+                    e.name
+                    for e in entries
+                    # A file of such a name is no backup. A link may be one that was moved away: it
+                    # is told, but not followed.
+                    if is_backup_id(e.name) and (e.is_symlink() or e.is_dir())
+                )
         except FileNotFoundError:
             return []
 
@@ -191,14 +199,23 @@ class Repository:
             BackupNotFoundError: there is no such backup.
             ManifestDamagedError: its manifest cannot be used.
         """
-        path = self.vm_directory(vm) / backup_id / MANIFEST_FILE
+        directory = self.vm_directory(vm) / backup_id
+        path = directory / MANIFEST_FILE
+        if directory.is_symlink():
+            raise ManifestDamagedError(
+                str(directory),
+                "this is a symbolic link, not a directory",
+                hint="move the backup's directory to where the link is; no link is followed here",
+            )
         try:
-            data = _read_bounded(path, MAX_MANIFEST_BYTES)
+            data = read_bounded(path, MAX_MANIFEST_BYTES)
             return decode_manifest(data, repository_id=self.id, vm=vm, backup_id=backup_id)
         except FileNotFoundError as err:
-            if not path.parent.is_dir():
+            if not directory.is_dir():
                 raise BackupNotFoundError(f"{vm}: there is no backup {backup_id}") from err
             raise ManifestDamagedError(str(path), "the manifest is missing") from err
+        except NotADirectoryError as err:
+            raise BackupNotFoundError(f"{vm}: there is no backup {backup_id}") from err
         except OSError as err:
             raise ManifestDamagedError(str(path), f"cannot be read: {err.strerror}") from err
         except DocumentError as err:
@@ -211,6 +228,8 @@ class Repository:
                 yield self.backup(vm, backup_id)
             except ManifestDamagedError as err:
                 yield DamagedBackup(vm=vm, id=backup_id, error=err)
+            except BackupNotFoundError:
+                continue  # removed this moment
 
     def find(self, vm: str, backup_id: str) -> Backup | None:
         """Return a backup, None if there is none of that id.
@@ -255,10 +274,16 @@ class Repository:
             raise
         await self._remove_if_there(partial.directory)
 
-    async def remove_partial(self, directory: Path) -> None:
-        """Remove what an unfinished run wrote. Call only with the VM's lock held."""
-        await asyncio.to_thread(shutil.rmtree, directory)
-        await durable.sync_directory(directory.parent)
+    async def remove_partial(self, path: Path) -> None:
+        """Remove what an unfinished run wrote, or what somebody put where it would be.
+
+        Call only with the VM's lock held.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        await asyncio.to_thread(_remove, path)
+        await durable.sync_directory(path.parent)
 
     async def _remove_if_there(self, directory: Path) -> None:
         if directory.is_dir():
@@ -283,11 +308,11 @@ def _no_repository(path: Path) -> RepositoryError:
     )
 
 
-def _read_bounded(path: Path, limit_bytes: int) -> bytes:
-    """Read a small file; a larger one is not what it claims to be."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb") as file:
-        data = file.read(limit_bytes + 1)
-    if len(data) > limit_bytes:
-        raise DocumentError(f"larger than {limit_bytes} bytes")
-    return data
+def _remove(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    try:
+        shutil.rmtree(path)
+    except RecursionError as err:
+        raise OSError(errno.ELOOP, "directories nested too deeply", str(path)) from err
