@@ -4,16 +4,25 @@ Asks QEMU and the repository, and changes nothing in either.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from qbackup.backup.judge import Verdict, checkpoints, migrated_verdicts, newest_bases
-from qbackup.backup.plan import judge_with_chain
+from qbackup.backup.judge import (
+    Base,
+    Verdict,
+    assess,
+    checkpoints,
+    migrated_verdicts,
+    newest_bases,
+)
+from qbackup.backup.plan import LEFT_OUT_BY_CHOICE
 from qbackup.bitmaps.files import NotTrustedError, is_clean, read_saved
 from qbackup.bitmaps.image_files import query_disks
 from qbackup.bitmaps.roll_back import as_rolled_back
+from qbackup.catalog.chain_check import why_not_built_upon
+from qbackup.catalog.history import History
 from qbackup.errors import DiskError, MonitorBusyError, MonitorError
 from qbackup.formats.configuration import Vm
 from qbackup.model.backup import REASON_TEXT, Backup, DiskBackup, Reason, Refusal
@@ -78,14 +87,14 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
     Whatever happens here, QEMU and its watcher are as before.
     """
     running = repository.is_locked(vm.name)
-    history = [b for b in repository.newest_first(vm.name) if not isinstance(b, DamagedBackup)]
+    history = History(repository, vm.name)
     prefix = owner_prefix(repository.id, vm.name)
     status = VmStatus(
         vm=vm.name,
         state="busy" if running else "unreachable",
         detail="a backup is running" if running else None,
         running_backup=running,
-        last_backup=history[0] if history else None,
+        last_backup=history.newest_usable(),
     )
     if running:
         # The backup has the monitor; what is in QEMU now will be different in a moment.
@@ -114,14 +123,18 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
             return replace(status, state=state, detail=detail, disks=disks)
         return replace(status, detail=err.message, disks=disks)
     # A job of our own that was left behind hides disks, but not from the next run.
-    present = (*inventory.disks, *inventory.busy)
-    bases = newest_bases(history, present)
     unwanted = _left_out(inventory, vm)
+    present = [
+        disk
+        for disk in (*inventory.disks, *inventory.busy)
+        if disk.name not in unwanted and (vm.disks is None or disk.name in vm.disks)
+    ]
+    bases = newest_bases(_usable(history), present)
     not_loaded = (
         migrated_verdicts(condition.migration, bases, prefix) or state_directory.read_verdicts()
     )
     verdicts = [
-        judge_with_chain(
+        assess(
             as_rolled_back(
                 # What was recorded before a migration is worth nothing.
                 replace(disk, bitmaps=()) if condition.migration.given_away else disk,
@@ -132,10 +145,9 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
             prefix=prefix,
             not_loaded=not_loaded,
             vm=vm,
-            repository=repository,
+            history=history,
         )
         for disk in present
-        if disk.name not in unwanted and (vm.disks is None or disk.name in vm.disks)
     ]
     return replace(
         status,
@@ -160,9 +172,14 @@ def _left_out(inventory: Inventory, vm: Vm) -> dict[str, str]:
     return left_out
 
 
+def _usable(history: History) -> Iterator[Backup]:
+    return (b for b in history.newest_first() if not isinstance(b, DamagedBackup))
+
+
 def _disk_status(verdict: Verdict, vm: Vm) -> DiskStatus:
     bitmap = verdict.bitmap
-    trusted = verdict.reason is None
+    trusted = verdict.method == "incremental"
+    known = trusted or verdict.reason == "chain-full"
     return DiskStatus(
         name=verdict.disk.name,
         virtual_size_bytes=verdict.disk.virtual_size_bytes,
@@ -173,7 +190,7 @@ def _disk_status(verdict: Verdict, vm: Vm) -> DiskStatus:
             detail=verdict.problem,
             dirty_bytes=(
                 min(bitmap.dirty_bytes, verdict.disk.virtual_size_bytes)
-                if bitmap and trusted
+                if bitmap and known
                 else None
             ),
             granularity_bytes=bitmap.granularity_bytes if bitmap else vm.granularity_bytes,
@@ -198,22 +215,14 @@ def _without_qemu(
 
 
 def _saved_disks(
-    state: StateDirectory, history: Sequence[Backup], *, vm: Vm, prefix: str
+    state: StateDirectory, history: History, *, vm: Vm, prefix: str
 ) -> tuple[DiskStatus, ...]:
-    """Look at the files of a VM that is off. Whether its images changed is seen when it starts.
-
-    A disk that the newest backup neither holds nor left out was gone by then.
-    """
-    newest: dict[str, tuple[Backup, DiskBackup]] = {}
-    there = {disk.name for disk in history[0].disks} | set(history[0].left_out) if history else ()
-    for backup in history:
-        for disk in backup.disks:
-            if disk.name in there:
-                newest.setdefault(disk.name, (backup, disk))
+    """Look at the files of a VM that is off. Whether its images changed is seen when it starts."""
     files = state.bitmap_files()
     refused = state.read_verdicts()
     found = []
-    for backup, disk in newest.values():
+    for base in _last_seen_disks(history):
+        backup, disk = base.backup, base.disk
         ours = {
             bitmap: path
             for (name, bitmap), path in files.items()
@@ -223,6 +232,10 @@ def _saved_disks(
         why, dirty_bytes = _judge_files(ours, wanted, vm=vm.name, disk=disk)
         if why is not None and why.reason == "missing":
             why = refused.get((disk.name, wanted), why)
+        if why is None and (
+            full := why_not_built_upon(history, backup, disk.name, max_chain=vm.max_chain)
+        ):
+            why = Refusal(reason=full[0], detail=full[1])
         found.append(
             DiskStatus(
                 name=disk.name,
@@ -239,6 +252,27 @@ def _saved_disks(
             )
         )
     return tuple(found)
+
+
+def _last_seen_disks(history: History) -> list[Base]:
+    """Return the newest backup of each disk that the VM had when it was last backed up.
+
+    A disk that the newest backup neither holds nor left out by choice was not there any more.
+    """
+    newest = history.newest_usable()
+    if newest is None:
+        return []
+    missing = {name for name, why in newest.left_out.items() if why in LEFT_OUT_BY_CHOICE}
+    missing |= {disk.name for disk in newest.disks}
+    found: dict[str, Base] = {}
+    for backup in _usable(history):
+        for disk in backup.disks:
+            if disk.name in missing:
+                found[disk.name] = Base(backup=backup, disk=disk)
+                missing.remove(disk.name)
+        if not missing:
+            break
+    return list(found.values())
 
 
 def _judge_files(

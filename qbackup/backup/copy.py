@@ -11,6 +11,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from qbackup.backup.freeze import frozen
@@ -58,6 +59,8 @@ class Copied:
     disks: list[DiskBackup]
     consistency: Consistency
     freeze_failed: bool
+    instant: datetime
+    """What the clock said just after the instant: nothing in the images is newer."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -121,10 +124,13 @@ class DiskCopier:
             with self._monitor.listen(jobs.EVENTS, self._is_ours) as events:
                 async with self._jobs_ended_on_failure():
                     consistency, freeze_failed = await self._start(copies)
+                    instant = datetime.now(UTC)
                     await self._require_as_planned(copies)
                     states = jobs.follow(self._monitor, events, prefix=self._prefix)
                     disks = await self._finish(copies, states)
-        return Copied(disks=disks, consistency=consistency, freeze_failed=freeze_failed)
+        return Copied(
+            disks=disks, consistency=consistency, freeze_failed=freeze_failed, instant=instant
+        )
 
     def _is_ours(self, event: Event) -> bool:
         return jobs.is_event_of(self._prefix, event)
@@ -233,7 +239,7 @@ class DiskCopier:
 
     def _actions(self, copy: _DiskCopy, disk_count: int) -> list[Command]:
         disk, bitmap = copy.verdict.disk, copy.verdict.bitmap
-        incremental = copy.verdict.reason is None and bitmap is not None
+        incremental = copy.verdict.method == "incremental"
         request = BackupRequest(
             job=copy.job,
             node=disk.node,
@@ -325,8 +331,7 @@ class DiskCopier:
 
     async def _complete(self, copy: _DiskCopy) -> DiskBackup:
         """Give a filled image its backing file, sync it and hash it."""
-        disk, base = copy.verdict.disk, copy.verdict.base
-        parent = base.backup.id if copy.verdict.reason is None and base is not None else None
+        disk, parent = copy.verdict.disk, copy.verdict.parent
         path = self._partial.image(disk.name)
         if parent is not None:
             with path.open("r+b", buffering=0) as file:
@@ -335,7 +340,7 @@ class DiskCopier:
         facts = path.stat()
         return DiskBackup(
             name=disk.name,
-            kind="full" if parent is None else "incremental",
+            kind=copy.verdict.method,
             reason=copy.verdict.reason,
             parent=parent,
             virtual_size_bytes=disk.virtual_size_bytes,

@@ -1,14 +1,19 @@
 """Which disks can be backed up incrementally, and why the others cannot.
 
 The rule behind every line: a bitmap is used only if it recorded every write since the newest
-backup that holds the disk. Pure: it is given what QEMU and the repository say.
+backup that holds the disk, and only if a chain that can be restored comes of it. `assess` is
+asked by the backup and by `status`, so that both say the same. It is given what QEMU says, and
+reads manifests; it changes nothing.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qbackup.bitmaps.size_guard import is_guarded
-from qbackup.model.backup import Backup, DiskBackup, Reason, Refusal
+from qbackup.catalog.chain_check import why_not_built_upon
+from qbackup.catalog.history import History
+from qbackup.formats.configuration import Vm
+from qbackup.model.backup import Backup, DiskBackup, Kind, Reason, Refusal
 from qbackup.model.names import bitmap_name, checkpoint_of_bitmap
 from qbackup.qmp.disks import Bitmap, Disk
 from qbackup.qmp.vm import Migration
@@ -35,6 +40,18 @@ class Verdict:
     reason: Reason | None
     problem: str | None = None
     """What exactly is wrong, where the reason alone does not say it."""
+
+    @property
+    def method(self) -> Kind:
+        """How the disk's next backup is made. The one place that decides it."""
+        has_bits = self.bitmap is not None or self.disk.virtual_size_bytes == 0
+        trusted = self.reason is None and self.base is not None and has_bits
+        return "incremental" if trusted else "full"
+
+    @property
+    def parent(self) -> str | None:
+        """The backup that an incremental builds on, None for a full."""
+        return self.base.backup.id if self.base and self.method == "incremental" else None
 
 
 def newest_bases(newest_first: Iterable[Backup], disks: Iterable[Disk]) -> dict[str, Base]:
@@ -64,6 +81,37 @@ def migrated_verdicts(
         return {}
     why = Refusal(reason="migrated")
     return {(disk, bitmap_name(prefix, base.backup.id)): why for disk, base in bases.items()}
+
+
+def assess(
+    disk: Disk,
+    *,
+    bases: Mapping[str, Base],
+    prefix: str,
+    not_loaded: Mapping[tuple[str, str], Refusal],
+    vm: Vm,
+    history: History,
+) -> Verdict:
+    """Judge a disk's bitmap, and require that an incremental would leave a chain to restore from.
+
+    The backups of `bases` are `history`'s; the rest is as for `judge`.
+    """
+    verdict = judge(
+        disk,
+        bases=bases,
+        prefix=prefix,
+        not_loaded=not_loaded,
+        granularity_bytes=vm.granularity_bytes,
+    )
+    if verdict.reason == "no-parent" and history.newest_usable() is not None:
+        return replace(verdict, reason="new-disk")
+    if verdict.method == "full" or verdict.base is None:
+        return verdict
+    found = why_not_built_upon(history, verdict.base.backup, disk.name, max_chain=vm.max_chain)
+    if found is None:
+        return verdict
+    reason, problem = found
+    return replace(verdict, reason=reason, problem=problem)
 
 
 def judge(

@@ -6,15 +6,21 @@ Nothing is changed here, neither in QEMU nor in the repository.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qbackup.backup.judge import Base, Verdict, checkpoints, judge
-from qbackup.catalog.chain_check import chain_problem
-from qbackup.errors import DiskError, NoSpaceError, RefusedError, UsageError
+from qbackup.backup.judge import Base, Verdict, assess, checkpoints
+from qbackup.catalog.history import History
+from qbackup.errors import DiskError, NoSpaceError, RefusedError, RepositoryError, UsageError
 from qbackup.formats.configuration import Vm
 from qbackup.model.backup import REASON_TEXT, Backup, Kind, Refusal
+from qbackup.model.names import has_successor, split_bitmap_name
 from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_size
 from qbackup.qmp.disks import Disk, Inventory
 from qbackup.repository.repository import DamagedBackup, Repository
+
+_NOT_CONFIGURED, _EXCLUDED, _NOT_CHOSEN = "not in the configuration", "excluded", "not chosen"
+
+LEFT_OUT_BY_CHOICE = frozenset({_EXCLUDED, _NOT_CHOSEN})
+"""Why a disk that is otherwise backed up is not in a backup (`Backup.left_out`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +39,11 @@ class BackupOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What will be done. `checkpoints` are the newest committed ones of all the VM's disks."""
+    """What will be done.
+
+    `checkpoints` are the newest committed ones of all the VM's disks; the new backup's id
+    must be after `newest_id`.
+    """
 
     verdicts: tuple[Verdict, ...]
     left_out: dict[str, str]
@@ -48,7 +58,7 @@ def make_plan(
     bases: Mapping[str, Base],
     *,
     vm: Vm,
-    repository: Repository,
+    history: History,
     prefix: str,
     not_loaded: Mapping[tuple[str, str], Refusal],
     options: BackupOptions,
@@ -60,17 +70,17 @@ def make_plan(
         DiskError: a disk that was asked for is not there, or none remains.
         RefusedError: a full backup would be needed and `fallback` is off.
         NoSpaceError: the backup will not fit.
+        RepositoryError: no backup can come after those that are there.
     """
     chosen, left_out = choose_disks(inventory, vm=vm, options=options)
-    ids = repository.backup_ids(vm.name)
     verdicts = [
-        judge_with_chain(
+        assess(
             disk,
             bases=bases,
             prefix=prefix,
             not_loaded=not_loaded,
             vm=vm,
-            repository=repository,
+            history=history,
         )
         for disk in chosen
     ]
@@ -81,12 +91,41 @@ def make_plan(
         left_out=left_out,
         refused={name: why for name, why in inventory.refused.items() if left_out.get(name) == why},
         checkpoints=checkpoints(bases),
-        newest_id=ids[-1] if ids else None,
+        newest_id=_newest_id(history, bases),
     )
     _announce(plan, vm=vm.name, options=options, reporter=reporter)
     if not options.compress:
-        _require_space(plan, repository)
+        _require_space(plan, history.repository)
     return plan
+
+
+def _newest_id(history: History, bases: Mapping[str, Base]) -> str | None:
+    """Return the id that the new backup comes after.
+
+    What is dated at the very end of time was not made by a clock. Unless it is a backup that
+    a disk would build on, it is passed over.
+    """
+    for base in bases.values():
+        if not has_successor(base.backup.id):
+            raise RepositoryError(
+                f"{history.vm}: no backup can come after {base.backup.id}, at the end of time",
+                hint="move that backup out of the repository",
+            )
+    return next(filter(has_successor, reversed(history.ids)), None)
+
+
+def disks_to_look_up(inventory: Inventory, *, vm: Vm, options: BackupOptions) -> Sequence[Disk]:
+    """Return the disks whose newest backup matters: those to back up, and those with bitmaps of it.
+
+    For a disk that was never backed up every manifest is read. One that is left out for ever
+    must not cost that at every run.
+    """
+    chosen, _ = choose_disks(inventory, vm=vm, options=options)
+    return [
+        disk
+        for disk in (*inventory.disks, *inventory.busy)
+        if disk in chosen or any(split_bitmap_name(bitmap.name) for bitmap in disk.bitmaps)
+    ]
 
 
 def choose_disks(
@@ -114,9 +153,9 @@ def choose_disks(
     asked = {*(vm.disks or ()), *options.disks}
     for disk in everything.values():
         if vm.disks is not None and disk.name not in vm.disks and disk.name not in options.disks:
-            left_out[disk.name] = "not in the configuration"
+            left_out[disk.name] = _NOT_CONFIGURED
         elif disk.name in options.exclude or (options.disks and disk.name not in options.disks):
-            left_out[disk.name] = "excluded" if disk.name in options.exclude else "not chosen"
+            left_out[disk.name] = _EXCLUDED if disk.name in options.exclude else _NOT_CHOSEN
         elif disk.name in inventory.refused:
             left_out[disk.name] = _refusal(disk, inventory, asked=disk.name in asked, vm=vm.name)
         elif disk.throw_away and disk.name not in asked:
@@ -158,37 +197,14 @@ def _busy_error(disk: Disk, vm: str) -> DiskError:
     )
 
 
-def readable_backups(repository: Repository, vm: str, reporter: Reporter) -> Iterator[Backup]:
+def readable_backups(history: History, reporter: Reporter) -> Iterator[Backup]:
     """Yield the VM's usable backups, newest first; tell of the others."""
-    for backup in repository.newest_first(vm):
+    for backup in history.newest_first():
         if isinstance(backup, DamagedBackup):
             # Its bitmap will match no usable backup, so the disks are backed up in full.
             reporter.warning(str(backup.error))
         else:
             yield backup
-
-
-def judge_with_chain(
-    disk: Disk,
-    *,
-    bases: Mapping[str, Base],
-    prefix: str,
-    not_loaded: Mapping[tuple[str, str], Refusal],
-    vm: Vm,
-    repository: Repository,
-) -> Verdict:
-    """Judge a disk's bitmap, and require that everything an incremental would need is there."""
-    verdict = judge(
-        disk,
-        bases=bases,
-        prefix=prefix,
-        not_loaded=not_loaded,
-        granularity_bytes=vm.granularity_bytes,
-    )
-    if verdict.reason is not None or verdict.base is None:
-        return verdict
-    problem = chain_problem(repository, verdict.base.backup, disk.name)
-    return replace(verdict, reason="no-parent", problem=problem) if problem else verdict
 
 
 def _announce(plan: Plan, *, vm: str, options: BackupOptions, reporter: Reporter) -> None:
@@ -209,8 +225,9 @@ def _announce(plan: Plan, *, vm: str, options: BackupOptions, reporter: Reporter
         if verdict.reason is not None:
             why = verdict.problem or REASON_TEXT[verdict.reason]
             message = f"{vm}: disk {verdict.disk.name} gets a full backup ({verdict.reason}): {why}"
-            tell = reporter.notice if verdict.base is None else reporter.warning
-            tell(message)
+            # A disk's first backup, and a chain that is full, are no cause for alarm.
+            expected = verdict.base is None or verdict.reason == "chain-full"
+            (reporter.notice if expected else reporter.warning)(message)
 
 
 def _require_space(plan: Plan, repository: Repository) -> None:
@@ -227,6 +244,6 @@ def _require_space(plan: Plan, repository: Repository) -> None:
 def _expected_bytes(verdict: Verdict) -> int:
     """Return about what a disk's file will take; 0 where QEMU cannot tell (block devices)."""
     disk = verdict.disk
-    if verdict.reason is None and verdict.bitmap is not None:
+    if verdict.method == "incremental" and verdict.bitmap is not None:
         return min(verdict.bitmap.dirty_bytes, disk.virtual_size_bytes)
     return min(disk.source.actual_size_bytes, disk.virtual_size_bytes)

@@ -13,9 +13,14 @@ from qbackup.repository.repository import Repository
 
 async def remove_partials(repository: Repository, vm: str, reporter: Reporter) -> None:
     """Remove what unfinished runs left in the repository. The VM's lock must be held."""
-    for directory in repository.partials(vm):
-        await repository.remove_partial(directory)
-        reporter.notice(f"{vm}: removed {directory.name}, left by an interrupted run")
+    for path in repository.partials(vm):
+        try:
+            await repository.remove_partial(path)
+        except OSError as err:
+            # It only takes room; nothing that is backed up now depends on it.
+            reporter.warning(f"{path}: left by an interrupted run, cannot be removed: {err}")
+        else:
+            reporter.notice(f"{vm}: removed {path.name}, left by an interrupted run")
     await removal.finish(repository.vm_directory(vm), reporter)
 
 

@@ -4,6 +4,7 @@ import argparse
 
 from qbackup.actions.verify import Scope, Verifier, scope_of_chain
 from qbackup.catalog.choose import choose_backup
+from qbackup.catalog.history import History
 from qbackup.cli.context import make_context
 from qbackup.cli.output import summary
 from qbackup.errors import LockedError, ManifestDamagedError, UsageError, VerificationError
@@ -61,6 +62,7 @@ def _scope(repository: Repository, vm: str, at: str | None) -> Scope:
     if at is None:
         return Scope(vm=vm, ids=repository.backup_ids(vm))
     try:
-        return scope_of_chain(repository, choose_backup(repository, vm, at))
+        history = History(repository, vm)
+        return scope_of_chain(history, choose_backup(history, at))
     except ManifestDamagedError as err:
         raise VerificationError([err.message]) from err

@@ -18,6 +18,7 @@ from qbackup.model.backup import (
     MAX_GRANULARITY_BYTES,
     MIN_GRANULARITY_BYTES,
 )
+from qbackup.model.chain import DEFAULT_MAX_CHAIN, LARGEST_MAX_CHAIN
 from qbackup.model.names import check_name
 from qbackup.model.quantities import parse_duration_s, parse_size_bytes
 from qbackup.model.retention import NO_RULES, Rules
@@ -44,6 +45,7 @@ class Vm:
     engine: Engine
     keep: Rules | None = None
     """The VM's own rules of retention, in place of the global ones; None means these."""
+    max_chain: int = DEFAULT_MAX_CHAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +88,7 @@ class _VmTable:
     disks: list[str] | None = None
     granularity: str | int = "64K"
     engine: Engine = "blockdev-backup"
+    max_chain: int | None = None
     keep: dict[str, Any] | None = None
 
 
@@ -105,6 +108,7 @@ class _File:
     repository: str
     state: str
     trust_block_devices: bool | None = None
+    max_chain: int = DEFAULT_MAX_CHAIN
     keep: dict[str, Any] | None = None
     vm: dict[str, Any] = field(default_factory=dict)
 
@@ -113,6 +117,7 @@ _EXPECTED = {
     "repository": 'a directory, such as repository = "/srv/backups"',
     "state": 'a directory, such as state = "/var/lib/qbackup"',
     "trust_block_devices": "true or false",
+    "max_chain": f"a number of backups from 1 to {LARGEST_MAX_CHAIN}, such as max_chain = 100",
     "vm": "tables such as [vm.vm1]",
     "qmp": "QEMU's monitor, a socket's path or tcp:HOST:PORT",
     "agent": 'the guest agent\'s socket, such as agent = "/run/vm1/qga.sock"',
@@ -137,6 +142,7 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
         raise ConfigurationError(f"{path}: not TOML: {err}") from err
     top = _table(document, _File, path=path, where="")
     folder = path.absolute().parent
+    max_chain = _max_chain(top.max_chain, where=f"{path}: max_chain")
     vms = {}
     for name, table in top.vm.items():
         where = f"vm.{name}"
@@ -147,7 +153,7 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
         if not isinstance(table, dict):
             raise ConfigurationError(f"{path}: {where}: expected a table [{where}]")
         parsed = _table(table, _VmTable, path=path, where=where)
-        vms[name] = _vm(name, parsed, path=path, folder=folder)
+        vms[name] = _vm(name, parsed, path=path, folder=folder, max_chain=max_chain)
         for other in vms.values():
             if other.name != name and other.qmp == vms[name].qmp:
                 raise ConfigurationError(
@@ -164,7 +170,7 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
     )
 
 
-def _vm(name: str, table: _VmTable, *, path: Path, folder: Path) -> Vm:
+def _vm(name: str, table: _VmTable, *, path: Path, folder: Path, max_chain: int) -> Vm:
     where = f"{path}: vm.{name}"
     if table.disks is not None:
         if not table.disks:
@@ -182,6 +188,11 @@ def _vm(name: str, table: _VmTable, *, path: Path, folder: Path) -> Vm:
         granularity_bytes=_granularity(table.granularity, where=f"{where}.granularity"),
         engine=table.engine,
         keep=None if table.keep is None else _rules(table.keep, path=path, where=f"vm.{name}.keep"),
+        max_chain=(
+            max_chain
+            if table.max_chain is None
+            else _max_chain(table.max_chain, where=f"{where}.max_chain")
+        ),
     )
 
 
@@ -282,6 +293,14 @@ def _granularity(value: str | int, *, where: str) -> int:
     return size
 
 
+def _max_chain(value: int, *, where: str) -> int:
+    if not 1 <= value <= LARGEST_MAX_CHAIN:
+        raise ConfigurationError(
+            f"{where}: {value} is not allowed", hint=f"expected {_EXPECTED['max_chain']}"
+        )
+    return value
+
+
 def example_configuration(*, repository: Path, state: Path) -> str:
     """Return the commented file that `qbackup init` writes."""
     granularity = f"{DEFAULT_GRANULARITY_BYTES // 1024}K"
@@ -291,6 +310,7 @@ def example_configuration(*, repository: Path, state: Path) -> str:
 repository = {_quoted(repository)}
 state = {_quoted(state)}
 # trust_block_devices = true          # see docs/how-to-lose-a-backup.md; must be before any table
+# max_chain = {DEFAULT_MAX_CHAIN}                     # backups in a chain; before any table
 
 # What qbackup prune keeps: the newest backup of each of so many periods that have one. A table
 # [vm.vm1.keep] replaces this one for vm1. Without any rule, nothing is ever removed.
@@ -310,6 +330,7 @@ state = {_quoted(state)}
 # disks = ["system", "data"]          # default: every writable disk
 # granularity = "{granularity}"                 # bytes per bit of the dirty bitmap, 4K to 2M
 # engine = "blockdev-backup"          # or "drive-backup"
+# max_chain = {DEFAULT_MAX_CHAIN}                     # for this VM alone
 """
 
 

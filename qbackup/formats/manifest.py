@@ -5,6 +5,7 @@ files are damaged and forged.
 """
 
 from dataclasses import asdict
+from datetime import MAXYEAR, MINYEAR, datetime
 
 from qbackup.formats.documents import DocumentError, convert, decode_document, encode_document
 from qbackup.model.backup import MAX_DISK_BYTES, Backup
@@ -34,6 +35,8 @@ def decode_manifest(data: bytes, *, repository_id: str, vm: str, backup_id: str)
     backup = convert(content, Backup)
     if (backup.vm, backup.id) != (vm, backup_id):
         raise DocumentError(f"it is the manifest of {backup.vm} {backup.id}")
+    if not _is_time(backup.time):
+        raise DocumentError(f"{backup.time!r} is not a time")
     for reference in (backup.chain, backup.parent, *(disk.parent for disk in backup.disks)):
         if reference is not None and not is_backup_id(reference):
             raise DocumentError(f"{reference!r} is not a backup id")
@@ -49,6 +52,15 @@ def decode_manifest(data: bytes, *, repository_id: str, vm: str, backup_id: str)
         if (disk.kind == "full") != (disk.parent is None):
             raise DocumentError(f"disk {disk.name}: {disk.kind} with parent {disk.parent}")
     return backup
+
+
+def _is_time(text: str) -> bool:
+    """Tell whether a clock may have said this. Close to the ends of time no zone can be applied."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return moment.tzinfo is not None and MINYEAR < moment.year < MAXYEAR
 
 
 def disk_file(vm: str, backup_id: str, disk: str) -> str:

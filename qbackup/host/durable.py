@@ -9,8 +9,10 @@ thread. The asynchronous ones run it in a thread. The writer process uses the pl
 starts before asyncio would be imported.
 """
 
+import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -81,12 +83,23 @@ def publish_directory_now(
 def remove_directory_now(path: Path, *, first: str) -> None:
     """Remove a directory and all in it, durably; the file `first` before all others.
 
-    That is the file that would make the rest look complete, if only a part were removed.
+    That is the file that would make the rest look complete, if only a part were removed. What
+    is no directory of its own, a link or a file, is unlinked.
+
+    Raises:
+        OSError: it cannot be removed.
     """
     import shutil  # noqa: PLC0415 - the writer process needs it only in a failure
 
-    (path / first).unlink(missing_ok=True)
-    shutil.rmtree(path)
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        with suppress(IsADirectoryError):
+            (path / first).unlink(missing_ok=True)
+        try:
+            shutil.rmtree(path)
+        except RecursionError as err:
+            raise OSError(errno.ELOOP, "directories nested too deeply", str(path)) from err
     sync_directory_now(path.parent)
 
 

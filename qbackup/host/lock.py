@@ -16,17 +16,19 @@ process that has it open ends, however it ends, so there is no such thing as a s
 import asyncio
 import fcntl
 import os
+import stat
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from qbackup.errors import LockedError
+from qbackup.errors import LockedError, RepositoryError
 from qbackup.host.durable import FILE_MODE
 
 LOCK_NAME = ".lock"
 _POLL_S = 0.2
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_HINT = "qbackup makes it anew: if no backup is running, remove what is there"
 
 
 def _lock(kind: int, *, first: int, length: int) -> bytes:
@@ -45,6 +47,7 @@ async def locked(directory: Path, *, vm: str, wait_s: float) -> AsyncIterator[No
 
     Raises:
         LockedError: another process adds or removes.
+        RepositoryError: the lock is not a regular file.
     """
     async with _held_by_writer(directory, _CHANGES, vm=vm, wait_s=wait_s):
         yield
@@ -56,6 +59,7 @@ async def locked_alone(directory: Path, *, vm: str, wait_s: float) -> AsyncItera
 
     Raises:
         LockedError: another process adds, removes or reads.
+        RepositoryError: the lock is not a regular file.
     """
     async with _held_by_writer(directory, _ALONE, vm=vm, wait_s=wait_s):
         yield
@@ -97,7 +101,7 @@ def is_locked(directory: Path) -> bool:
 async def _held_by_writer(
     directory: Path, lock: bytes, *, vm: str, wait_s: float
 ) -> AsyncIterator[None]:
-    fd = os.open(directory / LOCK_NAME, _FLAGS | os.O_RDWR | os.O_CREAT, FILE_MODE)
+    fd = _open(directory / LOCK_NAME)
     try:
         await _acquire(fd, lock, vm=vm, wait_s=wait_s, required=True)
         os.ftruncate(fd, 0)
@@ -105,6 +109,19 @@ async def _held_by_writer(
         yield
     finally:
         os.close(fd)
+
+
+def _open(path: Path) -> int:
+    """Open the lock, and make it if it is not there."""
+    try:
+        fd = os.open(path, _FLAGS | os.O_RDWR | os.O_CREAT, FILE_MODE)
+    except OSError as err:
+        hint = _HINT if path.is_symlink() or path.is_dir() else None
+        raise RepositoryError(f"{path}: cannot be opened: {err.strerror}", hint=hint) from err
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise RepositoryError(f"{path}: the lock is not a regular file", hint=_HINT)
+    return fd
 
 
 def _open_for_reading(path: Path) -> int | None:

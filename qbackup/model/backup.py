@@ -5,6 +5,7 @@ nothing of where they are stored or how they were made.
 """
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
@@ -35,6 +36,7 @@ Reason = Literal[
     "new-disk",
     "requested",
     "no-parent",
+    "chain-full",
 ]
 
 REASON_TEXT: dict[Reason, str] = {
@@ -55,6 +57,7 @@ REASON_TEXT: dict[Reason, str] = {
     "new-disk": "the disk is in no earlier backup",
     "requested": "a full backup was asked for",
     "no-parent": "there is no intact earlier backup to build on",
+    "chain-full": "the chain is as long as it may be; a new one begins",
 }
 """Each reason, said to people."""
 
@@ -187,8 +190,9 @@ class VmConfiguration:
 class Backup:
     """One complete backup of one VM: every disk at the same instant.
 
-    `time` is that instant's id in ISO 8601 (UTC); `chain` is the id of the full that the
-    chain began with; `parent` is the newest backup that a disk of this one builds on.
+    `time` is what the clock said at that instant, in ISO 8601 (UTC), right or wrong; the id
+    alone tells the order of a VM's backups. `chain` is the id of the full that the chain
+    began with; `parent` is the newest backup that a disk of this one builds on.
     """
 
     id: str
@@ -203,6 +207,11 @@ class Backup:
     qemu_version: str
     vm_configuration: VmConfiguration
     left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def moment(self) -> datetime:
+        """The `time`, for comparing."""
+        return datetime.fromisoformat(self.time)
 
     def disk(self, name: str) -> DiskBackup | None:
         """Return the disk of that name, None if the backup does not hold it."""

@@ -31,6 +31,7 @@ from qbackup.formats.repository_file import (
     encode_repository_file,
 )
 from qbackup.host import durable
+from qbackup.host.files import read_bounded
 from qbackup.host.lock import is_locked, locked, locked_alone, locked_for_reading
 from qbackup.model.backup import Backup
 from qbackup.model.names import PARTIAL_SUFFIX, is_backup_id, is_safe_name
@@ -125,7 +126,7 @@ class Repository:
         """
         file = path / REPOSITORY_FILE
         try:
-            data = _read_bounded(file, MAX_FILE_BYTES)
+            data = read_bounded(file, MAX_FILE_BYTES)
             return cls(path, decode_repository_file(data))
         except FileNotFoundError as err:
             raise _no_repository(path) from err
@@ -177,10 +178,16 @@ class Repository:
             )
 
     def backup_ids(self, vm: str) -> list[str]:
-        """Return the ids of the VM's backups, oldest first, whether readable or not."""
+        """Return the ids of the VM's backups, oldest first, whether they can be used or not."""
         try:
             with os.scandir(self.vm_directory(vm)) as entries:
-                return sorted(e.name for e in entries if is_backup_id(e.name))
+                return sorted(
+                    e.name
+                    for e in entries
+                    # A file of such a name is no backup. A link may be one that was moved away: it
+                    # is told, but not followed.
+                    if is_backup_id(e.name) and (e.is_symlink() or e.is_dir())
+                )
         except FileNotFoundError:
             return []
 
@@ -205,14 +212,23 @@ class Repository:
             BackupNotFoundError: there is no such backup.
             ManifestDamagedError: its manifest cannot be used.
         """
-        path = self.vm_directory(vm) / backup_id / MANIFEST_FILE
+        directory = self.vm_directory(vm) / backup_id
+        path = directory / MANIFEST_FILE
+        if directory.is_symlink():
+            raise ManifestDamagedError(
+                str(directory),
+                "this is a symbolic link, not a directory",
+                hint="move the backup's directory to where the link is; no link is followed here",
+            )
         try:
-            data = _read_bounded(path, MAX_MANIFEST_BYTES)
+            data = read_bounded(path, MAX_MANIFEST_BYTES)
             return decode_manifest(data, repository_id=self.id, vm=vm, backup_id=backup_id)
         except FileNotFoundError as err:
-            if not path.parent.is_dir():
+            if not directory.is_dir():
                 raise BackupNotFoundError(f"{vm}: there is no backup {backup_id}") from err
             raise ManifestDamagedError(str(path), "the manifest is missing") from err
+        except NotADirectoryError as err:
+            raise BackupNotFoundError(f"{vm}: there is no backup {backup_id}") from err
         except OSError as err:
             raise ManifestDamagedError(str(path), f"cannot be read: {err.strerror}") from err
         except DocumentError as err:
@@ -299,9 +315,15 @@ class Repository:
             raise
         await self._remove_if_there(partial.directory)
 
-    async def remove_partial(self, directory: Path) -> None:
-        """Remove what an unfinished run wrote. Call only with the VM's lock held."""
-        await asyncio.to_thread(durable.remove_directory_now, directory, first=MANIFEST_FILE)
+    async def remove_partial(self, path: Path) -> None:
+        """Remove what an unfinished run wrote, or what somebody put where it would be.
+
+        Call only with the VM's lock held.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        await asyncio.to_thread(durable.remove_directory_now, path, first=MANIFEST_FILE)
 
     async def _remove_if_there(self, directory: Path) -> None:
         if directory.is_dir():
@@ -324,13 +346,3 @@ def _no_repository(path: Path) -> RepositoryError:
         f"{path}: no repository here ({REPOSITORY_FILE} is missing)",
         hint="make one with: qbackup init; or correct 'repository' in the configuration",
     )
-
-
-def _read_bounded(path: Path, limit_bytes: int) -> bytes:
-    """Read a small file; a larger one is not what it claims to be."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb") as file:
-        data = file.read(limit_bytes + 1)
-    if len(data) > limit_bytes:
-        raise DocumentError(f"larger than {limit_bytes} bytes")
-    return data
