@@ -7,6 +7,7 @@ The order is what makes the clean flag mean something.
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from qbackup.bitmaps.files import (
 )
 from qbackup.bitmaps.image_files import image_paths
 from qbackup.bitmaps.size_guard import ensure_size_guard
-from qbackup.errors import QbackupError
+from qbackup.errors import DiskError, QbackupError, QmpCommandError
 from qbackup.images.stamp import take_stamp
 from qbackup.model.backup import Refusal
 from qbackup.model.bitmap import Bits, DeviceStamp, ImageStamp, Sameness, compare_stamps
@@ -138,11 +139,18 @@ async def are_loaded(monitor: Monitor) -> bool:
 
 
 async def give_up_loading(monitor: Monitor, state: StateDirectory) -> None:
-    """Clean up after a loading that failed, wherever it was, and before the guest writes."""
+    """Clean up after a loading that failed, wherever it was, and before the guest writes.
+
+    Raises:
+        OSError: a file may still look trusted.
+        MonitorLostError: QEMU went away.
+    """
     try:
         await distrust_all(state)
     finally:
-        await _remove_recorders(monitor)
+        # No backup looks at what may remain in QEMU, and the next loading removes it.
+        with suppress(QmpCommandError, DiskError):
+            await _remove_recorders(monitor)
 
 
 async def _remove_recorders(monitor: Monitor) -> None:
