@@ -173,8 +173,12 @@ def _why_absent(
         for (name, bitmap), why in not_loaded.items()
         if name == disk.name and checkpoint_of_bitmap(prefix, bitmap)
     }
-    if refused:
-        return refused.get(bitmap_name(prefix, base.backup.id)) or refused[max(refused)]
+    if exact := refused.get(bitmap_name(prefix, base.backup.id)):
+        return exact
+    # Why an older one was not saved says nothing of this one.
+    older = [name for name, why in refused.items() if why.reason != "missing"]
+    if older:
+        return refused[max(older)]
     before, now = base.disk.source.node, disk.node
     if before == now or before.startswith("#") or now.startswith("#"):
         return Refusal(reason="missing")  # a name that QEMU made up may be another at each start

@@ -22,7 +22,7 @@ from qbackup.bitmaps.files import (
 )
 from qbackup.bitmaps.image_files import no_bitmap_reason, open_images, query_disks
 from qbackup.bitmaps.size_guard import ensure_size_guard
-from qbackup.errors import QbackupError
+from qbackup.errors import DiskError, QbackupError, QmpCommandError
 from qbackup.host.tasks import in_thread
 from qbackup.images.stamp import take_stamp
 from qbackup.model.backup import Refusal
@@ -154,7 +154,12 @@ async def are_loaded(monitor: Monitor) -> bool:
 
 
 async def give_up_loading(monitor: Monitor, state: StateDirectory) -> None:
-    """Clean up after a loading that failed, wherever it was, and before the guest writes."""
+    """Clean up after a loading that failed, wherever it was, and before the guest writes.
+
+    Raises:
+        StillTrustedError: a file may still look trusted.
+        MonitorLostError: QEMU went away.
+    """
     present = None
     with suppress(QbackupError):
         inventory = await query_inventory(monitor)
@@ -162,7 +167,9 @@ async def give_up_loading(monitor: Monitor, state: StateDirectory) -> None:
     try:
         await distrust_all(state, present=present)
     finally:
-        await _remove_recorders(monitor)
+        # No backup looks at what may remain in QEMU, and the next loading removes it.
+        with suppress(QmpCommandError, DiskError):
+            await _remove_recorders(monitor)
 
 
 async def _remove_recorders(monitor: Monitor) -> None:

@@ -87,7 +87,7 @@ def find_configuration(given: str | None) -> Path:
     if named:
         return Path(named)
     own = user_configuration()
-    if own.exists():
+    if not _is_absent(own):
         return own
     if _may_read(_SYSTEM_CONFIGURATION):
         return _SYSTEM_CONFIGURATION
@@ -108,7 +108,7 @@ def new_configuration_path(given: str | None) -> Path:
     if named:
         return Path(named)
     own = user_configuration()
-    if not own.exists() and (os.geteuid() == 0 or _may_read(_SYSTEM_CONFIGURATION)):
+    if _is_absent(own) and (os.geteuid() == 0 or _may_read(_SYSTEM_CONFIGURATION)):
         return _SYSTEM_CONFIGURATION
     return own
 
@@ -122,7 +122,7 @@ def _is_absent(path: Path) -> bool:
     """Tell whether a file is not there, as far as this user can see."""
     try:
         path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return True
     except OSError:
         return False

@@ -41,10 +41,10 @@ def _document(status: VmStatus) -> dict[str, Any]:
                 "bitmap": {
                     "trusted": disk.bitmap.trusted,
                     "reason": disk.bitmap.reason,
-                    "detail": disk.bitmap.detail,
                     "dirty_bytes": disk.bitmap.dirty_bytes,
                     "granularity_bytes": disk.bitmap.granularity_bytes,
                     "where": disk.bitmap.where,
+                    **({"detail": disk.bitmap.detail} if disk.bitmap.detail else {}),
                 },
             }
             for disk in status.disks

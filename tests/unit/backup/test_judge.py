@@ -132,6 +132,18 @@ def test_what_was_remembered_of_the_newest_bitmap_is_told_before_anything_older(
     assert (verdict.reason, verdict.problem) == ("missing", "no room")
 
 
+def test_why_an_older_bitmap_was_not_saved_is_not_why_this_one_is_missing() -> None:
+    older = {("system", bitmap_name(PREFIX, ID1)): Refusal(reason="missing", detail="no room")}
+    verdict = judge(
+        make_disk("system"),
+        bases=BASES,
+        prefix=PREFIX,
+        not_loaded=older,
+        granularity_bytes=GRANULARITY,
+    )
+    assert verdict.reason == "missing" and "no room" not in (verdict.problem or "")
+
+
 @pytest.mark.parametrize(("node", "told"), [("overlay", True), ("#block123", False), (None, False)])
 def test_a_disk_that_is_on_another_node_is_said_to_be(node: str | None, told: bool) -> None:
     disk = make_disk("system")
