@@ -10,8 +10,8 @@
 
 A process of its own serves it through FUSE (libfuse 3), so a test that ends in the middle can
 always kill it: the kernel then fails what waits. A write waits in the kernel, uninterruptibly,
-until it is answered: just like on a hard-mounted NFS. Operations have the names of `Operations` below; a name
-`*` means all.
+until it is answered: just like on a hard-mounted NFS. Operations have the names of `Operations`
+below; the name `*` means all.
 """
 
 import asyncio
@@ -106,14 +106,7 @@ async def faulty_fs(folder: Path) -> AsyncIterator[FaultyFs]:
     backing, path, control = folder / "backing", folder / "faulty", folder / "faulty.sock"
     backing.mkdir(exist_ok=True)
     path.mkdir(exist_ok=True)
-    log = (folder / "faulty.log").open("wb")
-    with log:
-        process = subprocess.Popen(
-            [sys.executable, __file__, str(backing), str(path), str(control)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    process = _start([str(backing), str(path), str(control)], folder / "faulty.log")
     try:
         async with asyncio.timeout(START_S):
             while not (control.exists() and os.path.ismount(path)):
@@ -130,9 +123,23 @@ async def faulty_fs(folder: Path) -> AsyncIterator[FaultyFs]:
     finally:
         process.kill()
         process.wait()
-        unmount = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-uz"]
-        subprocess.run([*unmount, str(path)], check=False, capture_output=True)
+        _unmount(path)
         control.unlink(missing_ok=True)
+
+
+def _start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, __file__, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _unmount(path: Path) -> None:
+    command = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-uz"]
+    subprocess.run([*command, str(path)], check=False, capture_output=True)
 
 
 # The file system's process
