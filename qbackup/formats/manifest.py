@@ -4,11 +4,12 @@ Decoding checks everything that later becomes a path or a size: a manifest is a 
 files are damaged and forged.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from qbackup.formats.documents import DocumentError, convert, decode_document, encode_document
 from qbackup.model.backup import MAX_DISK_BYTES, Backup
 from qbackup.model.names import is_backup_id, is_safe_name
+from qbackup.model.secrets import redacted, redacted_command_line
 
 FORMAT_NAME = "qbackup-manifest"
 VERSION = 1
@@ -16,8 +17,8 @@ MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 
 
 def encode_manifest(backup: Backup, *, repository_id: str) -> bytes:
-    """Write a backup's manifest."""
-    content = {"repository": repository_id, **asdict(backup)}
+    """Write a backup's manifest; wherever its values come from, the VM's secrets stay out."""
+    content = {"repository": repository_id, **asdict(_without_secrets(backup))}
     return encode_document(format_name=FORMAT_NAME, version=VERSION, content=content)
 
 
@@ -48,6 +49,21 @@ def decode_manifest(data: bytes, *, repository_id: str, vm: str, backup_id: str)
         if (disk.kind == "full") != (disk.parent is None):
             raise DocumentError(f"disk {disk.name}: {disk.kind} with parent {disk.parent}")
     return backup
+
+
+def _without_secrets(backup: Backup) -> Backup:
+    command_line = backup.vm_configuration.command_line
+    return replace(
+        backup,
+        vm_configuration=replace(
+            backup.vm_configuration,
+            command_line=None if command_line is None else redacted_command_line(command_line),
+        ),
+        disks=[
+            replace(disk, source=replace(disk.source, filename=redacted(disk.source.filename)))
+            for disk in backup.disks
+        ],
+    )
 
 
 def disk_file(vm: str, backup_id: str, disk: str) -> str:

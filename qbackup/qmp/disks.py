@@ -13,6 +13,7 @@ import msgspec
 from qbackup.errors import DiskError
 from qbackup.model.backup import MAX_DISK_BYTES, SourceImage
 from qbackup.model.names import is_safe_name
+from qbackup.model.secrets import redacted
 from qbackup.qmp import commands
 from qbackup.qmp.monitor import Monitor
 
@@ -129,7 +130,7 @@ async def query_inventory(monitor: Monitor) -> Inventory:
         if device.inserted is None:
             left_out[name or "unnamed drive"] = "empty"
         elif device.inserted.ro:
-            left_out[name or device.inserted.image.filename] = "read-only"
+            left_out[name or redacted(device.inserted.image.filename)] = "read-only"
         elif device.inserted.drv in _JOB_FILTERS:
             busy.append(_busy_disk(device, device.inserted, nodes, bitmaps))
         else:
@@ -181,7 +182,7 @@ def _disk(
 ) -> Disk:
     if name is None or not is_safe_name(name):
         raise DiskError(
-            f"the disk {node.image.filename!r} has no name that stays the same",
+            f"the disk {redacted(node.image.filename)!r} has no name that stays the same",
             hint="give it a node-name (-blockdev) or an id (-drive or -device)",
         )
     if node.image.virtual_size > MAX_DISK_BYTES:
@@ -199,7 +200,7 @@ def _disk(
             device=device.device,
             qdev=device.qdev or "",
             format=node.drv,
-            filename=node.image.filename,
+            filename=redacted(node.image.filename),
             actual_size_bytes=node.image.actual_size,
         ),
         bitmaps=bitmaps.get(node_name, ()),

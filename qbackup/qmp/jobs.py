@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from qbackup.errors import MonitorError, QmpCommandError
+from qbackup.model.secrets import redacted
 from qbackup.qmp import commands
 from qbackup.qmp.monitor import Events, Monitor
 
@@ -57,7 +58,7 @@ async def query_jobs(monitor: Monitor, *, prefix: str) -> list[JobState]:
             concluded=job.status == "concluded",
             done_bytes=job.current_progress,
             total_bytes=job.total_progress,
-            error=job.error,
+            error=None if job.error is None else redacted(job.error),
         )
         for job in jobs
         if job.id.startswith(prefix)

@@ -24,6 +24,7 @@ from qemu.qmp import (
 from qbackup.errors import MonitorBusyError, MonitorError, MonitorLostError, QmpCommandError
 from qbackup.formats.documents import DocumentError, convert
 from qbackup.host.sockets import short_address, tcp_listener, unix_listener
+from qbackup.model.secrets import redacted
 from qbackup.qmp import commands
 from qbackup.qmp.commands import Command
 
@@ -90,7 +91,8 @@ class Monitor:
             async with asyncio.timeout(timeout_s):
                 return await self._client.execute(command.name, command.arguments or None)
         except ExecuteError as err:
-            raise QmpCommandError(command.name, err.error_class, str(err)) from err
+            # QEMU's messages quote file names and options.
+            raise QmpCommandError(command.name, err.error_class, redacted(str(err))) from err
         except TimeoutError as err:
             raise MonitorLostError(
                 f"{self._text}: QEMU did not answer {command.name} within {timeout_s:.0f} s"
