@@ -18,7 +18,7 @@ MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 
 def encode_manifest(backup: Backup, *, repository_id: str) -> bytes:
     """Write a backup's manifest; wherever its values come from, the VM's secrets stay out."""
-    content = {"repository": repository_id, **asdict(_without_secrets(backup))}
+    content = {"repository": repository_id, **asdict(without_secrets(backup))}
     return encode_document(format_name=FORMAT_NAME, version=VERSION, content=content)
 
 
@@ -51,7 +51,8 @@ def decode_manifest(data: bytes, *, repository_id: str, vm: str, backup_id: str)
     return backup
 
 
-def _without_secrets(backup: Backup) -> Backup:
+def without_secrets(backup: Backup) -> Backup:
+    """Return a backup with the secrets in QEMU's words redacted; a manifest holds no others."""
     command_line = backup.vm_configuration.command_line
     return replace(
         backup,
