@@ -22,6 +22,7 @@ from qbackup.host.process_files import (
     identity_of,
 )
 from qbackup.model.backup import Reason, SourceFile
+from qbackup.model.secrets import redacted
 from qbackup.qmp.disks import Disk, Inventory, query_inventory
 from qbackup.qmp.graph import NodeFile
 from qbackup.qmp.monitor import Looker
@@ -192,7 +193,7 @@ def _lasting_path(process: ProcessFiles, file: NodeFile, descriptors: list[int])
 def _source_file(file: NodeFile, identity: FileIdentity | None) -> SourceFile:
     return SourceFile(
         driver=file.driver,
-        name=file.name,
+        name=redacted(file.name),
         offset_bytes=file.offset_bytes,
         device=identity.device if identity else None,
         inode=identity.inode if identity else None,

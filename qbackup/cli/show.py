@@ -7,6 +7,7 @@ from dataclasses import asdict
 from qbackup.cli.context import make_context
 from qbackup.cli.output import answer
 from qbackup.errors import UsageError
+from qbackup.formats.manifest import without_secrets
 from qbackup.model.backup import REASON_TEXT, Backup, DiskBackup
 from qbackup.model.quantities import format_duration, format_size
 from qbackup.ui.tables import facts
@@ -19,7 +20,8 @@ async def run(arguments: argparse.Namespace) -> int:
     vm = context.vm_name(repository, arguments.vm)
     if not arguments.id:
         raise UsageError("show needs a backup id, or the beginning of one")
-    backup = repository.backup(vm, repository.resolve(vm, arguments.id))
+    # Manifests of old hold the command line as it was.
+    backup = without_secrets(repository.backup(vm, repository.resolve(vm, arguments.id)))
     protected = repository.is_protected(vm, backup.id)
     answer(
         {**backup.summary(), "protected": protected, "manifest": asdict(backup)},

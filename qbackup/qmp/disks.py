@@ -17,6 +17,7 @@ import msgspec
 from qbackup.errors import DiskError
 from qbackup.model.backup import MAX_DISK_BYTES, SourceFile, SourceImage
 from qbackup.model.names import RESERVED_PREFIX, is_safe_name
+from qbackup.model.secrets import redacted
 from qbackup.qmp import commands
 from qbackup.qmp.graph import BlockGraph, NodeFacts, NodeFile, chain_files, query_graph
 from qbackup.qmp.monitor import Looker
@@ -236,7 +237,7 @@ async def query_inventory(monitor: Looker) -> Inventory:
         if device.inserted is None:
             left_out[name or "unnamed drive"] = "empty"
         elif device.inserted.ro:
-            left_out[name or device.inserted.image.filename] = "read-only"
+            left_out[name or redacted(device.inserted.image.filename)] = "read-only"
         else:
             disk, hidden = _look_at(device, device.inserted, blocks)
             group = busy if hidden or disk.jobs else disks
@@ -358,7 +359,7 @@ async def query_written_nodes(monitor: Looker) -> frozenset[str]:
 def _disk(device: _Device, node: _Node, name: str | None, blocks: _Blocks) -> Disk:
     if name is None or not is_safe_name(name):
         raise DiskError(
-            f"the disk {node.image.filename!r} has no name that stays the same",
+            f"the disk {redacted(node.image.filename)!r} has no name that stays the same",
             hint="give it a node-name (-blockdev) or an id (-drive or -device)",
         )
     if node.image.virtual_size > MAX_DISK_BYTES:
@@ -379,7 +380,7 @@ def _disk(device: _Device, node: _Node, name: str | None, blocks: _Blocks) -> Di
             device=device.device,
             qdev=device.qdev or "",
             format=blocks.without_filters(node).drv,
-            filename=files[0].name if files else node.image.filename,
+            filename=redacted(files[0].name if files else node.image.filename),
             actual_size_bytes=node.image.actual_size,
             files=None if files is None else [_source_file(file) for file in files],
             encrypted=blocks.is_encrypted(node),
@@ -394,7 +395,7 @@ def _disk(device: _Device, node: _Node, name: str | None, blocks: _Blocks) -> Di
 
 
 def _source_file(file: NodeFile) -> SourceFile:
-    return SourceFile(driver=file.driver, name=file.name, offset_bytes=file.offset_bytes)
+    return SourceFile(driver=file.driver, name=redacted(file.name), offset_bytes=file.offset_bytes)
 
 
 def _is_throw_away(node: _Node, files: tuple[NodeFile, ...] | None) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from qbackup.errors import MonitorError, QmpCommandError
+from qbackup.model.secrets import redacted
 from qbackup.qmp import commands
 from qbackup.qmp.monitor import Event, Events, Looker, Monitor
 
@@ -56,7 +57,7 @@ async def query_jobs(monitor: Looker, *, prefix: str) -> list[JobState]:
             concluded=job.status == "concluded",
             done_bytes=job.current_progress,
             total_bytes=job.total_progress,
-            error=job.error,
+            error=None if job.error is None else redacted(job.error),
         )
         for job in jobs
         if job.id.startswith(prefix)

@@ -33,6 +33,7 @@ from qbackup.errors import (
 from qbackup.formats.documents import DocumentError, convert
 from qbackup.host.process import HostProcess
 from qbackup.host.sockets import connect_unix, has_client, peer_pid, tcp_listener
+from qbackup.model.secrets import redacted
 from qbackup.qmp import commands
 from qbackup.qmp.commands import Command, Query
 
@@ -131,7 +132,8 @@ class Looker:
             async with asyncio.timeout(timeout_s):
                 return await self._client.execute(command.name, command.arguments or None)
         except ExecuteError as err:
-            raise QmpCommandError(command.name, err.error_class, str(err)) from err
+            # QEMU's messages quote file names and options.
+            raise QmpCommandError(command.name, err.error_class, redacted(str(err))) from err
         except TimeoutError as err:
             raise MonitorLostError(
                 f"{self._text}: QEMU did not answer {command.name} within {timeout_s:.0f} s"

@@ -37,7 +37,7 @@ def make(repository: Repository) -> Make:
         await repository.ensure_vm_directory(VM)
         for number, described in enumerate(parents):
             time = NOW - timedelta(days=len(parents) - number)
-            backup_id, _ = new_backup_id(now=time, newest=None, random_bits=number)
+            backup_id = new_backup_id(now=time, newest=None, random_bits=number)
             disks = described if isinstance(described, dict) else {"system": described}
             named = {name: None if n is None else ids[n] for name, n in disks.items()}
             await put(repository, backup_id, named)
@@ -293,7 +293,7 @@ def test_ten_thousand_backups_of_a_hundred_vms_are_decided_on_in_a_second() -> N
     history = []
     for number in range(100):
         moment = start + timedelta(hours=number)
-        backup_id, _ = new_backup_id(now=moment, newest=None, random_bits=number)
+        backup_id = new_backup_id(now=moment, newest=None, random_bits=number)
         parent = history[-1].id if number % 10 else None
         history.append(Candidate(id=backup_id, time=moment, parents={"a": parent, "b": parent}))
     rules = Rules(within_s=3600, last=2, hourly=24, daily=7, weekly=4, monthly=6, yearly=2)

@@ -22,7 +22,7 @@ def at(*moments: datetime | str, disks: Sequence[str] = ("system",)) -> list[Can
     made: list[Candidate] = []
     for moment in moments:
         time = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
-        backup_id, _ = new_backup_id(
+        backup_id = new_backup_id(
             now=time, newest=made[-1].id if made else None, random_bits=len(made)
         )
         parents = dict.fromkeys(disks, None)
@@ -383,7 +383,7 @@ def histories(draw: st.DrawFn) -> list[Candidate]:
     newest: dict[str, str] = {}
     for number, (minutes, disks, luck) in enumerate(draw(drawn_backups)):
         moment += timedelta(minutes=minutes)
-        backup_id, _ = new_backup_id(
+        backup_id = new_backup_id(
             now=moment, newest=made[-1].id if made else None, random_bits=number
         )
         kinds = {disk: disks // 3**power % 3 for power, disk in enumerate("abc")}
@@ -449,7 +449,7 @@ def test_a_year_of_hourly_backups_that_are_pruned_as_they_come() -> None:
     verdicts: list[Verdict] = []
     for number in range(24 * 366):
         moment += timedelta(hours=1)
-        backup_id, _ = new_backup_id(now=moment, newest=None, random_bits=number)
+        backup_id = new_backup_id(now=moment, newest=None, random_bits=number)
         there.append(Candidate(id=backup_id, time=moment, parents={"system": None}))
         if number % 24 == 23:
             verdicts = decide(there, rules, now=moment, zone=BERLIN)
