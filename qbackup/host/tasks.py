@@ -32,3 +32,13 @@ async def to_its_end(step: Coroutine[Any, Any, T]) -> T:
             if caller is not None and not task.cancelled():
                 caller.uncancel()
     return task.result()
+
+
+async def not_in_the_middle(step: Coroutine[Any, Any, T]) -> T:
+    """Run a step; who cancels the caller meanwhile does so when the step is done."""
+    task = asyncio.create_task(step)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
