@@ -9,9 +9,11 @@ cannot be restored. Killed anywhere, the next prune or backup deletes what was t
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 from qbackup.catalog.survey import Survey, survey
 from qbackup.errors import RemovalError
+from qbackup.host.tasks import not_in_the_middle
 from qbackup.model.backup import Backup
 from qbackup.model.progress import Reporter
 from qbackup.model.retention import Rules, Verdict, decide
@@ -96,10 +98,15 @@ async def _remove(repository: Repository, pruned: Pruned, reporter: Reporter) ->
     done: list[str] = []
     try:
         for verdict in pruned.removed:
-            directory = await take_away(repository.vm_directory(pruned.vm) / verdict.id)
+            await not_in_the_middle(
+                _remove_one(repository.vm_directory(pruned.vm) / verdict.id, reporter)
+            )
             done.append(verdict.id)
-            await delete(directory, reporter)
     except RemovalError as err:
         if done:
             err.add_note(f"removed before that: {', '.join(done)}")
         raise
+
+
+async def _remove_one(directory: Path, reporter: Reporter) -> None:
+    await delete(await take_away(directory), reporter)

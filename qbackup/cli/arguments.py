@@ -75,7 +75,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "--strict", action="store_true", help="exit with 3 if a disk got a full backup instead"
     )
 
-    listing = command("list", "list backups, the newest last")
+    listing = command("list", "list backups, the newest last; P marks protected ones")
     listing.add_argument("vm", nargs="?", metavar="VM")
 
     show = command("show", "show one backup")

@@ -41,10 +41,10 @@ async def run(arguments: argparse.Namespace) -> int:
 
 
 def _table(backups: Sequence[Backup], protected: Set[tuple[str, str]], *, with_vm: bool) -> str:
-    """Write what fits a terminal; the chain is shown by the end of its id."""
+    """Write what fits a terminal; the chain is shown by the end of its id, protection by a P."""
     first = ["VM"] if with_vm else []
     labels = ["LABEL"] if any(backup.label for backup in backups) else []
-    marks = ["KEPT"] if protected else []
+    marks = ["P"] if protected else []
     head = [*first, "ID", "LOCAL TIME", "KIND", "STORED", "CHAIN", *marks, *labels]
     rows = [
         [
@@ -54,7 +54,7 @@ def _table(backups: Sequence[Backup], protected: Set[tuple[str, str]], *, with_v
             backup.kind,
             format_size(backup.stored_bytes),
             backup.chain[-4:],
-            *(["protected" if (backup.vm, backup.id) in protected else ""] if marks else []),
+            *(["P" if (backup.vm, backup.id) in protected else ""] if marks else []),
             *([backup.label or ""] if labels else []),
         ]
         for backup in backups

@@ -279,8 +279,7 @@ async def check_whatever_is_left(folder: Path, start: Start) -> int:
     assert [point.id for point in start.points][-2:] == ids[-2:]
     verified = await Verifier(repository, QUIET).verify([Scope(vm=VM, ids=ids)])
     assert verified.problems == ()
-    newest_left = next(p for p in start.points if p.id == ids[-3])
-    await check_point(folder, newest_left)
+    await check_point(folder, next(point for point in start.points if point.id == ids[0]))
     rules = PruneOptions(rules=Rules(last=2))
     await prune(repository, VM, rules, QUIET, now=datetime.now(UTC))
     names = {path.name for path in (folder / "repo" / VM).iterdir()}

@@ -1,5 +1,6 @@
 """What prune looks at, removes, leaves and tells, in a repository of small images."""
 
+import asyncio
 import os
 import shutil
 import time
@@ -263,6 +264,22 @@ async def test_prune_is_alone(
             await run(last=1, dry_run=True)
     await run(last=1)
     assert left(repository, ids) == [1]
+
+
+async def test_an_interruption_leaves_nothing_half_removed(
+    repository: Repository, make: Make, run: Run
+) -> None:
+    ids = await make(*[None] * 30)
+    task = asyncio.create_task(run(last=1))
+    while len(repository.backup_ids(VM)) == 30:  # noqa: ASYNC110 - a directory has no event
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    there = left(repository, ids)
+    assert there == [*range(len(there) - 1), 29] and len(there) > 1
+    async with repository.removing(VM, wait_s=0):
+        pass
 
 
 async def test_times_that_make_no_sense_are_replaced_by_the_ids(

@@ -137,13 +137,14 @@ async def test_protect_and_unprotect_take_the_beginning_of_an_id(
     listed = (await qbackup.ok("--json", "list", VM)).document
     assert [backup["protected"] for backup in listed] == [False, True, False]
     shown = (await qbackup.ok("list", VM)).stdout.splitlines()
-    assert [line.split()[-1] for line in shown if "2026" in line].count("protected") == 1
+    assert [line.split()[-1] for line in shown] == ["P", "0001", "P", "0003"]
     assert (await qbackup.ok("--json", "show", VM, ID2)).document["protected"] is True
     for _ in range(2):
         answer = (await qbackup.ok("--json", "unprotect", VM, ID2)).document
         assert answer == {"vm": VM, "id": ID2, "protected": False}
     assert not three.is_protected(VM, ID2)
-    assert "protected" not in (await qbackup.ok("list", VM)).stdout
+    shown = (await qbackup.ok("list", VM)).stdout.splitlines()
+    assert [line.split()[-1] for line in shown] == ["CHAIN", "0001", "0002", "0003"]
 
 
 @pytest.mark.parametrize(
