@@ -138,6 +138,14 @@ class Monitor:
         reply = await self.query(commands.add_fd(opaque=opaque), _FdSet)
         return reply.fdset_id
 
+    async def keep_descriptor(self, fd: int, *, name: str) -> None:
+        """Have QEMU keep a file descriptor under a name until `commands.close_fd`."""
+        try:
+            self._client.send_fd_scm(fd)
+        except (QMPError, OSError) as err:
+            raise self._lost("getfd") from err
+        await self.execute(commands.keep_fd(name))
+
     def peer_pid(self) -> int | None:
         """Return the process that serves the monitor, if it is one of this host and can be told."""
         if isinstance(self._address, Path):

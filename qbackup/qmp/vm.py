@@ -46,6 +46,11 @@ async def query_state(monitor: Monitor) -> VmState:
     return await monitor.query(commands.query("status"), VmState)
 
 
+async def has_iothreads(monitor: Monitor) -> bool:
+    """Ask whether any of the VM's disks may be served by a thread of its own."""
+    return bool(await monitor.query(commands.query("iothreads"), list[Any]))
+
+
 async def query_version(monitor: Monitor) -> QemuVersion:
     """Ask for QEMU's version."""
     version = (await monitor.query(commands.query("version"), _Version)).qemu

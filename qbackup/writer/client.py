@@ -52,7 +52,7 @@ class CopyRequest:
     """One disk to copy.
 
     `socket` is where the export is served; or `connection` is the descriptor of a connection to
-    there, which is only lent: it stays the caller's, and the process never ends it, only forgets it.
+    there, which is only lent: the process never ends it, and only forgets it.
     `file` is the image's name in the directory. `bits` is what is dirty; None: everything, a full.
     `backing_file` is the name to write into the image; it must be there if and only if `bits` is.
     `allocation` False: the export is not asked what is zero, for servers that would not survive it.
@@ -313,9 +313,7 @@ class Writer:
         finally:
             self._waiting.pop((what, disk), None)
 
-    async def _send(
-        self, message: Message, fd: int | None, lent: tuple[int, ...] = ()
-    ) -> None:
+    async def _send(self, message: Message, fd: int | None, lent: tuple[int, ...] = ()) -> None:
         data = channel.encode(message)
         fds = [*(() if fd is None else (fd,)), *lent]
         async with asyncio.timeout(COMMAND_TIMEOUT_S):
