@@ -17,6 +17,7 @@ The tree, and the exit codes that other programs rely on:
     ├── VmStateError                   1  the VM is in no state for what was asked
     ├── DiskError                      1  a disk is missing, or not as it has to be
     ├── JobFailedError                 1  a backup job ended with an error
+    ├── SnapshotError                  1  QEMU could not keep the disks' instant
     ├── WriterError                    1  the writer process could not write the backup
     ├── NoSpaceError                   1  the repository's file system is too small
     ├── ManifestDamagedError           1  a manifest cannot be trusted
@@ -147,6 +148,13 @@ class JobFailedError(QbackupError):
     def __init__(self, disk: str, description: str, *, hint: str | None = None) -> None:
         super().__init__(f"disk {disk}: the backup job failed: {description}", hint=hint)
         self.disk, self.description = disk, description
+
+
+class SnapshotError(QbackupError):
+    """QEMU could not make, keep or serve the snapshot that a backup reads.
+
+    The guest does not notice; nothing of the backup remains.
+    """
 
 
 class WriterError(QbackupError):

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from qbackup.backup import reconcile
-from qbackup.backup.copy import DiskCopier
+from qbackup.backup.engines import Work
+from qbackup.backup.engines.choose import choose_engine
+from qbackup.backup.finish import rolled_back_on_failure
 from qbackup.backup.judge import checkpoints, migrated_verdicts, newest_bases
 from qbackup.backup.plan import (
     BackupOptions,
@@ -100,39 +102,47 @@ async def back_up(
         backup_id = new_backup_id(
             now=datetime.now(UTC), newest=plan.newest_id, random_bits=secrets.randbits(16)
         )
-        async with repository.partial(vm.name, backup_id) as partial:
-            copier = DiskCopier(
-                monitor,
-                vm=vm,
-                plan=plan,
-                options=options,
-                prefix=prefix,
-                backup_id=backup_id,
-                partial=partial,
-                scratch=state.scratch_file(),
-                qemu_version=version,
-                reporter=reporter,
+        engine = await choose_engine(
+            monitor,
+            vm=vm,
+            options=options,
+            state=state,
+            scratch=state.scratch_file(),
+            qemu_version=version,
+            reporter=reporter,
+        )
+        work = Work(
+            vm=vm,
+            plan=plan,
+            options=options,
+            prefix=prefix,
+            backup_id=backup_id,
+            repository=repository,
+            reporter=reporter,
+        )
+        async with (
+            engine.session(work) as session,
+            rolled_back_on_failure(monitor, session, work),
+        ):
+            copied = await session.copy()
+            await _require_not_moved(monitor, vm.name, before=condition)
+            parent, chain = _place_in_chain(plan, backup_id)
+            backup = Backup(
+                id=backup_id,
+                vm=vm.name,
+                time=_written(copied.instant),
+                chain=chain,
+                parent=parent,
+                label=options.label,
+                consistency=copied.consistency,
+                disks=copied.disks,
+                seconds=round(time.monotonic() - started, 3),
+                qemu_version=".".join(map(str, version)),
+                vm_configuration=configuration,
+                left_out=plan.left_out,
             )
-            async with copier.rolled_back_on_failure():
-                copied = await copier.copy()
-                await _require_not_moved(monitor, vm.name, before=condition)
-                parent, chain = _place_in_chain(plan, backup_id)
-                backup = Backup(
-                    id=backup_id,
-                    vm=vm.name,
-                    time=_written(copied.instant),
-                    chain=chain,
-                    parent=parent,
-                    label=options.label,
-                    consistency=copied.consistency,
-                    disks=copied.disks,
-                    seconds=round(time.monotonic() - started, 3),
-                    qemu_version=".".join(map(str, version)),
-                    vm_configuration=configuration,
-                    left_out=plan.left_out,
-                )
-                # An interruption that comes now is too late: the backup is about to exist.
-                await to_its_end(partial.publish(backup))
+            # An interruption that comes now is too late: the backup is about to exist.
+            await to_its_end(session.publish(backup))
         await to_its_end(_forget_old_bitmaps(monitor, plan, backup, prefix, reporter))
     degraded = tuple(f"disk {name} was left out: {why}" for name, why in plan.refused.items())
     if copied.freeze_failed:

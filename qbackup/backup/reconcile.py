@@ -4,6 +4,7 @@ Bitmaps are not removed but rolled back: `bitmaps/roll_back.py`.
 """
 
 from qbackup.model.progress import Reporter
+from qbackup.qmp.exports import end_exports
 from qbackup.qmp.jobs import end_jobs
 from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.targets import remove_leftovers
@@ -25,10 +26,12 @@ async def remove_partials(repository: Repository, vm: str, reporter: Reporter) -
 
 
 async def clear_jobs(monitor: Monitor, *, vm: str, prefix: str, reporter: Reporter) -> None:
-    """End jobs and remove nodes and fd sets that an interrupted run left in QEMU."""
+    """End exports and jobs, and remove what else an interrupted run left in QEMU."""
+    exports = await end_exports(monitor, prefix=prefix)
     ended = await end_jobs(monitor, prefix=prefix)
     nodes = await remove_leftovers(monitor, prefix=prefix)
-    if ended or nodes:
+    if exports or ended or nodes:
         reporter.notice(
-            f"{vm}: an interrupted run had left {ended} jobs and {nodes} nodes in QEMU; removed"
+            f"{vm}: an interrupted run had left {ended} jobs, {exports} exports and {nodes} nodes "
+            "in QEMU; removed"
         )

@@ -4,6 +4,7 @@ Every mistake is told with the file, the key and what is allowed there. This mod
 open files: it is given the text, and the folder that relative paths are relative to.
 """
 
+import math
 import re
 import tomllib
 from collections.abc import Iterable
@@ -23,7 +24,11 @@ from qbackup.model.names import check_name
 from qbackup.model.quantities import parse_duration_s, parse_size_bytes
 from qbackup.model.retention import NO_RULES, Rules
 
-Engine = Literal["blockdev-backup", "drive-backup"]
+Engine = Literal["snapshot", "direct", "drive-backup"]
+"""How the bytes get into the repository: docs/architecture.md, "Engines"."""
+
+DEFAULT_STALL_TIMEOUT_S = 300.0
+MIN_STALL_TIMEOUT_S = 1.0
 
 MAX_CONFIGURATION_BYTES = 1024 * 1024
 MAX_KEEP = 999_999_999
@@ -43,9 +48,22 @@ class Vm:
     disks: tuple[str, ...] | None
     granularity_bytes: int
     engine: Engine
+    snapshot: "SnapshotSettings"
     keep: Rules | None = None
     """The VM's own rules of retention, in place of the global ones; None means these."""
     max_chain: int = DEFAULT_MAX_CHAIN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotSettings:
+    """Where and how long the guest's overwritten data may be kept, and how long nothing may move.
+
+    `scratch` None means the VM's state directory; `scratch_limit_bytes` None means no limit.
+    """
+
+    scratch: Path | None = None
+    scratch_limit_bytes: int | None = None
+    stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +105,7 @@ class _VmTable:
     agent: str | None = None
     disks: list[str] | None = None
     granularity: str | int = "64K"
-    engine: Engine = "blockdev-backup"
+    engine: Literal["snapshot", "direct", "drive-backup", "blockdev-backup"] = "snapshot"
     max_chain: int | None = None
     keep: dict[str, Any] | None = None
 
@@ -109,6 +127,9 @@ class _File:
     state: str
     trust_block_devices: bool | None = None
     max_chain: int = DEFAULT_MAX_CHAIN
+    scratch: str | None = None
+    scratch_limit: str | int | None = None
+    stall_timeout: str | int | float | None = None
     keep: dict[str, Any] | None = None
     vm: dict[str, Any] = field(default_factory=dict)
 
@@ -123,7 +144,10 @@ _EXPECTED = {
     "agent": 'the guest agent\'s socket, such as agent = "/run/vm1/qga.sock"',
     "disks": 'a list of names, such as disks = ["system", "data"]',
     "granularity": 'a power of two from 4K to 2M, such as granularity = "64K"',
-    "engine": '"blockdev-backup" or "drive-backup"',
+    "engine": '"snapshot", "direct" or "drive-backup"',
+    "scratch": 'a directory on a local disk, such as scratch = "/var/tmp/qbackup"',
+    "scratch_limit": 'a size, such as scratch_limit = "20G"',
+    "stall_timeout": 'a time, such as stall_timeout = "5m"',
     "keep": "a table, such as [keep] or [vm.vm1.keep]",
     "within": 'a time, such as within = "30d"',
 } | dict.fromkeys(KEEP_PERIODS, "how many to keep, a number from 1 on")
@@ -143,6 +167,7 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
     top = _table(document, _File, path=path, where="")
     folder = path.absolute().parent
     max_chain = _max_chain(top.max_chain, where=f"{path}: max_chain")
+    snapshot = _snapshot(top, path=path, folder=folder)
     vms = {}
     for name, table in top.vm.items():
         where = f"vm.{name}"
@@ -153,7 +178,9 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
         if not isinstance(table, dict):
             raise ConfigurationError(f"{path}: {where}: expected a table [{where}]")
         parsed = _table(table, _VmTable, path=path, where=where)
-        vms[name] = _vm(name, parsed, path=path, folder=folder, max_chain=max_chain)
+        vms[name] = _vm(
+            name, parsed, path=path, folder=folder, max_chain=max_chain, snapshot=snapshot
+        )
         for other in vms.values():
             if other.name != name and other.qmp == vms[name].qmp:
                 raise ConfigurationError(
@@ -170,7 +197,39 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
     )
 
 
-def _vm(name: str, table: _VmTable, *, path: Path, folder: Path, max_chain: int) -> Vm:
+def _snapshot(top: _File, *, path: Path, folder: Path) -> SnapshotSettings:
+    limit = stall = None
+    try:
+        where = "scratch_limit"
+        if (value := top.scratch_limit) is not None:
+            limit = parse_size_bytes(value) if isinstance(value, str) else value
+            if limit < 1:
+                raise ValueError(f"{value!r} is no size")  # noqa: TRY301 - told like the others
+        where = "stall_timeout"
+        if (time := top.stall_timeout) is not None:
+            stall = parse_duration_s(time) if isinstance(time, str) else float(time)
+            if not MIN_STALL_TIMEOUT_S <= stall < math.inf:
+                raise ValueError(f"{time!r} is less than a second")  # noqa: TRY301 - as above
+    except ValueError as err:
+        raise ConfigurationError(
+            f"{path}: {where}: {err}", hint=f"expected {_EXPECTED[where]}"
+        ) from err
+    return SnapshotSettings(
+        scratch=None if top.scratch is None else folder / top.scratch,
+        scratch_limit_bytes=limit,
+        stall_timeout_s=DEFAULT_STALL_TIMEOUT_S if stall is None else stall,
+    )
+
+
+def _vm(
+    name: str,
+    table: _VmTable,
+    *,
+    path: Path,
+    folder: Path,
+    max_chain: int,
+    snapshot: SnapshotSettings,
+) -> Vm:
     where = f"{path}: vm.{name}"
     if table.disks is not None:
         if not table.disks:
@@ -186,7 +245,9 @@ def _vm(name: str, table: _VmTable, *, path: Path, folder: Path, max_chain: int)
         agent=None if table.agent is None else folder / table.agent,
         disks=None if table.disks is None else tuple(table.disks),
         granularity_bytes=_granularity(table.granularity, where=f"{where}.granularity"),
-        engine=table.engine,
+        # The old word for the direct engine, from when there were only jobs that write.
+        engine="direct" if table.engine == "blockdev-backup" else table.engine,
+        snapshot=snapshot,
         keep=None if table.keep is None else _rules(table.keep, path=path, where=f"vm.{name}.keep"),
         max_chain=(
             max_chain
@@ -311,6 +372,10 @@ repository = {_quoted(repository)}
 state = {_quoted(state)}
 # trust_block_devices = true          # see docs/how-to-lose-a-backup.md; must be before any table
 # max_chain = {DEFAULT_MAX_CHAIN}                     # backups in a chain; before any table
+# scratch = "/var/tmp/qbackup"        # local disk for what the guest overwrites during a backup;
+#                                     # default: the state directory
+# scratch_limit = "20G"               # a backup that would need more is given up; default: none
+# stall_timeout = "5m"                # so is one that gets no further for so long
 
 # What qbackup prune keeps: the newest backup of each of so many periods that have one. A table
 # [vm.vm1.keep] replaces this one for vm1. Without any rule, nothing is ever removed.
@@ -329,7 +394,8 @@ state = {_quoted(state)}
 # agent = "/run/vm1/qga.sock"         # guest agent: freeze file systems for the instant
 # disks = ["system", "data"]          # default: every writable disk
 # granularity = "{granularity}"                 # bytes per bit of the dirty bitmap, 4K to 2M
-# engine = "blockdev-backup"          # or "drive-backup"
+# engine = "snapshot"                 # or "direct": QEMU writes the backup itself, and a slow
+#                                     # repository slows the guest; "drive-backup" is like it
 # max_chain = {DEFAULT_MAX_CHAIN}                     # for this VM alone
 """
 

@@ -25,7 +25,10 @@ REMOVED_SUFFIX = ".removed"
 """What `prune` has taken away, and not deleted yet."""
 
 RESERVED_PREFIX = "qbackup-"
-"""Jobs, nodes, fd sets and bitmaps in QEMU whose name starts so are ours."""
+"""Jobs, nodes, exports, fd sets and bitmaps in QEMU whose name starts so are ours."""
+
+SERVER_MARKER = "nbd"
+"""A node of ours whose name ends so says that QEMU's NBD server was started by us."""
 
 
 def is_safe_name(name: str) -> bool:

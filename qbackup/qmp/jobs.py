@@ -27,6 +27,7 @@ class JobState:
 
     job: str
     concluded: bool
+    running: bool
     done_bytes: int
     total_bytes: int
     error: str | None
@@ -55,6 +56,7 @@ async def query_jobs(monitor: Looker, *, prefix: str) -> list[JobState]:
         JobState(
             job=job.id,
             concluded=job.status == "concluded",
+            running=job.status == "running" and job.error is None,
             done_bytes=job.current_progress,
             total_bytes=job.total_progress,
             error=None if job.error is None else redacted(job.error),

@@ -62,14 +62,16 @@ class _FdSet(msgspec.Struct, rename="kebab"):
 class Event:
     """What QEMU tells unasked: its name, and of its data what we have a use for.
 
-    `subject` is the id of what it is about (a job, an export), `status` a job's new status,
-    `operation` what a job was doing when it failed. Empty where the event has no such thing.
+    `subject` is the id of what it is about (a job, an export, a node), `status` a job's new status,
+    `operation` what a job was doing when it failed, `error` what went wrong. Empty where the event
+    has no such thing.
     """
 
     name: str
     subject: str = ""
     status: str = ""
     operation: str = ""
+    error: str = ""
 
 
 class Events:
@@ -197,14 +199,23 @@ class Monitor(Looker):
         )
         return reply.fdset_id
 
+    async def keep_descriptor(self, fd: int, *, name: str) -> None:
+        """Have QEMU keep a file descriptor under a name until `commands.close_fd`."""
+        try:
+            self._client.send_fd_scm(fd)
+        except (QMPError, OSError) as err:
+            raise self._lost("getfd") from err
+        await self.execute(commands.keep_fd(name))
+
 
 def _event(message: Any) -> Event:
     data = message.get("data", {})
     return Event(
         name=str(message["event"]),
-        subject=str(data.get("id", data.get("device", ""))),
+        subject=str(data.get("id", data.get("device", data.get("node-name", "")))),
         status=str(data.get("status", "")),
         operation=str(data.get("operation", "")),
+        error=str(data.get("error", "")),
     )
 
 

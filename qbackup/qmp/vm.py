@@ -126,6 +126,11 @@ async def query_condition(monitor: Looker) -> Condition:
     )
 
 
+async def has_iothreads(monitor: Looker) -> bool:
+    """Ask whether any of the VM's disks may be served by a thread of its own."""
+    return bool(await monitor.query(commands.query("iothreads"), list[Any]))
+
+
 async def query_version(monitor: Looker) -> QemuVersion:
     """Ask for QEMU's version."""
     version = (await monitor.query(commands.query("version"), _Version)).qemu

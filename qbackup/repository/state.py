@@ -69,6 +69,11 @@ class StateDirectory:
         self.create()
         return free_name(self.path / ".scratch")
 
+    def nbd_socket(self) -> Path:
+        """Return where QEMU may serve a snapshot; call from one process at a time."""
+        self.create()
+        return self.path / ".nbd.sock"
+
     def bitmap_files(self) -> dict[tuple[str, str], Path]:
         """Return saved bitmaps: (disk, bitmap name) → file; the newest, if a disk has many.
 

@@ -255,8 +255,37 @@ class _Asking:
     def _ask(self, offset: int, length: int) -> list[tuple[int, int]]:
         self._requests += 1
         extents = self._nbd.block_status(offset, length)
+        if any(flags & STATE_ZERO for _, flags in extents):
+            # Between QEMU's look at the snapshot and its look at the disk below, the guest may have
+            # zeroed the disk, after what was there had been copied into the snapshot. The second
+            # answer, which began later, cannot be wrong about the same place.
+            again = self._nbd.block_status(offset, sum(size for size, _ in extents))
+            extents = zero_in_both(extents, again)
         if len(extents) > _MANY_EXTENTS:
             self._piece_bytes = max(_LEAST_STATUS_BYTES, self._piece_bytes // 2)
         elif len(extents) == 1:
             self._piece_bytes = min(MAX_STATUS_REQUEST_BYTES, self._piece_bytes * 2)
         return extents
+
+
+def zero_in_both(
+    first: list[tuple[int, int]], second: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Return extents that are zero only where both answers say so, as far as both reach."""
+    found: list[tuple[int, int]] = []
+    at = [0, 0]
+    left = [first[0][0] if first else 0, second[0][0] if second else 0]
+    answers = (first, second)
+    while at[0] < len(first) and at[1] < len(second):
+        size = min(left)
+        zero = first[at[0]][1] & second[at[1]][1] & STATE_ZERO
+        if size and found and found[-1][1] == zero:
+            found[-1] = (found[-1][0] + size, zero)
+        elif size:
+            found.append((size, zero))
+        for which, answer in enumerate(answers):
+            left[which] -= size
+            if not left[which]:
+                at[which] += 1
+                left[which] = answer[at[which]][0] if at[which] < len(answer) else 0
+    return found

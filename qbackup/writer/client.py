@@ -51,6 +51,8 @@ PublishOutcome = Literal["no", "yes", "unknown"]
 class CopyRequest:
     """One disk to copy.
 
+    `socket` is where the export is served; or `connection` is the descriptor of a connection to
+    there, which is only lent: the process never ends it, and only forgets it.
     `file` is the image's name in the directory. `bits` is what is dirty; None: everything, a full.
     `backing_file` is the name to write into the image; it must be there if and only if `bits` is.
     `allocation` False: the export is not asked what is zero, for servers that would not survive it.
@@ -58,9 +60,10 @@ class CopyRequest:
 
     disk: str
     file: str
-    socket: Path
     export: str
     virtual_size_bytes: int
+    socket: Path | None = None
+    connection: int | None = None
     bits: Bits | None = None
     backing_file: str | None = None
     compress: bool = False
@@ -119,6 +122,8 @@ class Writer:
         """
         if (request.bits is None) != (request.backing_file is None):
             raise ValueError("an incremental has bits and a backing file, a full has neither")
+        if (request.socket is None) == (request.connection is None):
+            raise ValueError("either a socket or a connection")
         bits = request.bits
         if bits is not None and bits.virtual_size_bytes != request.virtual_size_bytes:
             raise ValueError("the bitmap is of a disk of another size")
@@ -126,9 +131,10 @@ class Writer:
             "do": "copy",
             "disk": request.disk,
             "file": request.file,
-            "socket": str(request.socket),
+            "socket": None if request.socket is None else str(request.socket),
             "export": request.export,
             "size": request.virtual_size_bytes,
+            "incremental": bits is not None,
             "granularity": bits.granularity_bytes if bits is not None else 0,
             "backing": request.backing_file,
             "compress": request.compress,
@@ -136,7 +142,10 @@ class Writer:
             "allocation": request.allocation,
         }
         fd = None if bits is None else channel.spooled_bitmap(bits.runs, bits.stored)
-        answer = await self._ask("copy", message, disk=request.disk, fd=fd, timeout_s=None)
+        lent = () if request.connection is None else (request.connection,)
+        answer = await self._ask(
+            "copy", message, disk=request.disk, fd=fd, lent=lent, timeout_s=None
+        )
         return CopyResult(
             copied_bytes=answer["copied"],
             stored_bytes=answer["stored"],
@@ -263,12 +272,13 @@ class Writer:
         *,
         disk: str | None = None,
         fd: int | None = None,
+        lent: tuple[int, ...] = (),
         timeout_s: float | None,
     ) -> Message:
-        """Send a command and wait for what becomes of it. `fd` is closed."""
+        """Send a command and wait for what becomes of it. `fd` is closed, `lent` ones are not."""
         self._expect(what, disk)
         try:
-            await self._send(message, fd)
+            await self._send(message, fd, lent)
         finally:
             if fd is not None:
                 os.close(fd)
@@ -303,15 +313,16 @@ class Writer:
         finally:
             self._waiting.pop((what, disk), None)
 
-    async def _send(self, message: Message, fd: int | None) -> None:
+    async def _send(self, message: Message, fd: int | None, lent: tuple[int, ...] = ()) -> None:
         data = channel.encode(message)
+        fds = [*(() if fd is None else (fd,)), *lent]
         async with asyncio.timeout(COMMAND_TIMEOUT_S):
             while True:
                 try:
-                    if fd is None:
+                    if not fds:
                         self._child.link.send(data)
                     else:
-                        socket.send_fds(self._child.link, [data], [fd])
+                        socket.send_fds(self._child.link, [data], fds)
                 except BlockingIOError:
                     await _writable(self._loop, self._child.link)
                 except OSError as err:

@@ -60,7 +60,7 @@ class Task:
         "granularity_bytes",
         "path",
         "rate_bytes_per_s",
-        "socket",
+        "server",
         "virtual_size_bytes",
     )
 
@@ -69,7 +69,7 @@ class Task:
         *,
         disk: str,
         path: Path,
-        socket: str,
+        server: str | int,
         export: str,
         virtual_size_bytes: int,
         granularity_bytes: int,
@@ -79,7 +79,7 @@ class Task:
         compress: bool,
         rate_bytes_per_s: int,
     ) -> None:
-        self.disk, self.path, self.socket, self.export = disk, path, socket, export
+        self.disk, self.path, self.server, self.export = disk, path, server, export
         self.virtual_size_bytes = virtual_size_bytes
         self.granularity_bytes, self.bitmap_fd = granularity_bytes, bitmap_fd
         self.backing_file, self.allocation, self.compress = backing_file, allocation, compress
@@ -129,7 +129,7 @@ class DiskCopy:
         task = self.task
         self._check()
         nbd = NbdConnection(
-            task.socket, task.export, allocation=task.allocation, timeout_s=_CONNECT_TIMEOUT_S
+            task.server, task.export, allocation=task.allocation, timeout_s=_CONNECT_TIMEOUT_S
         )
         try:
             self._nbd = nbd

@@ -110,12 +110,19 @@ class _Read:
 class NbdConnection:
     """A connection to one export. Use it in one thread; `abort` may be called from any.
 
+    A connection that was lent (a descriptor, not a path) is never ended from here: QEMU before 9.0
+    aborts when the client of a disk in an iothread goes away. Who lent it has QEMU end it.
+
     `size_bytes` is the export's size, `max_read_bytes` the most that one read may ask for,
     `has_allocation` whether `block_status` can be asked.
     """
 
-    def __init__(self, path: str, export: str, *, allocation: bool, timeout_s: float) -> None:
+    def __init__(
+        self, server: str | int, export: str, *, allocation: bool, timeout_s: float
+    ) -> None:
         """Connect and choose the export; that takes at most `timeout_s` between two answers.
+
+        `server` is a socket's path, or the descriptor of a connection that was made already.
 
         Raises:
             NbdError: there is no such server or export, or not one that we can use.
@@ -127,11 +134,14 @@ class NbdConnection:
         self.size_bytes = -1
         self.min_block_bytes = 1
         self.max_read_bytes = _MAX_BLOCK_BYTES
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._lent = isinstance(server, int)
+        fd = server if isinstance(server, int) else None
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=fd)
         self._socket.settimeout(timeout_s)
         try:
             try:
-                self._socket.connect(path)
+                if isinstance(server, str):
+                    self._socket.connect(server)
             except OSError as err:
                 raise NbdLostError(f"cannot connect: {err.strerror or err}") from err
             self._negotiate(export.encode(), allocation=allocation)
@@ -209,15 +219,18 @@ class NbdConnection:
         raise NbdProtocolError("a block status without an end")
 
     def abort(self) -> None:
-        """End the connection from any thread; what waits for it fails."""
+        """End the connection from any thread; what waits for it fails. See the class."""
+        if self._lent:
+            return
         with suppress(OSError):  # it has ended
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Take leave of the server, without waiting for it, and close."""
+        """Take leave of the server, without waiting for it, and close. See the class."""
         with suppress(OSError):  # it is gone, or does not listen
             self._socket.setblocking(False)
-            self._socket.send(_request(_CMD_DISCONNECT, 0, 0, 0))
+            if not self._lent:
+                self._socket.send(_request(_CMD_DISCONNECT, 0, 0, 0))
         self._socket.close()
 
     # The handshake

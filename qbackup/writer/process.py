@@ -58,10 +58,10 @@ class Process:
             if self._ending.is_set():
                 return
             if readable:
-                data, fds, flags, _ = socket.recv_fds(self._link, channel.MAX_MESSAGE_BYTES, 1)
+                data, fds, flags, _ = socket.recv_fds(self._link, channel.MAX_MESSAGE_BYTES, 2)
                 if not data or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                     break
-                self._obey(channel.decode(data), fds[0] if fds else None)
+                self._obey(channel.decode(data), fds)
             self._report()
         self._parent_gone()
 
@@ -70,20 +70,20 @@ class Process:
         with suppress(OSError):  # it is closed already
             self._link.shutdown(socket.SHUT_RD)
 
-    def _obey(self, message: Message, fd: int | None) -> None:
+    def _obey(self, message: Message, fds: list[int]) -> None:
         match message.get("do"):
             case "begin":
                 self._partial, self._final = Path(message["partial"]), Path(message["final"])
                 self._last_file = message["last_file"]
                 self._start("begin", self._begin)
             case "copy":
-                self._start_copy(message, fd)
+                self._start_copy(message, fds)
             case "rate":
                 if (copy := self._copies.get(message["disk"])) is not None:
                     copy.rate.set(message["bytes_per_s"])
-            case "publish" if fd is not None:
+            case "publish" if fds:
                 self._publishing = True
-                self._start("publish", lambda: self._publish(fd))
+                self._start("publish", lambda: self._publish(fds[0]))
             case "discard":
                 self._stop_copies()
                 self._start("discard", self._discard)
@@ -97,13 +97,16 @@ class Process:
         self._begun = True
         self._tell({"is": "begun"})
 
-    def _start_copy(self, message: Message, fd: int | None) -> None:
+    def _start_copy(self, message: Message, fds: list[int]) -> None:
         disk = message["disk"]
+        # The bitmap's descriptor first, then that of a connection that was made already.
+        fd = fds.pop(0) if message["incremental"] else None
+        server: str | int = message["socket"] if message["socket"] is not None else fds.pop(0)
         copy = DiskCopy(
             Task(
                 disk=disk,
                 path=self._partial / message["file"],
-                socket=message["socket"],
+                server=server,
                 export=message["export"],
                 virtual_size_bytes=message["size"],
                 granularity_bytes=message["granularity"],

@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from qbackup.formats.configuration import Vm
+from qbackup.formats.configuration import SnapshotSettings, Vm
 from qbackup.formats.manifest import disk_file
 from qbackup.model.backup import (
     MAX_DISK_BYTES,
@@ -110,7 +110,8 @@ def make_vm(qmp: Path = Path("/nowhere/qmp.sock"), **changes: Any) -> Vm:
         agent=None,
         disks=None,
         granularity_bytes=GRANULARITY,
-        engine="blockdev-backup",
+        engine="direct",
+        snapshot=SnapshotSettings(),
     )
     return replace(vm, **changes)
 

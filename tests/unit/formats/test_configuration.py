@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from qbackup.errors import ConfigurationError, UsageError
 from qbackup.formats.configuration import (
     Configuration,
+    SnapshotSettings,
     Vm,
     example_configuration,
     parse_configuration,
@@ -41,7 +42,8 @@ def test_the_smallest_configuration_has_the_defaults() -> None:
             agent=None,
             disks=None,
             granularity_bytes=65536,
-            engine="blockdev-backup",
+            engine="snapshot",
+            snapshot=SnapshotSettings(),
         )
     }
 
@@ -108,6 +110,18 @@ def test_rules_are_a_table(text: str) -> None:
     with pytest.raises(ConfigurationError, match="keep: 7 is not allowed") as caught:
         parse(text)
     assert "[keep]" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("word", ["direct", "blockdev-backup"])
+def test_the_direct_engine_has_an_older_name(word: str) -> None:
+    assert parse(with_key(f'engine = "{word}"')).vm("vm1").engine == "direct"
+
+
+def test_the_snapshot_is_configured_for_all_vms() -> None:
+    vm = parse(f'scratch = "tmp"\nscratch_limit = "20G"\nstall_timeout = "2m"\n{TABLE}').vm("vm1")
+    assert vm.snapshot == SnapshotSettings(
+        scratch=PATH.parent / "tmp", scratch_limit_bytes=20 * 1024**3, stall_timeout_s=120
+    )
 
 
 def test_relative_paths_are_relative_to_the_file() -> None:
@@ -195,8 +209,13 @@ MISTAKES = {
     "engine unknown": (
         with_key('engine = "rsync"'),
         ["vm.vm1.engine"],
-        ["blockdev-backup", "drive-backup"],
+        ["snapshot", "direct", "drive-backup"],
     ),
+    "scratch limit zero": (f"scratch_limit = 0\n{TABLE}", ["scratch_limit"], ["20G"]),
+    "scratch limit no size": (f'scratch_limit = "much"\n{TABLE}', ["scratch_limit"], ["20G"]),
+    "stall timeout short": (f"stall_timeout = 0.5\n{TABLE}", ["stall_timeout"], ["5m"]),
+    "stall timeout no number": (f"stall_timeout = nan\n{TABLE}", ["stall_timeout"], ["5m"]),
+    "stall timeout no time": (f'stall_timeout = "ages"\n{TABLE}', ["stall_timeout"], ["5m"]),
     "numbers without end": (f"repository = {'1' * 5000}", ["not TOML"], []),
     "nested without end": (f"repository = {'[' * 100_000}", ["not TOML"], []),
 } | {
