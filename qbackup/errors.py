@@ -17,10 +17,13 @@ The tree, and the exit codes that other programs rely on:
     ├── VmStateError                   1  the VM is in no state for what was asked
     ├── DiskError                      1  a disk is missing, or not as it has to be
     ├── JobFailedError                 1  a backup job ended with an error
+    ├── SnapshotError                  1  QEMU could not keep the disks' instant
+    ├── WriterError                    1  the writer process could not write the backup
     ├── NoSpaceError                   1  the repository's file system is too small
     ├── ManifestDamagedError           1  a manifest cannot be trusted
     ├── ChainBrokenError               1  a backup needs another one that is not there
     ├── BackupNotFoundError            1  no backup, or several, by that name
+    ├── RemovalError                   1  a backup that was to be removed is still there
     └── RestoreError                   1  a restore cannot start, or failed
 
 The exit code 3 (done, but degraded) is no error: the command's result carries it.
@@ -147,6 +150,33 @@ class JobFailedError(QbackupError):
         self.disk, self.description = disk, description
 
 
+class SnapshotError(QbackupError):
+    """QEMU could not make, keep or serve the snapshot that a backup reads.
+
+    The guest does not notice; nothing of the backup remains.
+    """
+
+
+class WriterError(QbackupError):
+    """The writer process failed, or does not answer.
+
+    `kind` says who is at fault: `source`, `protocol`, `space`, `target` (`writer/channel.py`),
+    `stalled` (it does not answer in time), `gone` (it died) or `program` (qbackup itself).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: str,
+        disk: str | None = None,
+        errno: int | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.kind, self.disk, self.errno = kind, disk, errno
+
+
 class NoSpaceError(QbackupError):
     """The repository's file system has less room than the backup is expected to need."""
 
@@ -173,6 +203,14 @@ class ChainBrokenError(QbackupError):
 
 class BackupNotFoundError(QbackupError):
     """No backup, or more than one, goes by the name or time that was given."""
+
+
+class RemovalError(QbackupError):
+    """A backup that was to be removed is still there, whole; so is everything it needs."""
+
+    def __init__(self, directory: object, fact: str, *, hint: str | None = None) -> None:
+        super().__init__(f"{directory}: cannot be removed: {fact}", hint=hint)
+        self.directory = directory
 
 
 class RestoreError(QbackupError):

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from qbackup.errors import QbackupError
 from qbackup.formats import qbm
+from qbackup.host.files import NotRegularError, open_regular
 from qbackup.host.tasks import in_thread
-from qbackup.model.backup import Reason
+from qbackup.model.backup import Reason, Refusal
 from qbackup.model.bitmap import FileStamp
 from qbackup.model.names import split_bitmap_name
 from qbackup.qmp.disks import Bitmap, Disk
-from qbackup.repository.state import StateDirectory, read_start
+from qbackup.repository.state import HEADER_BYTES, StateDirectory, free_name
 
 
 async def distrust_all(state: StateDirectory, *, present: Collection[str] | None = None) -> None:
@@ -21,19 +22,21 @@ async def distrust_all(state: StateDirectory, *, present: Collection[str] | None
     checked again before the file is used. None: which disks there are is not known.
 
     Raises:
-        StillTrustedError: files can be neither changed nor removed. All others are done.
+        StillTrustedError: files that look clean can be neither changed nor removed. All others
+            are done.
     """
     failed: dict[Path, OSError] = {}
-    for (disk, _), path in (await in_thread(state.bitmap_files)).items():
-        if present is not None and disk not in present and await in_thread(_shows_writes, path):
+    for path in await in_thread(state.all_bitmap_files):
+        absent = present is not None and path.parent.name not in present
+        if absent and await in_thread(_shows_writes, path):
             continue
         try:
             await state.rewrite_header(path, lambda header: qbm.with_clean(header, clean=False))
-        except (qbm.QbmError, OSError):
+        except (ValueError, OSError):
             try:
                 await state.remove(path)
             except OSError as err:
-                if await in_thread(_may_be_trusted, path):
+                if await in_thread(_may_be_clean, path):
                     failed[path] = err
     if failed:
         raise StillTrustedError(failed)
@@ -53,50 +56,66 @@ class StillTrustedError(QbackupError):
 def _shows_writes(path: Path) -> bool:
     """Tell whether a bitmap file is of an image of which no write can escape its stamp."""
     try:
-        return isinstance(qbm.decode_header(read_start(path)).stamp, FileStamp)
+        return isinstance(read_header(path).stamp, FileStamp)
     except (qbm.QbmError, OSError):
         return False
-
-
-def _may_be_trusted(path: Path) -> bool:
-    """Tell whether a file that could not be changed is one that a start would believe."""
-    try:
-        return path.is_file() and qbm.decode_header(read_start(path)).clean
-    except qbm.QbmError:
-        return False
-    except OSError:
-        return True
 
 
 def is_clean(path: Path) -> bool:
     """Tell whether a bitmap file says that its VM has ended in order."""
     try:
-        return qbm.decode_header(read_start(path)).clean
+        return read_header(path).clean
     except (qbm.QbmError, OSError):
         return False
+
+
+def _may_be_clean(path: Path) -> bool:
+    """Tell whether a reader could take a file for a clean bitmap."""
+    try:
+        return read_header(path).clean
+    except (FileNotFoundError, NotRegularError, qbm.QbmError):
+        return False
+    except OSError:
+        return True
 
 
 class NotTrustedError(Exception):
     """A bitmap file exists and must not be used."""
 
-    def __init__(self, reason: Reason) -> None:
+    def __init__(self, reason: Reason, detail: str | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.refusal = Refusal(reason=reason, detail=detail)
+
+
+def read_header(path: Path) -> qbm.QbmHeader:
+    """Read the first sector of a bitmap file.
+
+    Raises:
+        OSError: it is no regular file, or cannot be read.
+        QbmError: it cannot be trusted.
+    """
+    with open_regular(path) as file:
+        return qbm.decode_header(file.read(HEADER_BYTES))
 
 
 def read_saved(path: Path, *, vm: str, disk: str, virtual_size_bytes: int) -> qbm.BitmapFile:
     """Read a bitmap file and check all but the disk's image.
 
+    Nothing is read of a file that is larger than a bitmap of this disk can be.
+
     Raises:
         NotTrustedError: it is damaged, not clean, or about another disk.
     """
     try:
-        with path.open("rb") as source:
+        if read_header(path).virtual_size_bytes != virtual_size_bytes:
+            raise NotTrustedError("size-changed")
+        with open_regular(path) as source:
             file = qbm.read(source)
     except qbm.QbmError as err:
-        raise NotTrustedError(err.reason) from err
+        raise NotTrustedError(err.reason, f"the bitmap file is not usable: {err}") from err
     except OSError as err:
-        raise NotTrustedError("corrupt") from err
+        raise NotTrustedError("corrupt", f"the bitmap file is not usable: {err.strerror}") from err
     if not file.clean:
         raise NotTrustedError("unclean")
     if (file.identity.vm, file.identity.disk) != (vm, disk):
@@ -108,8 +127,31 @@ def read_saved(path: Path, *, vm: str, disk: str, virtual_size_bytes: int) -> qb
     return file
 
 
+async def remember(
+    state: StateDirectory,
+    refusals: Mapping[tuple[str, str], Refusal],
+    *,
+    settled: Collection[tuple[str, str]],
+) -> None:
+    """Keep why bitmaps were refused, by disk and name, for whoever asks later.
+
+    What was known before stays known, until another bitmap of that disk and owner is refused or
+    is `settled`: saved, or loaded. It is only for people: if it cannot be kept, nothing is.
+    """
+    fresh = {(disk, owner_of(name)) for disk, name in (*refusals, *settled)}
+    earlier = {
+        (disk, name): why
+        for (disk, name), why in state.read_verdicts().items()
+        if (disk, owner_of(name)) not in fresh
+    }
+    try:
+        await state.write_verdicts({**earlier, **refusals})
+    except OSError:
+        return
+
+
 def sidecar_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.qcow2")
+    return free_name(path.with_name(f".{path.name}.qcow2"))
 
 
 def owner_of(name: str) -> str:

@@ -6,7 +6,7 @@ The order is what makes the clean flag mean something.
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,15 +17,16 @@ from qbackup.bitmaps.files import (
     our_bitmaps,
     owner_of,
     read_saved,
+    remember,
     sidecar_path,
 )
-from qbackup.bitmaps.image_files import image_paths
+from qbackup.bitmaps.image_files import no_bitmap_reason, open_images, query_disks
 from qbackup.bitmaps.size_guard import ensure_size_guard
-from qbackup.errors import QbackupError
+from qbackup.errors import DiskError, QbackupError, QmpCommandError
 from qbackup.host.tasks import in_thread
 from qbackup.images.stamp import take_stamp
-from qbackup.model.backup import Reason
-from qbackup.model.bitmap import Bits, ImageStamp
+from qbackup.model.backup import Refusal
+from qbackup.model.bitmap import Bits, DeviceStamp, ImageStamp, Sameness, compare_stamps
 from qbackup.model.names import RESERVED_PREFIX
 from qbackup.qmp import commands
 from qbackup.qmp.disks import Disk, query_inventory, query_written_nodes
@@ -58,8 +59,8 @@ async def load_saved_bitmaps(
     *,
     vm: str,
     pid: int | None,
-    trust_block_devices: bool,
-) -> dict[tuple[str, str], Reason]:
+    trust_block_devices: bool | None,
+) -> dict[tuple[str, str], Refusal]:
     """Give QEMU every saved bitmap that can be trusted. The VM should not have run yet.
 
     Recording begins before anything is checked, so that a guest that somebody lets run
@@ -67,12 +68,15 @@ async def load_saved_bitmaps(
     bitmap appears at one instant, complete: whoever is killed in between leaves none that a
     backup would trust. Afterwards no file of a disk that QEMU has is clean.
 
+    A block device is trusted if the kernel's counters prove that it was not written; with
+    `trust_block_devices` also if it only looks the same, and never where that is False.
+
     Returns why each of the others was not loaded.
     """
-    verdicts: dict[tuple[str, str], Reason] = {}
+    verdicts: dict[tuple[str, str], Refusal] = {}
     candidates: list[_Candidate] = []
     await _remove_recorders(monitor)
-    inventory = await query_inventory(monitor)
+    inventory = await query_disks(monitor, pid)
     for (disk_name, name), path in (await in_thread(state.bitmap_files)).items():
         disk = inventory.disk(disk_name)
         if disk is None or disk.bitmap(name) is not None:
@@ -88,7 +92,7 @@ async def load_saved_bitmaps(
                 )
             )
         except NotTrustedError as err:
-            verdicts[disk_name, name] = err.reason
+            verdicts[disk_name, name] = err.refusal
             continue
         candidate = _Candidate(disk=disk, name=name, path=path, bits=file.bits, stamp=file.stamp)
         if not any(_share_guard(candidate, other) for other in candidates):
@@ -105,32 +109,42 @@ async def load_saved_bitmaps(
     trusted = []
     for candidate in candidates:
         try:
-            images = await in_thread(image_paths, candidate.disk, pid)
-            _require_local(images, trust_block_devices=trust_block_devices)
+            reason = no_bitmap_reason(inventory, candidate.disk)
+            if reason is not None:
+                raise NotTrustedError(reason)  # noqa: TRY301 - all reasons end below
             if candidate.disk.node in written:
                 raise NotTrustedError("image-changed")  # noqa: TRY301 - all reasons end below
-            await in_thread(_require_unchanged, candidate.stamp, images or ())
+            with await in_thread(open_images, candidate.disk, pid) or nullcontext() as images:
+                paths = _require_local(
+                    images.paths if images is not None else None,
+                    trust_block_devices=trust_block_devices,
+                )
+                await in_thread(
+                    partial(
+                        _require_unchanged,
+                        candidate.stamp,
+                        paths,
+                        fingerprint_is_enough=trust_block_devices is True,
+                    )
+                )
         except NotTrustedError as err:
-            verdicts[candidate.disk.name, candidate.name] = err.reason
+            verdicts[candidate.disk.name, candidate.name] = err.refusal
             await monitor.execute(
                 commands.bitmap_remove(node=candidate.disk.node, name=candidate.recorder)
             )
         else:
             trusted.append(candidate)
-    await state.write_verdicts(verdicts)
+    loaded = {(candidate.disk.name, candidate.name) for candidate in trusted}
+    await remember(state, verdicts, settled=loaded)
     present = {disk.name for disk in (*inventory.disks, *inventory.busy)}
     await distrust_all(state, present=present)
-    for candidate in trusted:
-        await load_bitmap(
-            monitor,
-            disk_node=candidate.disk.node,
-            name=candidate.recorder,
-            bits=candidate.bits,
-            path=sidecar_path(candidate.path),
-            prefix=RESERVED_PREFIX,
-            into_existing=True,
-        )
-        await _give_name(monitor, candidate)
+    try:
+        for candidate in trusted:
+            await _load_one(monitor, candidate)
+    except (QbackupError, OSError) as err:
+        why = Refusal(reason="missing", detail=f"it could not be loaded: {err}")
+        await remember(state, {**verdicts, **dict.fromkeys(loaded, why)}, settled=())
+        raise
     return verdicts
 
 
@@ -140,7 +154,12 @@ async def are_loaded(monitor: Monitor) -> bool:
 
 
 async def give_up_loading(monitor: Monitor, state: StateDirectory) -> None:
-    """Clean up after a loading that failed, wherever it was, and before the guest writes."""
+    """Clean up after a loading that failed, wherever it was, and before the guest writes.
+
+    Raises:
+        StillTrustedError: a file may still look trusted.
+        MonitorLostError: QEMU went away.
+    """
     present = None
     with suppress(QbackupError):
         inventory = await query_inventory(monitor)
@@ -148,7 +167,9 @@ async def give_up_loading(monitor: Monitor, state: StateDirectory) -> None:
     try:
         await distrust_all(state, present=present)
     finally:
-        await _remove_recorders(monitor)
+        # No backup looks at what may remain in QEMU, and the next loading removes it.
+        with suppress(QmpCommandError, DiskError):
+            await _remove_recorders(monitor)
 
 
 async def _remove_recorders(monitor: Monitor) -> None:
@@ -157,6 +178,19 @@ async def _remove_recorders(monitor: Monitor) -> None:
         for bitmap in disk.bitmaps:
             if bitmap.name.startswith(_RECORDER_PREFIX):
                 await monitor.execute(commands.bitmap_remove(node=disk.node, name=bitmap.name))
+
+
+async def _load_one(monitor: Monitor, candidate: _Candidate) -> None:
+    await load_bitmap(
+        monitor,
+        disk_node=candidate.disk.node,
+        name=candidate.recorder,
+        bits=candidate.bits,
+        path=sidecar_path(candidate.path),
+        prefix=RESERVED_PREFIX,
+        into_existing=True,
+    )
+    await _give_name(monitor, candidate)
 
 
 async def _give_name(monitor: Monitor, candidate: _Candidate) -> None:
@@ -189,15 +223,46 @@ async def _guard_size(monitor: Monitor, candidate: _Candidate) -> None:
     )
 
 
-def _require_local(images: Sequence[Path] | None, *, trust_block_devices: bool) -> None:
-    if images is None or (not trust_block_devices and any(i.is_block_device() for i in images)):
-        raise NotTrustedError("unsupported")
+def _require_local(
+    images: Sequence[Path] | None, *, trust_block_devices: bool | None
+) -> Sequence[Path]:
+    if images is None:
+        raise NotTrustedError(
+            "unsupported", "QEMU has no file or block device of this host open for the disk"
+        )
+    if trust_block_devices is False and any(image.is_block_device() for image in images):
+        raise NotTrustedError(
+            "unsupported", "the configuration says to trust no block device (trust_block_devices)"
+        )
+    return images
 
 
-def _require_unchanged(expected: ImageStamp | None, images: Sequence[Path]) -> None:
+def _require_unchanged(
+    expected: ImageStamp | None, images: Sequence[Path], *, fingerprint_is_enough: bool
+) -> None:
     try:
-        stamp = take_stamp(images)
+        now = take_stamp(images)
     except (OSError, ValueError) as err:
-        raise NotTrustedError("image-changed") from err
-    if expected != stamp:
+        raise NotTrustedError("image-changed", f"the image cannot be examined: {err}") from err
+    sameness = compare_stamps(expected, now)
+    if sameness is Sameness.CHANGED:
         raise NotTrustedError("image-changed")
+    # Several files have a stamp like that of a device, made of what proves it for each file.
+    files_only = not any(image.is_block_device() for image in images)
+    if sameness is Sameness.ALIKE and not (fingerprint_is_enough or files_only):
+        raise NotTrustedError("unproven", _why_unproven(expected, now))
+
+
+def _why_unproven(expected: ImageStamp | None, now: ImageStamp) -> str:
+    """Say what is missing for a proof that a block device was not written."""
+    before = expected if isinstance(expected, DeviceStamp) else None
+    after = now if isinstance(now, DeviceStamp) else None
+    if after is not None and after.uncounted is not None:
+        why = after.uncounted
+    elif before is None or before.record is None or before.record.below is None:
+        why = "the writes to it could not be counted when the VM ended"
+    elif after is not None and after.record and after.record.session != before.record.session:
+        why = "the host was started again, or the device made anew, since the VM ended"
+    else:
+        why = "something was written to what the block device lies on"
+    return f"{why}; trust_block_devices = true would make do with a fingerprint"

@@ -6,20 +6,27 @@ It takes every bitmap of ours, of whichever repository: whether a bitmap's check
 newest one is asked by the backup that wants to use it.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from qbackup.bitmaps.files import our_bitmaps, owner_of, sidecar_path
-from qbackup.bitmaps.image_files import image_paths
+from qbackup.bitmaps.files import our_bitmaps, owner_of, read_header, remember, sidecar_path
+from qbackup.bitmaps.image_files import (
+    ImageFiles,
+    no_bitmap_reason,
+    open_images,
+    query_disks,
+)
 from qbackup.bitmaps.roll_back import complete_stopped_bitmaps
 from qbackup.bitmaps.size_guard import is_guarded
-from qbackup.errors import ManifestDamagedError
+from qbackup.errors import ManifestDamagedError, MonitorLostError, QbackupError
 from qbackup.formats import qbm
 from qbackup.host import durable
 from qbackup.host.tasks import in_thread
 from qbackup.images.stamp import take_stamp
-from qbackup.model.bitmap import Identity, ImageStamp
+from qbackup.model.backup import REASON_TEXT, Reason, Refusal
+from qbackup.model.bitmap import DeviceStamp, Identity, ImageStamp, Sameness, compare_stamps
 from qbackup.model.names import RESERVED_PREFIX, owner_prefix, split_bitmap_name
 from qbackup.model.progress import Reporter
 from qbackup.qmp import jobs, targets
@@ -28,7 +35,7 @@ from qbackup.qmp.exports import end_exports
 from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.sidecar import save_bitmap
 from qbackup.repository.repository import Repository
-from qbackup.repository.state import StateDirectory, read_start
+from qbackup.repository.state import StateDirectory
 
 UNKNOWN_CHAIN = "unknown"
 """In a file of a bitmap whose backup is in a repository that we do not see."""
@@ -41,13 +48,20 @@ class SavedVm:
     files: tuple["Saved", ...] = ()
     disks: frozenset[str] = frozenset()
 
+    def close(self) -> None:
+        """Close image files that were kept open."""
+        for one in self.files:
+            one.images.close()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
     """A bitmap file that is written but not yet clean, and the image files it depends on."""
 
+    disk: str
+    bitmap: str
     path: Path
-    images: tuple[Path, ...]
+    images: ImageFiles
     stamp: ImageStamp
     """Taken while QEMU, paused, still had the images open."""
 
@@ -71,72 +85,144 @@ async def save_bitmaps(
     await targets.remove_leftovers(monitor, prefix=RESERVED_PREFIX)
     await complete_stopped_bitmaps(monitor, (await query_inventory(monitor)).disks)
     saved: list[Saved] = []
-    inventory = await query_inventory(monitor)
-    for disk in inventory.disks:
-        bitmaps = [
-            b
-            for b in our_bitmaps(disk)
-            if b.recording and not (b.busy or b.inconsistent) and is_guarded(disk, owner_of(b.name))
-        ]
-        images = await in_thread(image_paths, disk, pid)
-        if images is None and bitmaps:
-            reporter.warning(
-                f"{vm}: disk {disk.name}: QEMU has no file or block device of this host open "
-                f"under the name {disk.source.filename}, so its bitmap cannot be kept"
-            )
-        elif images is not None:
-            saved += [
-                await _save_one(
-                    monitor,
-                    state,
-                    identity=_identify(repository, vm=vm, disk=disk, bitmap=bitmap),
-                    disk=disk,
-                    bitmap=bitmap,
-                    images=images,
+    refused: dict[tuple[str, str], Refusal] = {}
+    inventory = await query_disks(monitor, pid)
+    for disk in (*inventory.disks, *inventory.busy):
+        ours = our_bitmaps(disk)
+        if not ours or disk.virtual_size_bytes == 0:
+            continue
+        never = no_bitmap_reason(inventory, disk)
+        images = None if never else await in_thread(open_images, disk, pid)
+        kept = len(saved)
+        told: set[str] = set()
+        for bitmap in ours:
+            try:
+                if never is not None:
+                    why = inventory.refused.get(disk.name, REASON_TEXT[never])
+                    raise _NotKeptError(why, reason=never)  # noqa: TRY301 - all refusals end below
+                saved.append(
+                    await _save_one(
+                        monitor,
+                        state,
+                        identity=_identify(repository, vm=vm, disk=disk, bitmap=bitmap),
+                        disk=disk,
+                        bitmap=bitmap,
+                        images=_require_savable(disk, bitmap, images),
+                    )
                 )
-                for bitmap in bitmaps
-            ]
+            except MonitorLostError:
+                raise
+            except _NotKeptError as err:
+                refusal = Refusal(reason=err.reason, detail=f"{err}, so its bitmap cannot be kept")
+            except (QbackupError, OSError, ValueError) as err:
+                # The other disks are not to suffer from it.
+                refusal = Refusal(reason="missing", detail=f"its bitmap could not be saved: {err}")
+            else:
+                continue
+            refused[disk.name, bitmap.name] = refusal
+            if refusal.detail not in told:
+                reporter.warning(f"{vm}: disk {disk.name}: {refusal.detail}")
+                told.add(refusal.detail or "")
+        if images is not None and len(saved) == kept:
+            images.close()
+    await remember(state, refused, settled=[(one.disk, one.bitmap) for one in saved])
     present = frozenset(disk.name for disk in (*inventory.disks, *inventory.busy))
     return SavedVm(files=tuple(saved), disks=present)
+
+
+class _NotKeptError(Exception):
+    """A bitmap is not saved, because nobody could trust it. The message is a fact."""
+
+    def __init__(self, fact: str, *, reason: Reason = "missing") -> None:
+        super().__init__(fact)
+        self.reason = reason
+
+
+def _require_savable(disk: Disk, bitmap: Bitmap, images: ImageFiles | None) -> ImageFiles:
+    if bitmap.busy or bitmap.inconsistent or not bitmap.recording:
+        raise _NotKeptError("at the VM's end its bitmap was in use or did not record")
+    if not is_guarded(disk, owner_of(bitmap.name)):
+        raise _NotKeptError("the disk had another size in between")
+    if images is None:
+        raise _NotKeptError(
+            "QEMU has no file or block device of this host open under the name "
+            f"{disk.source.filename}"
+        )
+    return images
 
 
 async def set_clean(
     state: StateDirectory,
     saved: SavedVm,
     *,
-    trust_block_devices: bool,
+    trust_block_devices: bool | None,
     reporter: Reporter,
 ) -> None:
     """Put the saved files in place, stamped and clean. QEMU must have closed the images.
 
     The stamp must be the one that was taken before QEMU ended. Else somebody wrote into the image
     since, or another file has its name, or QEMU itself wrote at the end (lazy refcounts, or
-    bitmaps of its own), which cannot be told apart. Files of disks that the VM does not have at
-    its end stay as they are.
+    bitmaps of its own), which cannot be told apart. A bitmap that cannot be kept does not
+    keep the others from it. Files of disks that the VM does not have at its end stay as they are.
     """
-    keep = set()
-    trusted = [
-        one
-        for one in saved.files
-        if trust_block_devices or not any(image.is_block_device() for image in one.images)
-    ]
+    keep: dict[Path, Saved] = {}
+    refused: dict[tuple[str, str], Refusal] = {}
+
+    def refuse(one: Saved, detail: str) -> None:
+        refused[one.disk, one.bitmap] = Refusal(reason="missing", detail=detail)
+
+    trusted = []
+    for one in saved.files:
+        if trust_block_devices is False and any(i.is_block_device() for i in one.images.paths):
+            refuse(one, "the configuration says to trust no block device (trust_block_devices)")
+        else:
+            trusted.append(one)
     # All stamps first: whoever writes while we sync must show.
-    stamps = [await in_thread(take_stamp, one.images) for one in trusted]
+    stamps = [await in_thread(_stamp_again, one.images.paths) for one in trusted]
     for one, stamp in zip(trusted, stamps, strict=True):
-        if stamp != one.stamp:
+        if stamp is None or compare_stamps(one.stamp, stamp) is Sameness.CHANGED:
+            refuse(one, f"{one.images.paths[0]} was written after the guest had ended")
             reporter.warning(
-                f"{one.images[0]}: written after the guest had ended; its bitmap is not kept"
+                f"{one.images.paths[0]}: written after the guest had ended; its bitmap is not kept"
             )
             continue
-        for image in one.images:
-            await durable.sync_file(image)  # QEMU may have been told not to (cache=unsafe)
+        if trust_block_devices is None:
+            _tell_unproven(one, stamp, reporter)
+        try:
+            keep[await _set_clean(state, one, stamp)] = one
+        except (OSError, ValueError) as err:
+            refuse(one, f"its bitmap could not be saved: {err}")
+            reporter.warning(f"disk {one.disk}: its bitmap could not be saved: {err}")
+    await state.remove_others(set(keep), disks=saved.disks)
+    await remember(state, refused, settled=[(one.disk, one.bitmap) for one in keep.values()])
 
-        def set_flag(header: bytes, stamp: ImageStamp = stamp) -> bytes:
-            return qbm.with_clean(header, clean=True, stamp=stamp)
 
-        await state.rewrite_header(one.path, set_flag)
-        keep.add(await state.put_in_place(one.path))
-    await state.remove_others(keep, disks=saved.disks)
+async def _set_clean(state: StateDirectory, one: Saved, stamp: ImageStamp) -> Path:
+    for image in one.images.paths:
+        await durable.sync_file(image)  # QEMU may have been told not to (cache=unsafe)
+    await state.rewrite_header(
+        one.path, lambda header: qbm.with_clean(header, clean=True, stamp=stamp)
+    )
+    return await state.put_in_place(one.path)
+
+
+def _stamp_again(images: Sequence[Path]) -> ImageStamp | None:
+    """Stamp an image that QEMU had until now; None if it is not there any more."""
+    try:
+        return take_stamp(images)
+    except (OSError, ValueError):
+        return None
+
+
+def _tell_unproven(one: Saved, stamp: ImageStamp, reporter: Reporter) -> None:
+    """Say in time that a device's bitmap will not be trusted, and what to do about it."""
+    if not isinstance(stamp, DeviceStamp) or stamp.uncounted is None:
+        return
+    reporter.notice(
+        f"disk {one.disk}: it will get a full backup after the VM's next start, because nothing "
+        f"will prove that it was not written: {stamp.uncounted}; with trust_block_devices = true "
+        "in the configuration a fingerprint is enough"
+    )
 
 
 async def _save_one(
@@ -146,7 +232,7 @@ async def _save_one(
     identity: Identity,
     disk: Disk,
     bitmap: Bitmap,
-    images: tuple[Path, ...],
+    images: ImageFiles,
 ) -> Saved:
     path = state.bitmap_file(disk.name, bitmap.name)
     await state.ensure_disk(disk.name)
@@ -170,9 +256,11 @@ async def _save_one(
         ),
     )
     return Saved(
+        disk=disk.name,
+        bitmap=bitmap.name,
         path=await state.write_new(path, data),
         images=images,
-        stamp=await in_thread(take_stamp, images),
+        stamp=await in_thread(take_stamp, images.paths),
     )
 
 
@@ -197,6 +285,6 @@ def _identify(repository: Repository | None, *, vm: str, disk: Disk, bitmap: Bit
 def _generation(path: Path) -> int:
     """Return the generation of the file in place, 0 if there is none that can be read."""
     try:
-        return qbm.decode_header(read_start(path)).generation
+        return read_header(path).generation
     except (OSError, qbm.QbmError):
         return 0

@@ -7,7 +7,6 @@ whether the image is still the one that was closed shows when the VM starts.
 import argparse
 import asyncio
 import os
-import stat
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ from qbackup.cli.output import answer
 from qbackup.errors import QbackupError
 from qbackup.formats import qbm
 from qbackup.formats.qbm import BitmapFile, QbmError
+from qbackup.host.files import NotRegularError, open_regular
 from qbackup.model.backup import REASON_TEXT, Reason
 from qbackup.model.bitmap import DeviceStamp, FileStamp, ImageStamp
 from qbackup.model.quantities import format_size
@@ -88,17 +88,16 @@ def _examine(name: str) -> _Finding:
     path = Path(name)
     reason: Reason
     try:
-        # A FIFO must not make us wait for its writer.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        opened = open_regular(path, follow=True)
     except FileNotFoundError:
         return _Finding(path=name, file=None, size_bytes=None, reason="missing",
                         detail="there is no such file")  # fmt: skip
+    except NotRegularError as err:
+        raise QbackupError(f"{printable(name)}: {err.strerror}") from err
     except ValueError as err:
         raise QbackupError(f"{name!r}: not the name of a file") from err
-    with os.fdopen(fd, "rb", buffering=0) as opened:
-        facts_of_file = os.fstat(fd)
-        if not stat.S_ISREG(facts_of_file.st_mode):
-            raise QbackupError(f"{printable(name)}: not a regular file")
+    with opened:
+        facts_of_file = os.fstat(opened.fileno())
         try:
             file = qbm.read(opened)
         except QbmError as err:
@@ -134,11 +133,14 @@ def _stamp_document(stamp: ImageStamp | None) -> dict[str, Any] | None:
         case FileStamp():
             return {"kind": "file", **asdict(stamp)}
         case DeviceStamp():
-            return {
+            found: dict[str, Any] = {
                 "kind": "block-device",
                 "size_bytes": stamp.size_bytes,
                 "fingerprint": stamp.fingerprint.hex(),
             }
+            if stamp.record is not None:
+                found["writes_counted"] = "wholly" if stamp.record.below else "partly"
+            return found
         case None:
             return None
 
@@ -181,7 +183,8 @@ def _stamp_text(stamp: ImageStamp | None) -> str:
                 f"written {_time(stamp.mtime_ns)}, changed {_time(stamp.ctime_ns)}"
             )
         case DeviceStamp():
-            return f"a block device: {stamp.size_bytes} bytes, {stamp.fingerprint.hex()}"
+            counted = ", its writes counted" if stamp.record and stamp.record.below else ""
+            return f"a block device: {stamp.size_bytes} bytes, {stamp.fingerprint.hex()}{counted}"
         case None:
             return "not stamped"
 

@@ -12,6 +12,7 @@ from qbackup.formats.configuration import (
     Vm,
     parse_configuration,
 )
+from qbackup.host.files import read_bounded
 from qbackup.model.names import check_name
 from qbackup.repository.repository import Repository
 from qbackup.repository.state import StateDirectory
@@ -85,12 +86,18 @@ def find_configuration(given: str | None) -> Path:
     named = given or os.environ.get("QBACKUP_CONFIG")
     if named:
         return Path(named)
-    places = (user_configuration(), _SYSTEM_CONFIGURATION)
-    for path in places:
-        if path.exists():
-            return path
+    own = user_configuration()
+    if not _is_absent(own):
+        return own
+    if _may_read(_SYSTEM_CONFIGURATION):
+        return _SYSTEM_CONFIGURATION
     raise ConfigurationError(
-        f"no configuration file: neither {places[0]} nor {places[1]} exists",
+        f"no configuration file: {own} does not exist, and {_SYSTEM_CONFIGURATION} "
+        + (
+            "does not exist"
+            if _is_absent(_SYSTEM_CONFIGURATION)
+            else "may not be read by this user"
+        ),
         hint="make one with: qbackup init; or name one with -c FILE",
     )
 
@@ -100,10 +107,26 @@ def new_configuration_path(given: str | None) -> Path:
     named = given or os.environ.get("QBACKUP_CONFIG")
     if named:
         return Path(named)
-    for path in (user_configuration(), _SYSTEM_CONFIGURATION):
-        if path.exists():
-            return path
-    return _SYSTEM_CONFIGURATION if os.geteuid() == 0 else user_configuration()
+    own = user_configuration()
+    if _is_absent(own) and (os.geteuid() == 0 or _may_read(_SYSTEM_CONFIGURATION)):
+        return _SYSTEM_CONFIGURATION
+    return own
+
+
+def _may_read(path: Path) -> bool:
+    """Tell whether there is a file that this user may read; root's need not be everybody's."""
+    return os.access(path, os.R_OK, effective_ids=True)
+
+
+def _is_absent(path: Path) -> bool:
+    """Tell whether a file is not there, as far as this user can see."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def user_configuration() -> Path:
@@ -114,21 +137,22 @@ def user_configuration() -> Path:
 
 
 def read_configuration(path: Path) -> Configuration:
-    """Read and check a configuration file.
+    """Read and check a configuration file. It may be a link to one, but nothing that is no file.
+
+    A pipe (`-c <(…)`) would have no folder that relative paths in it could be relative to, and
+    could be read once only.
 
     Raises:
         ConfigurationError: it cannot be read, or something in it is wrong.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_CONFIGURATION_BYTES + 1)
-    except OSError as err:
+        data = read_bounded(path, MAX_CONFIGURATION_BYTES, follow=True)
+    except (OSError, ValueError) as err:
+        why = err.strerror if isinstance(err, OSError) else str(err)
         raise ConfigurationError(
-            f"{path}: the configuration file cannot be read: {err.strerror}",
+            f"{path}: the configuration file cannot be read: {why}",
             hint="name it with -c FILE or in QBACKUP_CONFIG, or make one with: qbackup init",
         ) from err
-    if len(data) > MAX_CONFIGURATION_BYTES:
-        raise ConfigurationError(f"{path}: larger than {MAX_CONFIGURATION_BYTES} bytes")
     try:
         text = data.decode()
     except UnicodeDecodeError as err:

@@ -44,6 +44,7 @@ def _document(status: VmStatus) -> dict[str, Any]:
                     "dirty_bytes": disk.bitmap.dirty_bytes,
                     "granularity_bytes": disk.bitmap.granularity_bytes,
                     "where": disk.bitmap.where,
+                    **({"detail": disk.bitmap.detail} if disk.bitmap.detail else {}),
                 },
             }
             for disk in status.disks
@@ -77,5 +78,5 @@ def _row(disk: DiskStatus) -> tuple[str, str, str, str]:
     if bitmap.reason is None:
         following = "incremental"
     else:
-        following = f"full ({bitmap.reason}: {REASON_TEXT[bitmap.reason]})"
+        following = f"full ({bitmap.reason}: {bitmap.detail or REASON_TEXT[bitmap.reason]})"
     return f"  {disk.name}", format_size(disk.virtual_size_bytes), changed, following

@@ -31,6 +31,7 @@ from qbackup.model.bitmap import (
     FileStamp,
     Identity,
     ImageStamp,
+    WriteRecord,
     check_geometry,
 )
 
@@ -42,6 +43,9 @@ MAX_NAME_BYTES: Final = 255
 MAX_GENERATION: Final = 2**64 - 1
 
 FLAG_CLEAN: Final = 1 << 0
+
+FEATURE_WRITE_RECORD: Final = 1 << 0
+"""Incompatible: the stamp of a block device says what the kernel had counted of its writes."""
 
 STAMP_NONE: Final = 0
 STAMP_FILE: Final = 1
@@ -74,7 +78,10 @@ FIELDS: Final[Sequence[tuple[str, int, str]]] = (
     ("stamp_mtime_ns", 192, "q"),
     ("stamp_ctime_ns", 200, "q"),
     ("stamp_fingerprint", 208, "32s"),
-    ("reserved", 240, "240s"),
+    ("record_session", 240, "32s"),
+    ("record_writes", 272, "32s"),
+    ("record_below", 304, "32s"),
+    ("reserved", 336, "144s"),
     ("header_blake3", 480, "32s"),
 )
 """Every field of the header: name, offset, `struct` code. The specification's table is held
@@ -86,8 +93,9 @@ _NAME_COUNT: Final = 5
 _MAX_IDENTITY_BYTES: Final = _NAME_COUNT * (_NAME_LENGTH.size + MAX_NAME_BYTES)
 _SIGNED_SECTOR_BYTES: Final = HEADER_BYTES - DIGEST_BYTES
 _STAMP_RESERVED: Final = bytes(4)
-_RESERVED: Final = bytes(240)
-_NO_FINGERPRINT: Final = bytes(DIGEST_BYTES)
+_RECORD_BYTES: Final = 3 * DIGEST_BYTES
+_RESERVED: Final = bytes(_RECORD_BYTES + 144)
+_NO_DIGEST: Final = bytes(DIGEST_BYTES)
 _READ_BYTES: Final = 1024 * 1024
 
 
@@ -113,7 +121,8 @@ class QbmUnsupportedError(QbmError):
 class QbmHeader:
     """The first sector of a file, as far as it is the same for a later reader.
 
-    `compatible_features` are those that this version does not know and need not know.
+    `compatible_features` are those that this version does not know and need not know; they may
+    have put something into `reserved`, which includes the write record if there is none.
     """
 
     generation: int
@@ -189,15 +198,16 @@ def encode_header(header: QbmHeader) -> bytes:
     """
     runs_offset = HEADER_BYTES + header.identity_bytes
     stored_offset = runs_offset + header.runs_bytes
+    features, rest = _record_fields(header)
     try:
         sector = _HEADER.pack(
-            MAGIC, VERSION, HEADER_BYTES, 0, header.compatible_features,
+            MAGIC, VERSION, HEADER_BYTES, features, header.compatible_features,
             FLAG_CLEAN if header.clean else 0, header.generation,
             header.virtual_size_bytes, header.granularity_bytes,
             header.chunk_count, header.stored_chunk_count,
             HEADER_BYTES, header.identity_bytes,
             runs_offset, header.runs_bytes, stored_offset, header.stored_bytes,
-            header.body_blake3, *_stamp_fields(header.stamp), header.reserved, b"",
+            header.body_blake3, *_stamp_fields(header.stamp), *rest, b"",
         )  # fmt: skip
     except struct.error as err:
         raise ValueError(f"a number does not fit into the header: {err}") from err
@@ -297,13 +307,14 @@ def decode_header(sector: bytes) -> QbmHeader:
     fields = dict(zip(names, _HEADER.unpack(sector), strict=True))
     if fields["version"] != VERSION:
         raise QbmUnsupportedError(f"version {fields['version']}; this qbackup reads {VERSION}")
-    if unknown := fields["incompatible_features"]:
+    if unknown := fields["incompatible_features"] & ~FEATURE_WRITE_RECORD:
         raise QbmUnsupportedError(f"it uses unknown features ({unknown:#x})")
     _require(fields["header_bytes"] == HEADER_BYTES, "the header is not of 512 bytes")
     _require(not fields["flags"] & ~FLAG_CLEAN, "unknown flags are set")
     # A feature that only adds something may have put it into the reserved bytes.
+    record, reserved = _decode_record(fields)
     extended = fields["compatible_features"] != 0
-    _require(extended or fields["reserved"] == _RESERVED, "reserved bytes are not zero")
+    _require(extended or reserved == _RESERVED, "reserved bytes are not zero")
     try:
         check_geometry(fields["virtual_size_bytes"], fields["granularity_bytes"])
     except BitsError as err:
@@ -311,7 +322,7 @@ def decode_header(sector: bytes) -> QbmHeader:
     header = QbmHeader(
         generation=fields["generation"],
         clean=bool(fields["flags"] & FLAG_CLEAN),
-        stamp=_decode_stamp(fields),
+        stamp=_decode_stamp(fields, record),
         virtual_size_bytes=fields["virtual_size_bytes"],
         granularity_bytes=fields["granularity_bytes"],
         stored_chunk_count=fields["stored_chunk_count"],
@@ -319,7 +330,7 @@ def decode_header(sector: bytes) -> QbmHeader:
         runs_bytes=fields["runs_bytes"],
         body_blake3=fields["body_blake3"],
         compatible_features=fields["compatible_features"],
-        reserved=fields["reserved"],
+        reserved=reserved,
     )
     chunks, runs_offset = header.chunk_count, HEADER_BYTES + header.identity_bytes
     _require(fields["chunk_count"] == chunks, "the number of chunks is not that of the disk")
@@ -342,11 +353,11 @@ def _require(condition: bool, otherwise: str) -> None:
 def _stamp_fields(stamp: ImageStamp | None) -> tuple[int | bytes, ...]:
     match stamp:
         case None:
-            return (STAMP_NONE, _STAMP_RESERVED, 0, 0, 0, 0, 0, _NO_FINGERPRINT)
+            return (STAMP_NONE, _STAMP_RESERVED, 0, 0, 0, 0, 0, _NO_DIGEST)
         case FileStamp():
             return (
                 STAMP_FILE, _STAMP_RESERVED, stamp.size_bytes, stamp.device, stamp.inode,
-                stamp.mtime_ns, stamp.ctime_ns, _NO_FINGERPRINT,
+                stamp.mtime_ns, stamp.ctime_ns, _NO_DIGEST,
             )  # fmt: skip
         case DeviceStamp():
             if len(stamp.fingerprint) != DIGEST_BYTES:
@@ -356,7 +367,38 @@ def _stamp_fields(stamp: ImageStamp | None) -> tuple[int | bytes, ...]:
             )  # fmt: skip
 
 
-def _decode_stamp(fields: dict[str, int | bytes]) -> ImageStamp | None:
+def _record_fields(header: QbmHeader) -> tuple[int, tuple[bytes, ...]]:
+    """Return the incompatible features of a header, and what stands behind its stamp."""
+    record = header.stamp.record if isinstance(header.stamp, DeviceStamp) else None
+    tail = header.reserved[_RECORD_BYTES:]
+    if record is None:
+        places = range(0, _RECORD_BYTES, DIGEST_BYTES)
+        return 0, (*(header.reserved[at : at + DIGEST_BYTES] for at in places), tail)
+    if any(header.reserved[:_RECORD_BYTES]):
+        raise ValueError("an unknown feature has taken the place of the write record")
+    digests = (record.session, record.writes, record.below or _NO_DIGEST)
+    if any(len(digest) != DIGEST_BYTES for digest in digests) or _NO_DIGEST in digests[:2]:
+        raise ValueError("a write record is of hashes of 32 bytes")
+    return FEATURE_WRITE_RECORD, (*digests, tail)
+
+
+def _decode_record(fields: dict[str, int | bytes]) -> tuple[WriteRecord | None, bytes]:
+    """Return the write record, and the reserved bytes as if there were none."""
+    session, writes, below = (
+        bytes(fields[name]) for name in ("record_session", "record_writes", "record_below")
+    )
+    tail = bytes(fields["reserved"])
+    if not int(fields["incompatible_features"]) & FEATURE_WRITE_RECORD:
+        return None, session + writes + below + tail
+    _require(fields["stamp_kind"] == STAMP_DEVICE, "a write record without a block device")
+    _require(_NO_DIGEST not in (session, writes), "the write record is empty")
+    record = WriteRecord(
+        session=session, writes=writes, below=None if below == _NO_DIGEST else below
+    )
+    return record, bytes(_RECORD_BYTES) + tail
+
+
+def _decode_stamp(fields: dict[str, int | bytes], record: WriteRecord | None) -> ImageStamp | None:
     """Read the stamp; the fields that its kind does not have must be zero."""
     kind = fields["stamp_kind"]
     stamp: ImageStamp | None
@@ -374,6 +416,7 @@ def _decode_stamp(fields: dict[str, int | bytes]) -> ImageStamp | None:
         stamp = DeviceStamp(
             size_bytes=int(fields["stamp_size_bytes"]),
             fingerprint=bytes(fields["stamp_fingerprint"]),
+            record=record,
         )
     else:
         raise QbmCorruptError(f"the image stamp is of the unknown kind {kind!r}")

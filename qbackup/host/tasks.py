@@ -36,6 +36,16 @@ async def to_its_end(step: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
+async def not_in_the_middle(step: Coroutine[Any, Any, T]) -> T:
+    """Run a step; who cancels the caller meanwhile does so when the step is done."""
+    task = asyncio.create_task(step)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
+
+
 async def in_thread(function: Callable[..., T], *arguments: object) -> T:
     """Call a function that may hang, on a file system that does not answer, in a thread of its own.
 

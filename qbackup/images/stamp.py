@@ -1,23 +1,31 @@
-"""Is a disk image still the one that was closed? Stamps of files, fingerprints of devices.
+"""Is a disk image still the one that was closed? Stamps of files and of block devices.
 
 A file's stamp is what the kernel changes at every write and nobody can put back: with the
 change time (`ctime`) in nanoseconds go device, inode, size and `mtime`, so that a copy or an
 older version renamed into place is noticed, too.
 
-A block device has no such times. Its fingerprint hashes the places that no ordinary writer
-leaves alone, and samples of the rest; docs/decisions/0004-block-device-fingerprint.md says what
-that catches and what it cannot. This module must not know what a bitmap is.
+A block device has no such times. What proves that it was not written is what the kernel counted
+(`images.write_counters`), as long as the host is up. Its fingerprint hashes the places that no
+ordinary writer leaves alone, and samples of the rest, and is compared always;
+docs/decisions/0004-block-device-fingerprint.md says what each catches and what it cannot. This
+module must not know what a bitmap is.
 """
 
 import os
 import stat
 import struct
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from blake3 import blake3
 
+from qbackup.images.change_time import settled_facts
+from qbackup.images.write_counters import (
+    NotCountedError,
+    combine,
+    count_writes,
+    exclusively,
+)
 from qbackup.model.bitmap import DeviceStamp, FileStamp, ImageStamp
 
 SECTOR_BYTES = 512
@@ -29,11 +37,6 @@ HEAD_BYTES = 256 * 1024
 
 SAMPLE_COUNT = 512
 SAMPLE_BYTES = 4096
-
-_CLOCK_REALTIME_COARSE = 5  # linux/time.h; the module `time` has no name for it
-_CLOCK_TIMEOUT_S = 0.05
-_SECOND_NS = 10**9
-_CLOCK_STEP_S = 0.001
 
 _LVM_DATA_OFFSET = 1024 * 1024
 """Where LVM2 puts the first logical volume of a physical volume unless told otherwise."""
@@ -52,10 +55,11 @@ _MAX_GPT_ENTRY_BYTES = 4096
 
 
 def take_stamp(paths: Sequence[Path]) -> ImageStamp:
-    """Stamp the files and devices that hold one disk, which nobody has open for writing.
+    """Stamp the files and devices that hold one disk, which nobody writes to.
 
     A single regular file gets the stamp of a file. Whatever has a device in it, or more than
-    one part (a backing file, an external data file), gets a fingerprint of all parts.
+    one part (a backing file, an external data file), gets a fingerprint of all parts. What
+    waits in the page cache of a device is written first.
 
     Raises:
         OSError: a part cannot be read.
@@ -66,52 +70,76 @@ def take_stamp(paths: Sequence[Path]) -> ImageStamp:
         return stamps[0]
     hasher = blake3(b"parts")
     for stamp in stamps:
-        hasher.update(repr(stamp).encode())
+        hasher.update(_in_words(stamp).encode())
+    devices = [stamp for stamp in stamps if isinstance(stamp, DeviceStamp)]
+    records = [stamp.record for stamp in devices if stamp.record is not None]
     return DeviceStamp(
-        size_bytes=sum(stamp.size_bytes for stamp in stamps), fingerprint=hasher.digest()
+        size_bytes=sum(stamp.size_bytes for stamp in stamps),
+        fingerprint=hasher.digest(),
+        record=combine(records) if records and len(records) == len(devices) else None,
+        uncounted=next((stamp.uncounted for stamp in devices if stamp.uncounted), None),
     )
 
 
+def _in_words(stamp: ImageStamp) -> str:
+    """Write out what a part's stamp says of its content; saved fingerprints depend on the form."""
+    if isinstance(stamp, FileStamp):
+        return repr(stamp)
+    return f"DeviceStamp(size_bytes={stamp.size_bytes}, fingerprint={stamp.fingerprint!r})"
+
+
 def _stamp_part(path: Path) -> ImageStamp:
+    # Looked at first: opening a FIFO or a device that is not a disk can have effects.
+    _require_image(path, path.stat())
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         facts = os.fstat(fd)
-        if stat.S_ISREG(facts.st_mode):
-            facts = _settled_facts(fd)
-            return FileStamp(
-                device=facts.st_dev,
-                inode=facts.st_ino,
-                size_bytes=facts.st_size,
-                mtime_ns=facts.st_mtime_ns,
-                ctime_ns=facts.st_ctime_ns,
-            )
+        _require_image(path, facts)
         if stat.S_ISBLK(facts.st_mode):
-            size = os.lseek(fd, 0, os.SEEK_END)
-            # Somebody may have written past our cache: read the medium.
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            return DeviceStamp(size_bytes=size, fingerprint=_fingerprint(fd, size))
+            return _stamp_device(path, fd, facts.st_rdev)
+        facts = settled_facts(fd)
+        return FileStamp(
+            device=facts.st_dev,
+            inode=facts.st_ino,
+            size_bytes=facts.st_size,
+            mtime_ns=facts.st_mtime_ns,
+            ctime_ns=facts.st_ctime_ns,
+        )
     finally:
         os.close(fd)
-    raise ValueError(f"{path}: neither a regular file nor a block device")
 
 
-def _settled_facts(fd: int) -> os.stat_result:
-    """Return a file's facts once every later write must get a later change time.
+def _require_image(path: Path, facts: os.stat_result) -> None:
+    if not stat.S_ISREG(facts.st_mode) and not stat.S_ISBLK(facts.st_mode):
+        raise ValueError(f"{path}: neither a regular file nor a block device")
 
-    Before Linux 6.13 that time comes from a clock that stands still for up to 10 ms: a write
-    in the same tick as the last one would leave no trace.
-    """
-    # Some file systems keep whole seconds only (ext4 with inodes of 128 bytes, sshfs).
-    whole = os.fstat(fd).st_ctime_ns % _SECOND_NS == 0
-    step_ns = _SECOND_NS if whole else 0
-    deadline = time.monotonic() + _CLOCK_TIMEOUT_S + step_ns / _SECOND_NS
-    while True:
-        facts = os.fstat(fd)
-        now_ns = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
-        # A change time in the future: the clock was set back, and waiting is no use.
-        if facts.st_ctime_ns + step_ns < now_ns or time.monotonic() > deadline:
-            return facts
-        time.sleep(_CLOCK_STEP_S)
+
+def _stamp_device(path: Path, fd: int, device: int) -> DeviceStamp:
+    """Fingerprint a device between two looks at its counters, which must agree."""
+    uncounted = record = None
+    size = os.lseek(fd, 0, os.SEEK_END)
+    try:
+        with exclusively(path):
+            before = count_writes(device)
+            fingerprint = _fingerprint_of_medium(fd, size)
+            after = count_writes(device)
+        uncounted = after.unknown
+        if not after.has_read:
+            uncounted = f"{path}: the kernel does not count what is read or written"
+        elif before.record() != after.record():
+            uncounted = f"{path} or what it lies on is being written"
+        else:
+            record = after.record()
+    except NotCountedError as err:
+        uncounted = str(err)
+        fingerprint = _fingerprint_of_medium(fd, size)
+    return DeviceStamp(size_bytes=size, fingerprint=fingerprint, record=record, uncounted=uncounted)
+
+
+def _fingerprint_of_medium(fd: int, size_bytes: int) -> bytes:
+    # Somebody may have written past our cache: read the medium.
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    return _fingerprint(fd, size_bytes)
 
 
 def _fingerprint(fd: int, size_bytes: int) -> bytes:

@@ -19,19 +19,22 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from qbackup.model.backup import MAX_DISK_BYTES, MAX_GRANULARITY_BYTES, MIN_GRANULARITY_BYTES
+from qbackup.model import bitmap_runs
+from qbackup.model.bitmap_runs import KIND_SHIFT, RUN
+from qbackup.model.limits import MAX_DISK_BYTES, MAX_GRANULARITY_BYTES, MIN_GRANULARITY_BYTES
+
+CHUNK_BYTES = bitmap_runs.CHUNK_BYTES
+CHUNK_BITS = bitmap_runs.CHUNK_BITS
+MAX_RUN_CHUNKS = bitmap_runs.MAX_RUN_CHUNKS
+Kind = bitmap_runs.Kind
+unpack_runs = bitmap_runs.unpack_runs
 
 SECTOR_BYTES = 512
-CHUNK_BYTES = 512
-CHUNK_BITS = CHUNK_BYTES * 8
 CLUSTER_BYTES = 65536
 CLUSTER_BITS = CLUSTER_BYTES * 8
 CHUNKS_PER_CLUSTER = CLUSTER_BYTES // CHUNK_BYTES
 
-_RUN = struct.Struct(">I")
-RUN_BYTES = _RUN.size
-_KIND_SHIFT = 30
-MAX_RUN_CHUNKS = (1 << _KIND_SHIFT) - 1
+RUN_BYTES = RUN.size
 
 _ZERO_CHUNK = bytes(CHUNK_BYTES)
 _ONES_CHUNK = b"\xff" * CHUNK_BYTES
@@ -48,14 +51,6 @@ class Fill(enum.Enum):
 
     ZEROES = "zeroes"
     ONES = "ones"
-
-
-class Kind(enum.IntEnum):
-    """The kinds of runs, by their numbers in the run table."""
-
-    ZEROES = 0
-    ONES = 1
-    STORED = 2
 
 
 Part = Fill | bytes | memoryview
@@ -85,14 +80,60 @@ class FileStamp:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WriteRecord:
+    """What the kernel counted of the writes to a block device, as three hashes of 32 bytes.
+
+    `session` stands for this boot of the host and this making of the device: counters of another
+    one say nothing. `writes` stands for what was written to the device itself, `below` for what
+    was written past it to the devices that it lies on, None if that cannot be known.
+    """
+
+    session: bytes
+    writes: bytes
+    below: bytes | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceStamp:
-    """By what a block device is recognised; `fingerprint` is 32 bytes."""
+    """By what a block device is recognised; `fingerprint` is 32 bytes.
+
+    `uncounted` says to people why there is no record, or none that proves anything.
+    """
 
     size_bytes: int
     fingerprint: bytes
+    record: WriteRecord | None = None
+    uncounted: str | None = field(default=None, compare=False)
 
 
 ImageStamp = FileStamp | DeviceStamp
+
+
+class Sameness(enum.Enum):
+    """What two stamps of one image say together."""
+
+    PROVEN = "nothing was written in between"
+    ALIKE = "nothing looks different, and nothing proves that nothing was written"
+    CHANGED = "it was written, or it is another image"
+
+
+def compare_stamps(before: ImageStamp | None, now: ImageStamp) -> Sameness:
+    """Say what is known of an image between two stamps of it."""
+    if isinstance(before, DeviceStamp) and isinstance(now, DeviceStamp):
+        return _compare_devices(before, now)
+    return Sameness.PROVEN if before == now else Sameness.CHANGED
+
+
+def _compare_devices(before: DeviceStamp, now: DeviceStamp) -> Sameness:
+    if (before.size_bytes, before.fingerprint) != (now.size_bytes, now.fingerprint):
+        return Sameness.CHANGED
+    first, second = before.record, now.record
+    if first is None or second is None or first.session != second.session:
+        return Sameness.ALIKE
+    if first.writes != second.writes:
+        return Sameness.CHANGED
+    proven = first.below is not None and first.below == second.below
+    return Sameness.PROVEN if proven else Sameness.ALIKE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,8 +358,8 @@ class Bits:
         return _ones(self._last_chunk_bits())
 
     def _last_kind(self) -> int:
-        (word,) = _RUN.unpack_from(self.runs, len(self.runs) - RUN_BYTES)
-        return int(word) >> _KIND_SHIFT
+        (word,) = RUN.unpack_from(self.runs, len(self.runs) - RUN_BYTES)
+        return int(word) >> KIND_SHIFT
 
     def _check_runs(self) -> None:
         if not self.runs or len(self.runs) % RUN_BYTES:
@@ -424,7 +465,7 @@ class _Builder:
         if kind >= 0 and not chunks:
             return
         if self._length:
-            self._runs.append(self._kind << _KIND_SHIFT | self._length)
+            self._runs.append(self._kind << KIND_SHIFT | self._length)
         self._kind, self._length = kind, chunks
 
 
@@ -441,12 +482,6 @@ def check_geometry(virtual_size_bytes: int, granularity_bytes: int) -> None:
     in_range = MIN_GRANULARITY_BYTES <= granularity_bytes <= MAX_GRANULARITY_BYTES
     if not in_range or granularity_bytes & (granularity_bytes - 1):
         raise BitsError(f"a granularity of {granularity_bytes} bytes is not supported")
-
-
-def unpack_runs(runs: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (kind, number of chunks) of every run of a run table."""
-    for (word,) in _RUN.iter_unpack(runs):
-        yield word >> _KIND_SHIFT, word & MAX_RUN_CHUNKS
 
 
 def _may_hold_fill(data: bytes) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from qbackup.errors import MonitorError, QmpCommandError
+from qbackup.model.secrets import redacted
 from qbackup.qmp import commands
 from qbackup.qmp.monitor import Event, Events, Looker, Monitor
 
@@ -26,6 +27,7 @@ class JobState:
 
     job: str
     concluded: bool
+    running: bool
     done_bytes: int
     total_bytes: int
     error: str | None
@@ -54,9 +56,10 @@ async def query_jobs(monitor: Looker, *, prefix: str) -> list[JobState]:
         JobState(
             job=job.id,
             concluded=job.status == "concluded",
+            running=job.status == "running" and job.error is None,
             done_bytes=job.current_progress,
             total_bytes=job.total_progress,
-            error=job.error,
+            error=None if job.error is None else redacted(job.error),
         )
         for job in jobs
         if job.id.startswith(prefix)

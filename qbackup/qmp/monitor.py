@@ -33,6 +33,7 @@ from qbackup.errors import (
 from qbackup.formats.documents import DocumentError, convert
 from qbackup.host.process import HostProcess
 from qbackup.host.sockets import connect_unix, has_client, peer_pid, tcp_listener
+from qbackup.model.secrets import redacted
 from qbackup.qmp import commands
 from qbackup.qmp.commands import Command, Query
 
@@ -61,14 +62,16 @@ class _FdSet(msgspec.Struct, rename="kebab"):
 class Event:
     """What QEMU tells unasked: its name, and of its data what we have a use for.
 
-    `subject` is the id of what it is about (a job, an export), `status` a job's new status,
-    `operation` what a job was doing when it failed. Empty where the event has no such thing.
+    `subject` is the id of what it is about (a job, an export, a node), `status` a job's new status,
+    `operation` what a job was doing when it failed, `error` what went wrong. Empty where the event
+    has no such thing.
     """
 
     name: str
     subject: str = ""
     status: str = ""
     operation: str = ""
+    error: str = ""
 
 
 class Events:
@@ -131,7 +134,8 @@ class Looker:
             async with asyncio.timeout(timeout_s):
                 return await self._client.execute(command.name, command.arguments or None)
         except ExecuteError as err:
-            raise QmpCommandError(command.name, err.error_class, str(err)) from err
+            # QEMU's messages quote file names and options.
+            raise QmpCommandError(command.name, err.error_class, redacted(str(err))) from err
         except TimeoutError as err:
             raise MonitorLostError(
                 f"{self._text}: QEMU did not answer {command.name} within {timeout_s:.0f} s"
@@ -195,14 +199,23 @@ class Monitor(Looker):
         )
         return reply.fdset_id
 
+    async def keep_descriptor(self, fd: int, *, name: str) -> None:
+        """Have QEMU keep a file descriptor under a name until `commands.close_fd`."""
+        try:
+            self._client.send_fd_scm(fd)
+        except (QMPError, OSError) as err:
+            raise self._lost("getfd") from err
+        await self.execute(commands.keep_fd(name))
+
 
 def _event(message: Any) -> Event:
     data = message.get("data", {})
     return Event(
         name=str(message["event"]),
-        subject=str(data.get("id", data.get("device", ""))),
+        subject=str(data.get("id", data.get("device", data.get("node-name", "")))),
         status=str(data.get("status", "")),
         operation=str(data.get("operation", "")),
+        error=str(data.get("error", "")),
     )
 
 

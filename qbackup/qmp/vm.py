@@ -10,6 +10,7 @@ import msgspec
 from qbackup.errors import MonitorError, MonitorLostError, QmpCommandError
 from qbackup.model.backup import VmConfiguration
 from qbackup.model.run_state import Fitness, fitness
+from qbackup.model.secrets import redacted_command_line
 from qbackup.qmp import commands
 from qbackup.qmp.commands import Query
 from qbackup.qmp.monitor import Looker
@@ -125,6 +126,11 @@ async def query_condition(monitor: Looker) -> Condition:
     )
 
 
+async def has_iothreads(monitor: Looker) -> bool:
+    """Ask whether any of the VM's disks may be served by a thread of its own."""
+    return bool(await monitor.query(commands.query("iothreads"), list[Any]))
+
+
 async def query_version(monitor: Looker) -> QemuVersion:
     """Ask for QEMU's version."""
     version = (await monitor.query(commands.query("version"), _Version)).qemu
@@ -144,7 +150,10 @@ class _Memory(msgspec.Struct, rename="kebab"):
 
 
 async def query_configuration(monitor: Looker) -> VmConfiguration:
-    """Collect what is needed to start the VM again; what QEMU does not tell is None."""
+    """Collect what is needed to start the VM again; what QEMU does not tell is None.
+
+    It is kept with the backup, so the secrets in the command line are redacted.
+    """
     name = await _fact(monitor, commands.query("name"), _Name)
     uuid = await _fact(monitor, commands.query("uuid"), _Uuid)
     machine = await _fact(monitor, commands.qom_get("/machine", "type"), str)
@@ -178,4 +187,5 @@ def _command_line(pid: int) -> list[str] | None:
             data = file.read(_MAX_COMMAND_LINE_BYTES)
     except OSError:
         return None
-    return [part.decode(errors="backslashreplace") for part in data.split(b"\0")[:-1]] or None
+    arguments = [part.decode(errors="backslashreplace") for part in data.split(b"\0")[:-1]]
+    return redacted_command_line(arguments) or None

@@ -18,7 +18,7 @@ trusted, saving then ends it with nothing trusted.
 import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -106,7 +106,7 @@ class WatchOptions:
 
     resume: bool
     connect_timeout_s: float
-    trust_block_devices: bool
+    trust_block_devices: bool | None
     load_timeout_s: float = LOAD_TIMEOUT_S
     save_timeout_s: float = SAVE_TIMEOUT_S
     silence_s: float = SILENCE_S
@@ -598,29 +598,33 @@ class Watcher:
         await self._bring_to_rest(monitor)
         problem = None
         saved = SavedVm()
-        with monitor.listen(_GOES_ON, note):
-            condition = await self._look(monitor)
-            if self._is_worth_saving(condition):
-                try:
-                    async with asyncio.timeout(self._options.save_timeout_s):
-                        saved = await self._save(monitor)
-                except MonitorLostError:
-                    raise
-                except Exception as err:
-                    # The VM has to end all the same; its files stay as they are, not clean.
-                    problem = f"{self._vm.name}: the bitmaps could not be saved: {_text(err)}"
+        with ExitStack() as files:
+            with monitor.listen(_GOES_ON, note):
                 condition = await self._look(monitor)
-            if resumed or condition.state.running:
-                return None
-            await self._quit(monitor)
-        if resumed:
-            problem = f"{self._vm.name}: the guest ran again before QEMU ended; nothing is trusted"
-        if problem is not None:
-            raise QbackupError(problem, hint="the next backup will be a full one")
-        if not self._is_worth_saving(condition):
-            self._tell_not_kept()
-            return Ending.NOT_KEPT
-        await self._set_clean(saved)
+                if self._is_worth_saving(condition):
+                    try:
+                        async with asyncio.timeout(self._options.save_timeout_s):
+                            saved = await self._save(monitor)
+                            files.callback(saved.close)
+                    except MonitorLostError:
+                        raise
+                    except Exception as err:
+                        # The VM has to end all the same; its files stay as they are, not clean.
+                        problem = f"{self._vm.name}: the bitmaps could not be saved: {_text(err)}"
+                    condition = await self._look(monitor)
+                if resumed or condition.state.running:
+                    return None
+                await self._quit(monitor)
+            if resumed:
+                problem = (
+                    f"{self._vm.name}: the guest ran again before QEMU ended; nothing is trusted"
+                )
+            if problem is not None:
+                raise QbackupError(problem, hint="the next backup will be a full one")
+            if not self._is_worth_saving(condition):
+                self._tell_not_kept()
+                return Ending.NOT_KEPT
+            await self._set_clean(saved)
         return Ending.SAVED
 
     def _is_worth_saving(self, condition: Condition) -> bool:

@@ -1,13 +1,16 @@
-"""What writing to a block device behind qbackup's back leaves in its fingerprint.
+"""What writing to a block device behind qbackup's back leaves in its stamp.
 
 docs/decisions/0004-block-device-fingerprint.md says what is caught; here it is proved, on
 loop devices with real file systems. Needs root, for losetup and mount.
 """
 
+import fcntl
+import mmap
 import os
+import struct
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +20,16 @@ from support.qemu import DiskSpec, run_tool
 from support.watching import kept_lab
 
 from qbackup.images.stamp import take_stamp
+from qbackup.model.bitmap import DeviceStamp, Sameness, compare_stamps
 
 MIB, GIB, TIB = 2**20, 2**30, 2**40
 SIZE_BYTES = 640 * MIB
 ALLOWED_S = 0.2
+UNSEEN = 3 * MIB + 8192
+"""An offset that a fingerprint does not read."""
+
+LEFT_OPEN = 900
+BLKDISCARD, BLKZEROOUT = 0x1277, 0x127F  # linux/fs.h
 
 FILE_SYSTEMS = {
     "ext4": ["mkfs.ext4", "-q", "-F"],
@@ -142,15 +151,168 @@ async def test_a_write_past_the_cache_is_noticed(tmp_path: Path) -> None:
         assert take_stamp([device]) != before
 
 
-async def test_single_blocks_outside_all_structures_are_not_noticed_as_documented(
+async def test_single_blocks_outside_all_structures_are_noticed_by_the_counters_alone(
     tmp_path: Path,
 ) -> None:
     async with loop_device(tmp_path, 4 * GIB) as device:
-        before = take_stamp([device])
+        before = device_stamp(device)
         with device.open("r+b") as file:
             file.seek(GIB + 3 * MIB + 12288)
             file.write(b"\x01" * 512)
-        assert take_stamp([device]) == before
+        now = device_stamp(device)
+        assert now.fingerprint == before.fingerprint
+        assert compare_stamps(before, now) is Sameness.CHANGED
+
+
+def write_buffered(device: Path) -> None:
+    """Write through the page cache, and keep the device open: nothing reaches it yet."""
+    fd = os.open(device, os.O_RDWR)
+    os.pwrite(fd, b"\x01" * 512, UNSEEN)
+    os.dup2(fd, LEFT_OPEN)
+    os.close(fd)
+
+
+def write_past_the_cache(device: Path) -> None:
+    """Write with O_DIRECT."""
+    fd = os.open(device, os.O_RDWR | os.O_DIRECT)
+    with mmap.mmap(-1, 4096) as page:
+        os.pwritev(fd, [page], UNSEEN)
+    os.close(fd)
+
+
+def write_the_same(device: Path) -> None:
+    """Write what is there."""
+    with device.open("r+b") as file:
+        file.seek(UNSEEN)
+        file.write(bytes(512))
+
+
+def discard(device: Path) -> None:
+    """Discard a range, which writes nothing."""
+    with device.open("r+b") as file:
+        fcntl.ioctl(file, BLKDISCARD, struct.pack("QQ", UNSEEN, 4096))
+
+
+def write_zeroes(device: Path) -> None:
+    """Let the device zero a range by itself."""
+    with device.open("r+b") as file:
+        fcntl.ioctl(file, BLKZEROOUT, struct.pack("QQ", UNSEEN, 4096))
+
+
+@pytest.mark.parametrize(
+    "change", [write_buffered, write_past_the_cache, write_the_same, discard, write_zeroes]
+)
+async def test_no_write_to_a_device_is_too_small_to_be_noticed(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    async with loop_device(tmp_path, 64 * MIB) as device:
+        before = device_stamp(device)
+        assert compare_stamps(before, device_stamp(device)) is Sameness.PROVEN
+        try:
+            change(device)
+            now = device_stamp(device)
+        finally:
+            with suppress(OSError):
+                os.close(LEFT_OPEN)
+        assert now.fingerprint == before.fingerprint
+        assert compare_stamps(before, now) is Sameness.CHANGED
+
+
+async def test_a_write_to_the_file_behind_a_loop_device_is_noticed(tmp_path: Path) -> None:
+    async with loop_device(tmp_path, 64 * MIB) as device:
+        before = device_stamp(device)
+        with (tmp_path / "loop.backing").open("r+b") as file:
+            file.seek(UNSEEN)
+            file.write(b"\x01" * 512)
+        now = device_stamp(device)
+        assert now.fingerprint == before.fingerprint
+        assert compare_stamps(before, now) is Sameness.ALIKE
+
+
+async def test_writes_past_a_partition_and_to_it_are_told_from_those_to_another_one(
+    tmp_path: Path,
+) -> None:
+    async with loop_device(tmp_path, SIZE_BYTES) as device:
+        await partition(device, "label: dos\nsize=100M\nsize=100M\n")
+        await run_tool("partx", "--add", str(device))
+        try:
+            one, other = (Path(f"{device}p{number}") for number in (1, 2))
+            before = device_stamp(one)
+            write_past_the_cache(other)
+            # The times of the file behind the device tell no partitions apart.
+            assert compare_stamps(before, device_stamp(one)) is Sameness.ALIKE
+            before = device_stamp(one)
+            with device.open("r+b") as file:
+                file.seek(MIB + UNSEEN)
+                file.write(b"\x01" * 512)
+            assert compare_stamps(before, device_stamp(one)) is Sameness.ALIKE
+            before = device_stamp(one)
+            write_past_the_cache(one)
+            assert compare_stamps(before, device_stamp(one)) is Sameness.CHANGED
+        finally:
+            await run_tool("partx", "--delete", str(device))
+
+
+async def test_a_device_that_lies_on_a_device_is_looked_through(tmp_path: Path) -> None:
+    async with loop_device(tmp_path, 64 * MIB) as lower:
+        upper = Path((await run_tool("losetup", "--find", "--show", str(lower))).strip())
+        try:
+            before = device_stamp(upper)
+            assert compare_stamps(before, device_stamp(upper)) is Sameness.PROVEN
+            write_past_the_cache(lower)
+            assert compare_stamps(before, device_stamp(upper)) is not Sameness.PROVEN
+        finally:
+            await run_tool("losetup", "--detach", str(upper))
+
+
+async def test_a_device_that_was_made_anew_is_only_alike(tmp_path: Path) -> None:
+    async with loop_device(tmp_path, 64 * MIB) as device:
+        before = device_stamp(device)
+        await run_tool("losetup", "--detach", str(device))
+        await run_tool("losetup", str(device), str(tmp_path / "loop.backing"))
+        assert compare_stamps(before, device_stamp(device)) is Sameness.ALIKE
+
+
+async def test_a_device_that_is_mounted_may_be_written_any_moment(tmp_path: Path) -> None:
+    async with formatted(tmp_path, "ext4", "whole") as device:
+        before = device_stamp(device.path)
+        assert before.record is not None
+        async with mounted(device, "ro"):
+            now = device_stamp(device.path)
+            assert now.record is None and "mounted" in (now.uncounted or "")
+            assert compare_stamps(before, now) is Sameness.ALIKE
+        assert compare_stamps(before, device_stamp(device.path)) is Sameness.PROVEN
+
+
+async def test_a_device_whose_counters_are_switched_off_is_only_alike(tmp_path: Path) -> None:
+    async with loop_device(tmp_path, 64 * MIB) as device:
+        switch = Path("/sys/block") / device.name / "queue/iostats"
+        before = device_stamp(device)
+        switch.write_text("0")
+        try:
+            write_past_the_cache(device)
+            now = device_stamp(device)
+            assert now.record is None and "iostats" in (now.uncounted or "")
+            assert compare_stamps(before, now) is Sameness.ALIKE
+        finally:
+            switch.write_text("1")
+
+
+async def test_what_the_host_itself_writes_to_another_disk_does_not_matter(
+    tmp_path: Path,
+) -> None:
+    async with loop_device(tmp_path, 64 * MIB) as device:
+        before = device_stamp(device)
+        (tmp_path / "other").write_bytes(os.urandom(MIB))
+        await run_tool("sync")
+        assert compare_stamps(before, device_stamp(device)) is Sameness.PROVEN
+
+
+def device_stamp(device: Path) -> DeviceStamp:
+    """Stamp a block device."""
+    stamp = take_stamp([device])
+    assert isinstance(stamp, DeviceStamp)
+    return stamp
 
 
 @pytest.mark.parametrize("size_bytes", [GIB, 8 * TIB])

@@ -1,11 +1,12 @@
 """Which bitmaps are trusted: a bitmap is used only if it recorded every write."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from qbackup.backup.judge import Base, checkpoints, judge, newest_bases
-from qbackup.model.backup import Reason
+from qbackup.model.backup import Reason, Refusal
 from qbackup.model.names import bitmap_name
 from qbackup.qmp.disks import Disk
 
@@ -82,17 +83,29 @@ def test_the_bitmap_of_the_newest_backup_that_recorded_all_the_time_is_trusted()
         ),
         (
             make_disk("system"),
-            {"not_loaded": {("system", GOOD.name): "image-changed"}},
+            {"not_loaded": {("system", GOOD.name): Refusal(reason="image-changed")}},
             "image-changed",
         ),
         (
             make_disk("system"),
-            {"not_loaded": {("system", bitmap_name(PREFIX, ID1)): "unclean"}},
+            {"not_loaded": {("system", bitmap_name(PREFIX, ID1)): Refusal(reason="unclean")}},
             "unclean",
         ),
-        (make_disk("system"), {"not_loaded": {("data", GOOD.name): "corrupt"}}, "missing"),
-        (make_disk("system"), {"not_loaded": {("system", "libvirt-1"): "corrupt"}}, "missing"),
-        (make_disk("system", GOOD), {"not_loaded": {("system", GOOD.name): "corrupt"}}, None),
+        (
+            make_disk("system"),
+            {"not_loaded": {("data", GOOD.name): Refusal(reason="corrupt")}},
+            "missing",
+        ),
+        (
+            make_disk("system"),
+            {"not_loaded": {("system", "libvirt-1"): Refusal(reason="corrupt")}},
+            "missing",
+        ),
+        (
+            make_disk("system", GOOD),
+            {"not_loaded": {("system", GOOD.name): Refusal(reason="corrupt")}},
+            None,
+        ),
         (make_disk("system", make_bitmap(ID1), GOOD, make_bitmap(ID3)), {}, None),
         (make_disk("system", make_bitmap(ID2, dirty_bytes=SIZE * 2)), {}, None),
     ],
@@ -101,6 +114,50 @@ def test_in_doubt_a_bitmap_is_not_trusted_and_the_reason_is_told(
     disk: Disk, changes: dict[str, Any], reason: Reason | None
 ) -> None:
     assert reason_for(disk, **changes) == reason
+
+
+def test_what_was_remembered_of_the_newest_bitmap_is_told_before_anything_older() -> None:
+    refusals = {
+        ("system", bitmap_name(PREFIX, ID1)): Refusal(reason="unclean"),
+        ("system", GOOD.name): Refusal(reason="missing", detail="no room"),
+        ("system", bitmap_name(PREFIX, ID3)): Refusal(reason="corrupt"),
+    }
+    verdict = judge(
+        make_disk("system"),
+        bases=BASES,
+        prefix=PREFIX,
+        not_loaded=refusals,
+        granularity_bytes=GRANULARITY,
+    )
+    assert (verdict.reason, verdict.problem) == ("missing", "no room")
+
+
+def test_why_an_older_bitmap_was_not_saved_is_not_why_this_one_is_missing() -> None:
+    older = {("system", bitmap_name(PREFIX, ID1)): Refusal(reason="missing", detail="no room")}
+    verdict = judge(
+        make_disk("system"),
+        bases=BASES,
+        prefix=PREFIX,
+        not_loaded=older,
+        granularity_bytes=GRANULARITY,
+    )
+    assert verdict.reason == "missing" and "no room" not in (verdict.problem or "")
+
+
+@pytest.mark.parametrize(("node", "told"), [("overlay", True), ("#block123", False), (None, False)])
+def test_a_disk_that_is_on_another_node_is_said_to_be(node: str | None, told: bool) -> None:
+    disk = make_disk("system")
+    at_backup = BACKUP.disks[0]
+    before = replace(at_backup, source=replace(at_backup.source, node=disk.node))
+    verdict = judge(
+        replace(disk, node=node or disk.node),
+        bases={"system": Base(backup=BACKUP, disk=before)},
+        prefix=PREFIX,
+        not_loaded={},
+        granularity_bytes=GRANULARITY,
+    )
+    assert verdict.reason == "missing"
+    assert ("snapshot" in (verdict.problem or "")) == told
 
 
 def test_each_disk_builds_on_the_newest_backup_that_holds_it() -> None:

@@ -1,5 +1,6 @@
 """Which configuration file is read."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -89,8 +90,22 @@ def test_a_file_that_cannot_be_read_is_named(home: Path, content: bytes | None, 
 
 
 def test_a_folder_is_no_configuration(home: Path) -> None:
-    with pytest.raises(ConfigurationError, match="Is a directory"):
+    with pytest.raises(ConfigurationError, match="a directory, not a regular file"):
         read_configuration(home)
     shutil.rmtree(home)
     with pytest.raises(ConfigurationError, match="No such file"):
         read_configuration(home)
+
+
+def test_a_link_to_a_configuration_is_followed(home: Path) -> None:
+    (home / "real.toml").write_text('repository = "repo"\nstate = "state"\n')
+    (home / "config.toml").symlink_to("real.toml")
+    assert read_configuration(home / "config.toml").repository == home / "repo"
+
+
+@pytest.mark.parametrize("target", ["fifo", "/dev/zero", "/dev/stdin"])
+def test_what_is_no_file_is_no_configuration_and_not_waited_for(home: Path, target: str) -> None:
+    os.mkfifo(home / "fifo")
+    (home / "config.toml").symlink_to(target)
+    with pytest.raises(ConfigurationError, match="not a regular file"):
+        read_configuration(home / "config.toml")

@@ -25,7 +25,7 @@ from qbackup.formats.qbm import (
     with_clean,
 )
 from qbackup.model.backup import MAX_DISK_BYTES
-from qbackup.model.bitmap import Bits, DeviceStamp, FileStamp, Identity
+from qbackup.model.bitmap import Bits, DeviceStamp, FileStamp, Identity, WriteRecord
 
 from .test_qbm_golden import GOLDEN_FILES, IDENTITY, STAMP, bits_of
 
@@ -34,12 +34,19 @@ KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 names = st.text(min_size=1, max_size=60).filter(lambda name: len(name.encode()) <= 255)
 numbers = st.integers(0, 2**64 - 1)
 times = st.integers(-(2**63), 2**63 - 1)
+digests = st.binary(min_size=32, max_size=32).filter(any)
+records = st.builds(WriteRecord, session=digests, writes=digests, below=st.none() | digests)
 stamps = st.one_of(
     st.none(),
     st.builds(
         FileStamp, device=numbers, inode=numbers, size_bytes=numbers, mtime_ns=times, ctime_ns=times
     ),
-    st.builds(DeviceStamp, size_bytes=numbers, fingerprint=st.binary(min_size=32, max_size=32)),
+    st.builds(
+        DeviceStamp,
+        size_bytes=numbers,
+        fingerprint=st.binary(min_size=32, max_size=32),
+        record=st.none() | records,
+    ),
 )
 identities = st.builds(
     Identity, repository=names, vm=names, disk=names, checkpoint=names, chain=names
@@ -186,7 +193,8 @@ def test_a_trailing_byte_is_corruption() -> None:
     [
         ("version", 0),
         ("version", 2),
-        ("incompatible_features", 1),
+        ("incompatible_features", 2),
+        ("incompatible_features", 3),
         ("incompatible_features", 1 << 63),
     ],
 )
@@ -227,8 +235,12 @@ def test_what_a_later_version_wrote_is_unsupported(name: str, value: int) -> Non
         ("stamp_kind", 3),
         ("stamp_reserved", b"\0\0\0\1"),
         ("stamp_fingerprint", b"\1" + bytes(31)),
-        ("reserved", b"\1" + bytes(239)),
-        ("reserved", bytes(239) + b"\1"),
+        ("incompatible_features", 1),
+        ("record_session", b"\1" + bytes(31)),
+        ("record_writes", b"\1" + bytes(31)),
+        ("record_below", bytes(31) + b"\1"),
+        ("reserved", b"\1" + bytes(143)),
+        ("reserved", bytes(143) + b"\1"),
         ("body_blake3", bytes(32)),
     ],
 )
@@ -236,6 +248,45 @@ def test_a_forged_field_with_the_right_checksum_is_corruption(name: str, value: 
     with pytest.raises(QbmCorruptError) as caught:
         decode(patched(name, value))
     assert caught.value.reason == "corrupt"
+
+
+RECORDED = replace(
+    SMALL,
+    stamp=DeviceStamp(
+        size_bytes=GIB,
+        fingerprint=b"f" * 32,
+        record=WriteRecord(session=b"s" * 32, writes=b"w" * 32, below=b"b" * 32),
+    ),
+)
+
+
+@pytest.mark.parametrize("name", ["record_session", "record_writes"])
+def test_a_write_record_without_content_is_corruption(name: str) -> None:
+    with pytest.raises(QbmCorruptError):
+        decode(patched(name, bytes(32), RECORDED))
+
+
+def test_a_write_record_of_another_kind_of_stamp_is_corruption() -> None:
+    with pytest.raises(QbmCorruptError):
+        decode(patched("stamp_kind", qbm.STAMP_FILE, RECORDED))
+    with pytest.raises(QbmCorruptError):
+        decode(patched("incompatible_features", 0, RECORDED))
+
+
+def test_a_reader_that_does_not_know_write_records_refuses_them() -> None:
+    """It would take the fingerprint alone for a proof."""
+    (features,) = struct.unpack_from(">Q", encode(RECORDED), 16)
+    assert features == qbm.FEATURE_WRITE_RECORD
+    (features,) = struct.unpack_from(">Q", encode(SMALL), 16)
+    assert features == 0
+
+
+def test_a_place_that_an_unknown_feature_uses_is_not_overwritten() -> None:
+    data = bytearray(encode(SMALL))
+    struct.pack_into(">Q", data, 24, 1 << 5)
+    data[300] = 77
+    with pytest.raises(ValueError, match="unknown feature"):
+        with_clean(signed(data)[:512], clean=True, stamp=RECORDED.stamp)
 
 
 def test_a_compatible_feature_is_ignored_and_kept() -> None:
@@ -270,6 +321,14 @@ def test_a_name_that_does_not_fit_is_not_written(name: str) -> None:
         {"generation": -1},
         {"stamp": replace(STAMP, inode=2**64)},
         {"stamp": DeviceStamp(size_bytes=1, fingerprint=b"short")},
+        *(
+            {"stamp": DeviceStamp(size_bytes=1, fingerprint=bytes(32), record=record)}
+            for record in (
+                WriteRecord(session=b"short", writes=b"w" * 32, below=None),
+                WriteRecord(session=b"s" * 32, writes=bytes(32), below=None),
+                WriteRecord(session=b"s" * 32, writes=b"w" * 32, below=b"b" * 33),
+            )
+        ),
     ],
 )
 def test_a_number_that_does_not_fit_is_not_written(changes: dict[str, object]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qbackup.formats.qbm import BitmapFile, QbmUnsupportedError, decode, encode
-from qbackup.model.bitmap import Bits, DeviceStamp, FileStamp, Identity
+from qbackup.model.bitmap import Bits, DeviceStamp, FileStamp, Identity, WriteRecord
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 GIB = 2**30
@@ -88,6 +88,25 @@ GOLDEN_FILES = [
             stamp=DeviceStamp(size_bytes=3 * GIB + 512, fingerprint=bytes(range(32))),
             bits=mixed_bits(),
         ),
+    ),
+    *(
+        Golden(
+            name=f"bitmap-v1-device-{name}.qbm",
+            content=BitmapFile(
+                identity=IDENTITY,
+                generation=2,
+                clean=True,
+                stamp=DeviceStamp(
+                    size_bytes=GIB,
+                    fingerprint=bytes(range(32)),
+                    record=WriteRecord(
+                        session=bytes(range(32, 64)), writes=bytes(range(64, 96)), below=below
+                    ),
+                ),
+                bits=bits_of([GIB // 2], size=GIB, granularity=65536),
+            ),
+        )
+        for name, below in (("counted", bytes(range(96, 128))), ("half-counted", None))
     ),
 ]
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qbackup.images import stamp
+from qbackup.images import change_time, stamp
 from qbackup.images.stamp import take_stamp
 from qbackup.model.bitmap import DeviceStamp, FileStamp
 
@@ -87,7 +87,7 @@ def test_a_stamp_waits_until_a_later_write_has_a_later_time(image: Path) -> None
         write(image)
         taken = take_stamp([image])
         assert isinstance(taken, FileStamp)
-        assert time.clock_gettime_ns(stamp._CLOCK_REALTIME_COARSE) > taken.ctime_ns
+        assert time.clock_gettime_ns(change_time._CLOCK_REALTIME_COARSE) > taken.ctime_ns
 
 
 @pytest.mark.parametrize("changed", [0, 1, 2])

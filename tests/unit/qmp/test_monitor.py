@@ -56,6 +56,15 @@ async def test_an_error_reply_is_told_with_what_qemu_said(monitor_of: MonitorOf)
         await monitor.execute(commands.job_cancel("job0"))
 
 
+async def test_an_error_reply_is_told_without_the_secrets_in_it(monitor_of: MonitorOf) -> None:
+    said = "Could not open 'https://me:hunter2@host/a': Permission denied"
+    monitor, _ = await monitor_of({"job-cancel": Refusal(description=said)})
+    with pytest.raises(QmpCommandError) as caught:
+        await monitor.execute(commands.job_cancel("job0"))
+    assert "hunter2" not in f"{caught.value.message} {caught.value.description}"
+    assert "me:REDACTED@host/a': Permission denied" in caught.value.message
+
+
 async def test_no_socket_is_told_with_a_hint(tmp_path: Path) -> None:
     with pytest.raises(MonitorError, match="no such socket") as caught:
         async with connected(tmp_path / "nowhere.sock"):

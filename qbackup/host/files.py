@@ -1,0 +1,106 @@
+"""Open the files that qbackup reads: the one place that decides what may be opened at all.
+
+Whoever can write into a repository or a state directory can put a FIFO, a device or a link where
+a file belongs. Opening a FIFO waits for its other end, opening a device can do things, and a
+link leads out of the place that was meant. So: regular files only, never through a link
+unless the caller says so, never waiting, and never more bytes than what was asked for can have.
+
+Every refusal is an `OSError` whose `strerror` says what is wrong, so callers need one `except`.
+This module must not know what is in a file.
+"""
+
+import errno
+import io
+import os
+import stat
+from pathlib import Path
+from typing import Literal
+
+_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+_MODES = {"rb": os.O_RDONLY, "r+b": os.O_RDWR}
+_KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class NotRegularError(OSError):
+    """There is something of that name, and it is no regular file."""
+
+
+class TooLargeError(OSError):
+    """The file is larger than anything that belongs there."""
+
+
+def open_regular(
+    path: Path, mode: Literal["rb", "r+b"] = "rb", *, follow: bool = False
+) -> io.FileIO:
+    """Open an existing regular file, without a buffer; never wait for anything.
+
+    With `follow`, the name may be a symbolic link to the file (what people set up by hand, such
+    as a configuration); what it leads to must be a regular file all the same.
+
+    Raises:
+        NotRegularError: it is a link, a directory, a FIFO, a socket or a device.
+        OSError: it is not there, or may not be opened.
+    """
+    # Looked at before it is opened, because opening a device can have effects; and again
+    # afterwards, because it may have been exchanged in between.
+    _require_regular(path, path.stat(follow_symlinks=follow))
+    flags = _MODES[mode] | _FLAGS | (0 if follow else os.O_NOFOLLOW)
+    fd = os.open(path, flags)
+    try:
+        _require_regular(path, os.fstat(fd))
+        os.set_blocking(fd, True)
+        return io.FileIO(fd, mode)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def read_bounded(path: Path, limit_bytes: int, *, follow: bool = False) -> bytes:
+    """Read a small regular file whole; see `open_regular`.
+
+    Raises:
+        TooLargeError: it holds more than `limit_bytes`.
+        NotRegularError: it is no regular file.
+        OSError: it is not there, or cannot be read.
+    """
+    with open_regular(path, follow=follow) as file:
+        # One byte more than allowed tells a file that grows, or that lies about its length.
+        wanted = limit_bytes + 1
+        if os.fstat(file.fileno()).st_size > limit_bytes:
+            raise _too_large(path, limit_bytes)
+        data = b""
+        while len(data) < wanted and (more := file.read(wanted - len(data))):
+            data += more
+    if len(data) > limit_bytes:
+        raise _too_large(path, limit_bytes)
+    return data
+
+
+def size_of_regular(path: Path) -> int:
+    """Return the length of a regular file, without opening it.
+
+    Raises:
+        NotRegularError: it is no regular file.
+        OSError: it is not there.
+    """
+    facts = path.stat(follow_symlinks=False)
+    _require_regular(path, facts)
+    return facts.st_size
+
+
+def _require_regular(path: Path, facts: os.stat_result) -> None:
+    kind = stat.S_IFMT(facts.st_mode)
+    if kind != stat.S_IFREG:
+        what = _KINDS.get(kind, "something else")
+        raise NotRegularError(errno.EINVAL, f"this is {what}, not a regular file", str(path))
+
+
+def _too_large(path: Path, limit_bytes: int) -> TooLargeError:
+    return TooLargeError(errno.EFBIG, f"larger than {limit_bytes} bytes", str(path))
