@@ -54,7 +54,8 @@ _REPLACEMENTS: list[tuple[str, str]] = [
     (r"\b[0-9a-f]{64}\b", "HASH"),
     (r"\(process \d+\)", "(process PID)"),
     (r"^(  stored +).*$", r"\1SIZE"),
-    (r'("(?:stored_bytes|seconds)": )[\d.]+', r"\1N"),
+    (r'("(?:stored_bytes|freed_bytes|seconds)": )[\d.]+', r"\1N"),
+    (r"[\d.]+ \w+ ((?:would be )?freed)\b", r"SIZE \1"),
     (r"^(QEMU +).*$", r"\1VERSION"),
     (r"^(machine +pc-q35)-[\d.]+$", r"\1-VERSION"),
     (r"^(command line +).*$", r"\1QEMU ARGUMENTS"),
@@ -375,10 +376,12 @@ def _mask_column(lines: Sequence[str], title: str, mask: str) -> list[str]:
     """Replace the values and the width of a right-aligned column, down to the table's end."""
     masked = []
     start = end = 0
-    for line in lines:
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
         header = re.search(rf" +{title}(?= |$)", line)
         if header:
             start, end = header.span()
+            if before := _BACKUP_ID.search(following[:end]):
+                start = max(start, before.end())  # an id is longer than its title
         elif len(line) < end or line.startswith(("$", "#", "2>")):
             start = end = 0
         if end:

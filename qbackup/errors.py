@@ -9,17 +9,21 @@ The tree, and the exit codes that other programs rely on:
     ├── RepositoryError               10  no repository, or not one that we can use
     ├── LockedError                   11  another run holds the VM's lock
     ├── MonitorError                  12  QEMU cannot be reached, or it went away
-    │   ├── MonitorBusyError          12  another client has the monitor
+    │   ├── MonitorBusyError          12  another client has the monitor, or QEMU hangs
     │   └── MonitorLostError          12  the connection ended in the middle
     ├── VerificationError             13  what is stored is not what was written
     ├── InterruptedByUserError       130  Ctrl-C or SIGTERM
     ├── QmpCommandError                1  QEMU refused a command
+    ├── VmStateError                   1  the VM is in no state for what was asked
     ├── DiskError                      1  a disk is missing, or not as it has to be
     ├── JobFailedError                 1  a backup job ended with an error
+    ├── SnapshotError                  1  QEMU could not keep the disks' instant
+    ├── WriterError                    1  the writer process could not write the backup
     ├── NoSpaceError                   1  the repository's file system is too small
     ├── ManifestDamagedError           1  a manifest cannot be trusted
     ├── ChainBrokenError               1  a backup needs another one that is not there
     ├── BackupNotFoundError            1  no backup, or several, by that name
+    ├── RemovalError                   1  a backup that was to be removed is still there
     └── RestoreError                   1  a restore cannot start, or failed
 
 The exit code 3 (done, but degraded) is no error: the command's result carries it.
@@ -77,13 +81,17 @@ class LockedError(QbackupError):
 
 
 class MonitorError(QbackupError):
-    """QEMU cannot be reached."""
+    """QEMU cannot be reached; `absent`: because nobody listens where its monitor should be."""
 
     exit_code = 12
 
+    def __init__(self, message: str, *, hint: str | None = None, absent: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.absent = absent
+
 
 class MonitorBusyError(MonitorError):
-    """The monitor accepts the connection but does not answer: it serves another client."""
+    """The monitor takes the connection but does not answer: it serves another client, or hangs."""
 
 
 class MonitorLostError(MonitorError):
@@ -119,6 +127,17 @@ class QmpCommandError(QbackupError):
         self.command, self.error_class, self.description = command, error_class, description
 
 
+class VmStateError(QbackupError):
+    """The VM is in a run state in which its disks are not there to be backed up."""
+
+    def __init__(self, vm: str, status: str, why: str) -> None:
+        super().__init__(
+            f"{vm}: the VM is in state {status}: {why}",
+            hint="back the VM up where it runs now, or when QEMU is done with what it does",
+        )
+        self.vm, self.status = vm, status
+
+
 class DiskError(QbackupError):
     """A disk is not there, or not as it has to be."""
 
@@ -129,6 +148,33 @@ class JobFailedError(QbackupError):
     def __init__(self, disk: str, description: str, *, hint: str | None = None) -> None:
         super().__init__(f"disk {disk}: the backup job failed: {description}", hint=hint)
         self.disk, self.description = disk, description
+
+
+class SnapshotError(QbackupError):
+    """QEMU could not make, keep or serve the snapshot that a backup reads.
+
+    The guest does not notice; nothing of the backup remains.
+    """
+
+
+class WriterError(QbackupError):
+    """The writer process failed, or does not answer.
+
+    `kind` says who is at fault: `source`, `protocol`, `space`, `target` (`writer/channel.py`),
+    `stalled` (it does not answer in time), `gone` (it died) or `program` (qbackup itself).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: str,
+        disk: str | None = None,
+        errno: int | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.kind, self.disk, self.errno = kind, disk, errno
 
 
 class NoSpaceError(QbackupError):
@@ -157,6 +203,14 @@ class ChainBrokenError(QbackupError):
 
 class BackupNotFoundError(QbackupError):
     """No backup, or more than one, goes by the name or time that was given."""
+
+
+class RemovalError(QbackupError):
+    """A backup that was to be removed is still there, whole; so is everything it needs."""
+
+    def __init__(self, directory: object, fact: str, *, hint: str | None = None) -> None:
+        super().__init__(f"{directory}: cannot be removed: {fact}", hint=hint)
+        self.directory = directory
 
 
 class RestoreError(QbackupError):

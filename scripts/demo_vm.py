@@ -27,7 +27,7 @@ from guest import Guest, GuestError, guest_arguments, guest_images  # noqa: E402
 __all__ = ["TOP", "DemoError", "Disk", "Guest", "GuestError", "Vm", "check_socket_path"]
 
 QEMU = "qemu-system-x86_64"
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
 _POLL_S = 0.05
 _MAX_SOCKET_PATH_BYTES = 107

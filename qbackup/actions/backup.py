@@ -13,12 +13,22 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from qbackup.backup import reconcile
-from qbackup.backup.copy import Copied, DiskCopier
-from qbackup.backup.judge import checkpoints, newest_bases
-from qbackup.backup.plan import BackupOptions, Plan, make_plan, readable_backups
+from qbackup.backup.engines import Work
+from qbackup.backup.engines.choose import choose_engine
+from qbackup.backup.finish import rolled_back_on_failure
+from qbackup.backup.judge import checkpoints, migrated_verdicts, newest_bases
+from qbackup.backup.plan import (
+    BackupOptions,
+    Plan,
+    disks_to_look_up,
+    make_plan,
+    readable_backups,
+)
 from qbackup.bitmaps.files import distrust_all
+from qbackup.bitmaps.image_files import query_disks
 from qbackup.bitmaps.roll_back import prune_bitmaps, roll_back_bitmaps
-from qbackup.errors import QbackupError
+from qbackup.catalog.history import History
+from qbackup.errors import QbackupError, VmStateError
 from qbackup.formats.configuration import Vm
 from qbackup.host.tasks import to_its_end
 from qbackup.model.backup import Backup
@@ -26,7 +36,13 @@ from qbackup.model.names import new_backup_id, owner_prefix
 from qbackup.model.progress import Reporter
 from qbackup.qmp.disks import query_inventory
 from qbackup.qmp.monitor import Monitor
-from qbackup.qmp.vm import query_configuration, query_state, query_version
+from qbackup.qmp.vm import (
+    Condition,
+    Migration,
+    query_condition,
+    query_configuration,
+    query_version,
+)
 from qbackup.repository.repository import Repository
 from qbackup.repository.state import StateDirectory
 from qbackup.watching.control import vm_monitor
@@ -62,96 +78,156 @@ async def back_up(
         repository.lock(vm.name, wait_s=options.lock_wait_s),
         vm_monitor(vm, state.control_socket) as (monitor, watched),
     ):
-        if not watched and (await query_state(monitor)).status != "prelaunch":
+        condition = await query_condition(monitor)
+        if not watched and not condition.fitness.load:
             # This VM runs unseen: whatever its files say, they must not be believed later.
             await distrust_all(state)
+        _require_fit(condition, vm.name)
         await reconcile.clear_jobs(monitor, vm=vm.name, prefix=prefix, reporter=reporter)
         await reconcile.remove_partials(repository, vm.name, reporter)
+        history = History(repository, vm.name)
         plan = await _prepare(
             monitor,
-            repository,
+            history,
             vm=vm,
             state=state,
             prefix=prefix,
+            migration=condition.migration,
             options=options,
             reporter=reporter,
         )
         version = await query_version(monitor)
         configuration = await query_configuration(monitor)
-        backup_id, moment = new_backup_id(
+        _compare_clock(history, reporter)
+        backup_id = new_backup_id(
             now=datetime.now(UTC), newest=plan.newest_id, random_bits=secrets.randbits(16)
         )
-        async with repository.partial(vm.name, backup_id) as partial:
-            copier = DiskCopier(
-                monitor,
-                vm=vm,
-                plan=plan,
-                options=options,
-                prefix=prefix,
-                backup_id=backup_id,
-                partial=partial,
-                scratch=state.scratch_file(),
-                qemu_version=version,
-                reporter=reporter,
+        engine = await choose_engine(
+            monitor,
+            vm=vm,
+            options=options,
+            state=state,
+            scratch=state.scratch_file(),
+            qemu_version=version,
+            reporter=reporter,
+        )
+        work = Work(
+            vm=vm,
+            plan=plan,
+            options=options,
+            prefix=prefix,
+            backup_id=backup_id,
+            repository=repository,
+            reporter=reporter,
+        )
+        async with (
+            engine.session(work) as session,
+            rolled_back_on_failure(monitor, session, work),
+        ):
+            copied = await session.copy()
+            await _require_not_moved(monitor, vm.name, before=condition)
+            parent, chain = _place_in_chain(plan, backup_id)
+            backup = Backup(
+                id=backup_id,
+                vm=vm.name,
+                time=_written(copied.instant),
+                chain=chain,
+                parent=parent,
+                label=options.label,
+                consistency=copied.consistency,
+                disks=copied.disks,
+                seconds=round(time.monotonic() - started, 3),
+                qemu_version=".".join(map(str, version)),
+                vm_configuration=configuration,
+                left_out=plan.left_out,
             )
-            async with copier.rolled_back_on_failure():
-                copied = await copier.copy()
-                parent, chain = _place_in_chain(plan, copied, backup_id)
-                backup = Backup(
-                    id=backup_id,
-                    vm=vm.name,
-                    time=moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-                    chain=chain,
-                    parent=parent,
-                    label=options.label,
-                    consistency=copied.consistency,
-                    disks=copied.disks,
-                    seconds=round(time.monotonic() - started, 3),
-                    qemu_version=".".join(map(str, version)),
-                    vm_configuration=configuration,
-                    left_out=plan.left_out,
-                )
-                # An interruption that comes now is too late: the backup is about to exist.
-                await to_its_end(partial.publish(backup))
+            # An interruption that comes now is too late: the backup is about to exist.
+            await to_its_end(session.publish(backup))
         await to_its_end(_forget_old_bitmaps(monitor, plan, backup, prefix, reporter))
-    degraded = ("the guest's file systems were not frozen",) if copied.freeze_failed else ()
+    degraded = tuple(f"disk {name} was left out: {why}" for name, why in plan.refused.items())
+    if copied.freeze_failed:
+        degraded += ("the guest's file systems were not frozen",)
     return Outcome(backup=backup, degraded=degraded)
 
 
 async def _prepare(
     monitor: Monitor,
-    repository: Repository,
+    history: History,
     *,
     vm: Vm,
     state: StateDirectory,
     prefix: str,
+    migration: Migration,
     options: BackupOptions,
     reporter: Reporter,
 ) -> Plan:
-    """Adopt the bits that an interrupted run left, then look again and decide."""
+    """Adopt the bits that an interrupted run left, then look again and decide.
+
+    What was recorded before a migration of the guest to elsewhere is worth nothing: others may have
+    written since.
+    """
+    if migration.given_away:
+        await prune_bitmaps(monitor, prefix=prefix, checkpoints={})
     inventory = await query_inventory(monitor)
-    bases = newest_bases(readable_backups(repository, vm.name, reporter), inventory.disks)
+    disks = disks_to_look_up(inventory, vm=vm, options=options)
+    bases = newest_bases(readable_backups(history, reporter), disks)
     await roll_back_bitmaps(
         monitor, prefix=prefix, checkpoints=checkpoints(bases), uncommitted=None
     )
     return make_plan(
-        await query_inventory(monitor),
+        await query_disks(monitor, monitor.peer_pid()),
         bases,
         vm=vm,
-        repository=repository,
+        history=history,
         prefix=prefix,
-        not_loaded=state.read_verdicts(),
+        not_loaded=migrated_verdicts(migration, bases, prefix) or state.read_verdicts(),
         options=options,
         reporter=reporter,
     )
 
 
-def _place_in_chain(plan: Plan, copied: Copied, backup_id: str) -> tuple[str | None, str]:
+def _require_fit(condition: Condition, vm: str) -> None:
+    """Make sure that the VM's disks are there to be backed up.
+
+    Raises:
+        VmStateError: they are not this QEMU's alone.
+    """
+    if not condition.fitness.back_up:
+        raise VmStateError(vm, condition.state.status, condition.fitness.why_not)
+
+
+async def _require_not_moved(monitor: Monitor, vm: str, *, before: Condition) -> None:
+    """Make sure that no other QEMU took over while the disks were copied.
+
+    Raises:
+        VmStateError: one did; what was copied may be of no instant.
+    """
+    now = await query_condition(monitor)
+    _require_fit(now, vm)
+    if now.migration.given_away and not before.migration.given_away:
+        raise VmStateError(vm, now.state.status, "it was migrated while it was backed up")
+
+
+def _compare_clock(history: History, reporter: Reporter) -> None:
+    """Warn if the clock is behind the newest backup: it was ahead then, or it is wrong now."""
+    newest = history.newest_usable()
+    if newest is not None and datetime.now(UTC) < newest.moment:
+        reporter.warning(
+            f"{newest.vm}: the clock is behind the newest backup, {newest.id} of {newest.time}; "
+            "was it wrong then, or is it now? restore --at TIME goes by the clock"
+        )
+
+
+def _written(instant: datetime) -> str:
+    return instant.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _place_in_chain(plan: Plan, backup_id: str) -> tuple[str | None, str]:
     """Return the newest parent of any disk and the chain that it is in."""
     parents = [
         verdict.base.backup
-        for verdict, disk in zip(plan.verdicts, copied.disks, strict=True)
-        if disk.parent is not None and verdict.base is not None
+        for verdict in plan.verdicts
+        if verdict.method == "incremental" and verdict.base is not None
     ]
     if not parents:
         return None, backup_id

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qbackup.catalog.choose import choose_backup
+from qbackup.catalog.history import History
 from qbackup.catalog.image_check import check_header, content_differs
 from qbackup.errors import (
     ChainBrokenError,
@@ -26,7 +27,6 @@ from qbackup.images.hashing import hash_file
 from qbackup.images.locks import is_in_use
 from qbackup.images.qemu_img import ImageFormat, convert
 from qbackup.model.backup import Backup, DiskBackup
-from qbackup.model.chain import disk_chain
 from qbackup.model.names import PARTIAL_SUFFIX
 from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_size
@@ -42,6 +42,7 @@ class RestoreOptions:
     disks: tuple[str, ...] = ()
     image_format: ImageFormat | None = None
     force: bool = False
+    lock_wait_s: float = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +65,16 @@ class Restored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
-    """A disk in the repository: its image, and all images that reading it needs."""
+    """A disk in the repository: all images that reading it needs, the full first."""
 
     vm: str
     disk: DiskBackup
-    image: Path
     chain: tuple[tuple[Path, str], ...]
+
+    @property
+    def images(self) -> list[Path]:
+        """The images of the chain, the full first."""
+        return [path for path, _ in self.chain]
 
     async def check_content(self) -> None:
         """Compare every byte of the chain with the manifests.
@@ -98,16 +103,25 @@ class _Source:
 async def restore(
     repository: Repository, vm: str, options: RestoreOptions, reporter: Reporter
 ) -> Restored:
-    """Restore disks of one backup.
+    """Restore disks of one backup, which no prune removes meanwhile.
 
     Raises:
+        LockedError: a prune is at work.
         BackupNotFoundError: there is no such backup.
         ChainBrokenError, ManifestDamagedError: the backup cannot be restored.
         RestoreError: the target is taken or too small, or writing failed.
     """
-    backup = choose_backup(repository, vm, options.at)
+    async with repository.reading(vm, wait_s=options.lock_wait_s):
+        return await _restore(repository, vm, options, reporter)
+
+
+async def _restore(
+    repository: Repository, vm: str, options: RestoreOptions, reporter: Reporter
+) -> Restored:
+    history = History(repository, vm)
+    backup = choose_backup(history, options.at)
     chosen = _choose_disks(backup, options.disks)
-    sources = [_source(repository, backup, disk) for disk in chosen]
+    sources = [_source(history, backup, disk) for disk in chosen]
     if options.to.is_block_device():
         targets = [_device_target(chosen, options)]
         await _onto_device(sources[0], targets[0], reporter)
@@ -122,8 +136,9 @@ async def _onto_device(source: _Source, target: RestoredDisk, reporter: Reporter
     """Overwrite a device, but not before every byte that goes there is known to be right."""
     await source.check_content()
     await convert(
-        source.image,
+        source.images,
         target.path,
+        virtual_size_bytes=target.virtual_size_bytes,
         target_format=target.image_format,
         target_exists=True,
         on_fraction=source.progress_to(reporter),
@@ -138,8 +153,9 @@ async def _into_file(source: _Source, target: RestoredDisk, reporter: Reporter) 
         async with task_group() as group:
             group.create_task(source.check_content())
             await convert(
-                source.image,
+                source.images,
                 partial,
+                virtual_size_bytes=target.virtual_size_bytes,
                 target_format=target.image_format,
                 target_exists=False,
                 on_fraction=source.progress_to(reporter),
@@ -158,13 +174,13 @@ def _choose_disks(backup: Backup, names: Sequence[str]) -> list[DiskBackup]:
     return [disk for disk in backup.disks if not names or disk.name in names]
 
 
-def _source(repository: Repository, backup: Backup, disk: DiskBackup) -> _Source:
+def _source(history: History, backup: Backup, disk: DiskBackup) -> _Source:
     """Find all images that a disk needs, and check what their headers say.
 
     Raises:
         ChainBrokenError: an image is missing, or names another parent than its manifest.
     """
-    chain = disk_chain(backup, disk.name, lambda i: repository.find(backup.vm, i))
+    repository, chain = history.repository, history.chain(backup, disk.name)
     for owner, stored in chain:
         if problem := check_header(repository.path, stored):
             raise ChainBrokenError(
@@ -176,7 +192,6 @@ def _source(repository: Repository, backup: Backup, disk: DiskBackup) -> _Source
     return _Source(
         vm=backup.vm,
         disk=disk,
-        image=repository.path / disk.file,
         chain=tuple((repository.path / stored.file, stored.blake3) for _, stored in chain),
     )
 

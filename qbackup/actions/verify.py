@@ -7,11 +7,12 @@ problem does not hide the others. Nothing is changed.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qbackup.catalog.chain_check import too_long
+from qbackup.catalog.history import History
 from qbackup.catalog.image_check import check_header, content_differs
 from qbackup.errors import ChainBrokenError, ManifestDamagedError
 from qbackup.images.hashing import hash_file
 from qbackup.model.backup import Backup, DiskBackup
-from qbackup.model.chain import disk_chain
 from qbackup.model.progress import Reporter
 from qbackup.repository.repository import Repository
 
@@ -39,47 +40,53 @@ class Verifier:
 
     def __init__(self, repository: Repository, reporter: Reporter) -> None:
         self._repository, self._reporter = repository, reporter
-        self._problems: list[str] = []
-        self._files = self._bytes = 0
+        self._problems: dict[str, None] = {}
+        """In the order in which they were found; the same gap, seen by many backups, is one."""
+        self._backups = self._files = self._bytes = 0
 
     async def verify(self, scopes: Sequence[Scope]) -> Verified:
-        """Verify all backups in `scopes`."""
-        count = 0
+        """Verify all backups in `scopes`; return what is known by now, earlier calls included.
+
+        The VM's backups must be kept from being removed meanwhile (`Repository.reading`).
+        """
         for scope in scopes:
-            readable: dict[str, Backup] = {}
+            history = History(self._repository, scope.vm)
+            readable: list[Backup] = []
             for backup_id in scope.ids:
-                count += 1
+                self._backups += 1
                 try:
-                    readable[backup_id] = self._repository.backup(scope.vm, backup_id)
+                    readable.append(history.backup(backup_id))
                 except ManifestDamagedError as err:
-                    self._problems.append(err.message)
-            for backup in readable.values():
-                await self._verify_backup(backup)
+                    self._add(err.message)
+            for backup in readable:
+                for disk in backup.disks:
+                    self._check_chain(history, backup, disk)
+                    await self._check_file(backup, disk)
         return Verified(
-            backups=count,
+            backups=self._backups,
             files=self._files,
             bytes_read=self._bytes,
             problems=tuple(self._problems),
         )
 
-    async def _verify_backup(self, backup: Backup) -> None:
-        for disk in backup.disks:
-            self._check_parent(backup, disk)
-            await self._check_file(backup, disk)
+    def _add(self, problem: str) -> None:
+        self._problems.setdefault(problem)
 
-    def _check_parent(self, backup: Backup, disk: DiskBackup) -> None:
+    def _check_chain(self, history: History, backup: Backup, disk: DiskBackup) -> None:
         try:
-            disk_chain(backup, disk.name, lambda i: self._repository.find(backup.vm, i))
+            length = history.chain_length(backup, disk.name)
         except ChainBrokenError as err:
-            if err.message not in self._problems:  # the same gap, seen from a later backup
-                self._problems.append(err.message)
+            self._add(err.message)
         except ManifestDamagedError as err:
-            self._problems.append(f"backup {backup.id}, disk {disk.name}: needs {err.message}")
+            self._add(f"backup {backup.id}, disk {disk.name}: needs {err.message}")
+        else:
+            if problem := too_long(self._repository, disk, length):
+                self._add(f"backup {backup.id}, disk {disk.name}: {problem}")
 
     async def _check_file(self, backup: Backup, disk: DiskBackup) -> None:
         self._files += 1
         if problem := check_header(self._repository.path, disk):
-            self._problems.append(problem)
+            self._add(problem)
             return
         path = self._repository.path / disk.file
         done = 0
@@ -98,13 +105,13 @@ class Verifier:
         try:
             digest = await hash_file(path, on_bytes=on_bytes)
         except OSError as err:
-            self._problems.append(f"{path}: {err.strerror}")
+            self._add(f"{path}: {err.strerror}")
             return
         if digest != disk.blake3:
-            self._problems.append(content_differs(path))
+            self._add(content_differs(path))
 
 
-def scope_of_chain(repository: Repository, backup: Backup) -> Scope:
+def scope_of_chain(history: History, backup: Backup) -> Scope:
     """Return a backup and everything that restoring any of its disks needs.
 
     A chain that is broken ends where it breaks; verifying the backup tells so.
@@ -116,7 +123,7 @@ def scope_of_chain(repository: Repository, backup: Backup) -> Scope:
         if parent in needed:
             continue
         try:
-            found = repository.find(backup.vm, parent)
+            found = history.find(parent)
         except ManifestDamagedError:
             needed.add(parent)  # verifying it tells what is wrong
             continue

@@ -1,16 +1,22 @@
 """Which disks can be backed up incrementally, and why the others cannot.
 
 The rule behind every line: a bitmap is used only if it recorded every write since the newest
-backup that holds the disk. Pure: it is given what QEMU and the repository say.
+backup that holds the disk, and only if a chain that can be restored comes of it. `assess` is
+asked by the backup and by `status`, so that both say the same. It is given what QEMU says, and
+reads manifests; it changes nothing.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qbackup.bitmaps.size_guard import is_guarded
-from qbackup.model.backup import Backup, DiskBackup, Reason, Refusal
+from qbackup.catalog.chain_check import why_not_built_upon
+from qbackup.catalog.history import History
+from qbackup.formats.configuration import Vm
+from qbackup.model.backup import Backup, DiskBackup, Kind, Reason, Refusal
 from qbackup.model.names import bitmap_name, checkpoint_of_bitmap
 from qbackup.qmp.disks import Bitmap, Disk
+from qbackup.qmp.vm import Migration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +41,18 @@ class Verdict:
     problem: str | None = None
     """What exactly is wrong, where the reason alone does not say it."""
 
+    @property
+    def method(self) -> Kind:
+        """How the disk's next backup is made. The one place that decides it."""
+        has_bits = self.bitmap is not None or self.disk.virtual_size_bytes == 0
+        trusted = self.reason is None and self.base is not None and has_bits
+        return "incremental" if trusted else "full"
+
+    @property
+    def parent(self) -> str | None:
+        """The backup that an incremental builds on, None for a full."""
+        return self.base.backup.id if self.base and self.method == "incremental" else None
+
 
 def newest_bases(newest_first: Iterable[Backup], disks: Iterable[Disk]) -> dict[str, Base]:
     """Return, for each disk that any backup holds, the newest one that does."""
@@ -55,6 +73,47 @@ def checkpoints(bases: Mapping[str, Base]) -> dict[str, str]:
     return {name: base.backup.id for name, base in bases.items()}
 
 
+def migrated_verdicts(
+    migration: Migration, bases: Mapping[str, Base], prefix: str
+) -> dict[tuple[str, str], Refusal]:
+    """Say why QEMU has no bitmap of a guest that came from another QEMU, or went to one."""
+    if not migration.images_passed:
+        return {}
+    why = Refusal(reason="migrated")
+    return {(disk, bitmap_name(prefix, base.backup.id)): why for disk, base in bases.items()}
+
+
+def assess(
+    disk: Disk,
+    *,
+    bases: Mapping[str, Base],
+    prefix: str,
+    not_loaded: Mapping[tuple[str, str], Refusal],
+    vm: Vm,
+    history: History,
+) -> Verdict:
+    """Judge a disk's bitmap, and require that an incremental would leave a chain to restore from.
+
+    The backups of `bases` are `history`'s; the rest is as for `judge`.
+    """
+    verdict = judge(
+        disk,
+        bases=bases,
+        prefix=prefix,
+        not_loaded=not_loaded,
+        granularity_bytes=vm.granularity_bytes,
+    )
+    if verdict.reason == "no-parent" and history.newest_usable() is not None:
+        return replace(verdict, reason="new-disk")
+    if verdict.method == "full" or verdict.base is None:
+        return verdict
+    found = why_not_built_upon(history, verdict.base.backup, disk.name, max_chain=vm.max_chain)
+    if found is None:
+        return verdict
+    reason, problem = found
+    return replace(verdict, reason=reason, problem=problem)
+
+
 def judge(
     disk: Disk,
     *,
@@ -69,13 +128,21 @@ def judge(
     or not given to QEMU when it started.
     """
     base = bases.get(disk.name)
+    name = bitmap_name(prefix, base.backup.id) if base else ""
+    never: Reason | None = "throw-away" if disk.throw_away else "shared" if disk.shared else None
+    if never is not None:
+        return Verdict(disk=disk, base=base, bitmap=disk.bitmap(name), reason=never)
     if base is None:
         reason: Reason = "new-disk" if bases else "no-parent"
         return Verdict(disk=disk, base=None, bitmap=None, reason=reason)
-    name = bitmap_name(prefix, base.backup.id)
+    if disk.virtual_size_bytes == 0 == base.disk.virtual_size_bytes:
+        # Nothing can have changed, and nothing is what a backup of all of it copies.
+        return Verdict(disk=disk, base=base, bitmap=None, reason=None)
     bitmap = disk.bitmap(name)
     if bitmap is None:
         why = _why_absent(disk, base, prefix, not_loaded)
+        if why.reason == "missing" and disk.source.is_other_than(base.disk.source):
+            why = Refusal(reason="image-changed")
         return Verdict(disk=disk, base=base, bitmap=None, reason=why.reason, problem=why.detail)
     return Verdict(
         disk=disk,
@@ -127,6 +194,8 @@ def _distrust(
 ) -> Reason | None:
     if bitmap.inconsistent or bitmap.busy or not bitmap.recording:
         return "unclean"
+    if disk.source.is_other_than(base.disk.source):
+        return "image-changed"  # the node was given another file, and kept its bitmap
     if disk.virtual_size_bytes != base.disk.virtual_size_bytes:
         return "size-changed"
     if not guarded:

@@ -6,15 +6,21 @@ Nothing is changed here, neither in QEMU nor in the repository.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qbackup.backup.judge import Base, Verdict, checkpoints, judge
-from qbackup.catalog.chain_check import chain_problem
-from qbackup.errors import DiskError, NoSpaceError, RefusedError, UsageError
+from qbackup.backup.judge import Base, Verdict, assess, checkpoints
+from qbackup.catalog.history import History
+from qbackup.errors import DiskError, NoSpaceError, RefusedError, RepositoryError, UsageError
 from qbackup.formats.configuration import Vm
 from qbackup.model.backup import REASON_TEXT, Backup, Kind, Refusal
+from qbackup.model.names import has_successor, split_bitmap_name
 from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_size
 from qbackup.qmp.disks import Disk, Inventory
 from qbackup.repository.repository import DamagedBackup, Repository
+
+_NOT_CONFIGURED, _EXCLUDED, _NOT_CHOSEN = "not in the configuration", "excluded", "not chosen"
+
+LEFT_OUT_BY_CHOICE = frozenset({_EXCLUDED, _NOT_CHOSEN})
+"""Why a disk that is otherwise backed up is not in a backup (`Backup.left_out`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +39,16 @@ class BackupOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What will be done. `checkpoints` are the newest committed ones of all the VM's disks."""
+    """What will be done.
+
+    `checkpoints` are the newest committed ones of all the VM's disks; the new backup's id
+    must be after `newest_id`.
+    """
 
     verdicts: tuple[Verdict, ...]
     left_out: dict[str, str]
+    refused: dict[str, str]
+    """Disks among `left_out` of which there is no image of one instant, and why."""
     checkpoints: dict[str, str]
     newest_id: str | None
 
@@ -46,7 +58,7 @@ def make_plan(
     bases: Mapping[str, Base],
     *,
     vm: Vm,
-    repository: Repository,
+    history: History,
     prefix: str,
     not_loaded: Mapping[tuple[str, str], Refusal],
     options: BackupOptions,
@@ -58,17 +70,17 @@ def make_plan(
         DiskError: a disk that was asked for is not there, or none remains.
         RefusedError: a full backup would be needed and `fallback` is off.
         NoSpaceError: the backup will not fit.
+        RepositoryError: no backup can come after those that are there.
     """
     chosen, left_out = choose_disks(inventory, vm=vm, options=options)
-    ids = repository.backup_ids(vm.name)
     verdicts = [
-        judge_with_chain(
+        assess(
             disk,
             bases=bases,
             prefix=prefix,
             not_loaded=not_loaded,
             vm=vm,
-            repository=repository,
+            history=history,
         )
         for disk in chosen
     ]
@@ -77,13 +89,43 @@ def make_plan(
     plan = Plan(
         verdicts=tuple(verdicts),
         left_out=left_out,
+        refused={name: why for name, why in inventory.refused.items() if left_out.get(name) == why},
         checkpoints=checkpoints(bases),
-        newest_id=ids[-1] if ids else None,
+        newest_id=_newest_id(history, bases),
     )
     _announce(plan, vm=vm.name, options=options, reporter=reporter)
     if not options.compress:
-        _require_space(plan, repository)
+        _require_space(plan, history.repository)
     return plan
+
+
+def _newest_id(history: History, bases: Mapping[str, Base]) -> str | None:
+    """Return the id that the new backup comes after.
+
+    What is dated at the very end of time was not made by a clock. Unless it is a backup that
+    a disk would build on, it is passed over.
+    """
+    for base in bases.values():
+        if not has_successor(base.backup.id):
+            raise RepositoryError(
+                f"{history.vm}: no backup can come after {base.backup.id}, at the end of time",
+                hint="move that backup out of the repository",
+            )
+    return next(filter(has_successor, reversed(history.ids)), None)
+
+
+def disks_to_look_up(inventory: Inventory, *, vm: Vm, options: BackupOptions) -> Sequence[Disk]:
+    """Return the disks whose newest backup matters: those to back up, and those with bitmaps of it.
+
+    For a disk that was never backed up every manifest is read. One that is left out for ever
+    must not cost that at every run.
+    """
+    chosen, _ = choose_disks(inventory, vm=vm, options=options)
+    return [
+        disk
+        for disk in (*inventory.disks, *inventory.busy)
+        if disk in chosen or any(split_bitmap_name(bitmap.name) for bitmap in disk.bitmaps)
+    ]
 
 
 def choose_disks(
@@ -95,42 +137,69 @@ def choose_disks(
         DiskError: a name is not one of the VM's disks, or nothing is left.
     """
     left_out = dict(inventory.left_out)
-    if inventory.busy:
-        names = ", ".join(disk.name for disk in inventory.busy)
-        raise DiskError(
-            f"{vm.name}: another block job is using {names}",
-            hint="wait until the job has ended (QMP query-jobs shows it)",
-        )
     both = set(options.disks) & set(options.exclude)
     if both:
         raise UsageError(f"--disk and --exclude both name {', '.join(sorted(both))}")
+    everything = {disk.name: disk for disk in (*inventory.disks, *inventory.busy)}
     for name in (*(vm.disks or ()), *options.disks, *options.exclude):
-        if inventory.disk(name) is None:
+        if name not in everything:
             why = f" (it is {left_out[name]})" if name in left_out else ""
-            there = ", ".join(disk.name for disk in inventory.disks) or "none"
+            there = ", ".join(everything) or "none"
             raise DiskError(
                 f"{vm.name}: there is no disk {name!r} to back up{why}",
                 hint=f"the VM's writable disks are: {there}",
             )
     chosen = []
-    for disk in inventory.disks:
+    asked = {*(vm.disks or ()), *options.disks}
+    for disk in everything.values():
         if vm.disks is not None and disk.name not in vm.disks and disk.name not in options.disks:
-            left_out[disk.name] = "not in the configuration"
+            left_out[disk.name] = _NOT_CONFIGURED
         elif disk.name in options.exclude or (options.disks and disk.name not in options.disks):
-            left_out[disk.name] = "excluded" if disk.name in options.exclude else "not chosen"
+            left_out[disk.name] = _EXCLUDED if disk.name in options.exclude else _NOT_CHOSEN
+        elif disk.name in inventory.refused:
+            left_out[disk.name] = _refusal(disk, inventory, asked=disk.name in asked, vm=vm.name)
+        elif disk.throw_away and disk.name not in asked:
+            left_out[disk.name] = f"throw-away: {REASON_TEXT['throw-away']}"
+        elif disk in inventory.busy:
+            raise _busy_error(disk, vm.name)
         else:
             chosen.append(disk)
     if not chosen:
         raise DiskError(
             f"{vm.name}: no disk to back up",
-            hint="the VM has no writable disk, or all of them are excluded",
+            hint="; ".join(f"{name}: {why}" for name, why in left_out.items())
+            or "the VM has no writable disk",
         )
     return chosen, left_out
 
 
-def readable_backups(repository: Repository, vm: str, reporter: Reporter) -> Iterator[Backup]:
+def _refusal(disk: Disk, inventory: Inventory, *, asked: bool, vm: str) -> str:
+    """Return why a disk is left out that cannot be backed up.
+
+    Raises:
+        DiskError: it was asked for by name.
+    """
+    why = inventory.refused[disk.name]
+    if asked:
+        raise DiskError(
+            f"{vm}: disk {disk.name} cannot be backed up: {why}",
+            hint="let every device use one node of the image (-blockdev), or name only one of them",
+        )
+    return why
+
+
+def _busy_error(disk: Disk, vm: str) -> DiskError:
+    jobs = f"block job {', '.join(disk.jobs)}" if disk.jobs else "another block job"
+    return DiskError(
+        f"{vm}: {jobs} is using {disk.name}",
+        hint="not one of qbackup's: wait until the job has ended (QMP query-jobs shows it), "
+        f"or leave the disk out (--exclude {disk.name})",
+    )
+
+
+def readable_backups(history: History, reporter: Reporter) -> Iterator[Backup]:
     """Yield the VM's usable backups, newest first; tell of the others."""
-    for backup in repository.newest_first(vm):
+    for backup in history.newest_first():
         if isinstance(backup, DamagedBackup):
             # Its bitmap will match no usable backup, so the disks are backed up in full.
             reporter.warning(str(backup.error))
@@ -138,32 +207,15 @@ def readable_backups(repository: Repository, vm: str, reporter: Reporter) -> Ite
             yield backup
 
 
-def judge_with_chain(
-    disk: Disk,
-    *,
-    bases: Mapping[str, Base],
-    prefix: str,
-    not_loaded: Mapping[tuple[str, str], Refusal],
-    vm: Vm,
-    repository: Repository,
-) -> Verdict:
-    """Judge a disk's bitmap, and require that everything an incremental would need is there."""
-    verdict = judge(
-        disk,
-        bases=bases,
-        prefix=prefix,
-        not_loaded=not_loaded,
-        granularity_bytes=vm.granularity_bytes,
-    )
-    if verdict.reason is not None or verdict.base is None:
-        return verdict
-    problem = chain_problem(repository, verdict.base.backup, disk.name)
-    return replace(verdict, reason="no-parent", problem=problem) if problem else verdict
-
-
 def _announce(plan: Plan, *, vm: str, options: BackupOptions, reporter: Reporter) -> None:
     for name, why in plan.left_out.items():
-        reporter.notice(f"{vm}: leaving out {name}: {why}")
+        tell = reporter.warning if name in plan.refused else reporter.notice
+        tell(f"{vm}: leaving out {name}: {why}")
+    for disk in (verdict.disk for verdict in plan.verdicts):
+        if disk.source.encrypted:
+            reporter.notice(f"{vm}: disk {disk.name} is encrypted; its backup is not")
+        if disk.shared and options.kind == "full":
+            reporter.warning(f"{vm}: disk {disk.name} is shared: {REASON_TEXT['shared']}")
     if options.kind == "full":
         return
     fallen = [(v.disk.name, v.reason) for v in plan.verdicts if v.reason is not None]
@@ -173,8 +225,9 @@ def _announce(plan: Plan, *, vm: str, options: BackupOptions, reporter: Reporter
         if verdict.reason is not None:
             why = verdict.problem or REASON_TEXT[verdict.reason]
             message = f"{vm}: disk {verdict.disk.name} gets a full backup ({verdict.reason}): {why}"
-            tell = reporter.notice if verdict.base is None else reporter.warning
-            tell(message)
+            # A disk's first backup, and a chain that is full, are no cause for alarm.
+            expected = verdict.base is None or verdict.reason == "chain-full"
+            (reporter.notice if expected else reporter.warning)(message)
 
 
 def _require_space(plan: Plan, repository: Repository) -> None:
@@ -191,6 +244,6 @@ def _require_space(plan: Plan, repository: Repository) -> None:
 def _expected_bytes(verdict: Verdict) -> int:
     """Return about what a disk's file will take; 0 where QEMU cannot tell (block devices)."""
     disk = verdict.disk
-    if verdict.reason is None and verdict.bitmap is not None:
+    if verdict.method == "incremental" and verdict.bitmap is not None:
         return min(verdict.bitmap.dirty_bytes, disk.virtual_size_bytes)
     return min(disk.source.actual_size_bytes, disk.virtual_size_bytes)

@@ -4,24 +4,34 @@ Bitmaps are not removed but rolled back: `bitmaps/roll_back.py`.
 """
 
 from qbackup.model.progress import Reporter
+from qbackup.qmp.exports import end_exports
 from qbackup.qmp.jobs import end_jobs
 from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.targets import remove_leftovers
+from qbackup.repository import removal
 from qbackup.repository.repository import Repository
 
 
 async def remove_partials(repository: Repository, vm: str, reporter: Reporter) -> None:
     """Remove what unfinished runs left in the repository. The VM's lock must be held."""
-    for directory in repository.partials(vm):
-        await repository.remove_partial(directory)
-        reporter.notice(f"{vm}: removed {directory.name}, left by an interrupted run")
+    for path in repository.partials(vm):
+        try:
+            await repository.remove_partial(path)
+        except OSError as err:
+            # It only takes room; nothing that is backed up now depends on it.
+            reporter.warning(f"{path}: left by an interrupted run, cannot be removed: {err}")
+        else:
+            reporter.notice(f"{vm}: removed {path.name}, left by an interrupted run")
+    await removal.finish(repository.vm_directory(vm), reporter)
 
 
 async def clear_jobs(monitor: Monitor, *, vm: str, prefix: str, reporter: Reporter) -> None:
-    """End jobs and remove nodes and fd sets that an interrupted run left in QEMU."""
+    """End exports and jobs, and remove what else an interrupted run left in QEMU."""
+    exports = await end_exports(monitor, prefix=prefix)
     ended = await end_jobs(monitor, prefix=prefix)
     nodes = await remove_leftovers(monitor, prefix=prefix)
-    if ended or nodes:
+    if exports or ended or nodes:
         reporter.notice(
-            f"{vm}: an interrupted run had left {ended} jobs and {nodes} nodes in QEMU; removed"
+            f"{vm}: an interrupted run had left {ended} jobs, {exports} exports and {nodes} nodes "
+            "in QEMU; removed"
         )

@@ -3,32 +3,70 @@
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from qbackup.errors import QbackupError
 from qbackup.formats import qbm
 from qbackup.host.files import NotRegularError, open_regular
+from qbackup.host.tasks import in_thread
 from qbackup.model.backup import Reason, Refusal
+from qbackup.model.bitmap import FileStamp
 from qbackup.model.names import split_bitmap_name
 from qbackup.qmp.disks import Bitmap, Disk
 from qbackup.repository.state import HEADER_BYTES, StateDirectory, free_name
 
 
-async def distrust_all(state: StateDirectory) -> None:
+async def distrust_all(state: StateDirectory, *, present: Collection[str] | None = None) -> None:
     """Clear the clean flag of every file: from now on QEMU may write unseen by them.
 
+    `present` are the disks that QEMU has. A file of another disk stays as it is if the stamp in
+    it shows any later write to the image, whoever makes it and under whatever name: it is
+    checked again before the file is used. None: which disks there are is not known.
+
     Raises:
-        OSError: a file that may be clean can be neither changed nor removed. All others are done.
+        StillTrustedError: files that look clean can be neither changed nor removed. All others
+            are done.
     """
-    failure: OSError | None = None
-    for path in state.all_bitmap_files():
+    failed: dict[Path, OSError] = {}
+    for path in await in_thread(state.all_bitmap_files):
+        absent = present is not None and path.parent.name not in present
+        if absent and await in_thread(_shows_writes, path):
+            continue
         try:
             await state.rewrite_header(path, lambda header: qbm.with_clean(header, clean=False))
         except (ValueError, OSError):
             try:
                 await state.remove(path)
             except OSError as err:
-                if _may_be_clean(path):
-                    failure = err
-    if failure is not None:
-        raise failure
+                if await in_thread(_may_be_clean, path):
+                    failed[path] = err
+    if failed:
+        raise StillTrustedError(failed)
+
+
+class StillTrustedError(QbackupError):
+    """Files that must not be trusted any more say that they may be."""
+
+    def __init__(self, failed: Mapping[Path, OSError]) -> None:
+        listed = ", ".join(f"{path} ({err.strerror})" for path, err in failed.items())
+        super().__init__(
+            f"what was saved may still look trusted: {listed}",
+            hint="remove the files before the VM is started again",
+        )
+
+
+def _shows_writes(path: Path) -> bool:
+    """Tell whether a bitmap file is of an image of which no write can escape its stamp."""
+    try:
+        return isinstance(read_header(path).stamp, FileStamp)
+    except (qbm.QbmError, OSError):
+        return False
+
+
+def is_clean(path: Path) -> bool:
+    """Tell whether a bitmap file says that its VM has ended in order."""
+    try:
+        return read_header(path).clean
+    except (qbm.QbmError, OSError):
+        return False
 
 
 def _may_be_clean(path: Path) -> bool:

@@ -5,10 +5,10 @@
 The order is what makes the clean flag mean something.
 """
 
-import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from qbackup.bitmaps.files import (
@@ -20,9 +20,10 @@ from qbackup.bitmaps.files import (
     remember,
     sidecar_path,
 )
-from qbackup.bitmaps.image_files import image_paths
+from qbackup.bitmaps.image_files import no_bitmap_reason, open_images, query_disks
 from qbackup.bitmaps.size_guard import ensure_size_guard
 from qbackup.errors import DiskError, QbackupError, QmpCommandError
+from qbackup.host.tasks import in_thread
 from qbackup.images.stamp import take_stamp
 from qbackup.model.backup import Refusal
 from qbackup.model.bitmap import Bits, DeviceStamp, ImageStamp, Sameness, compare_stamps
@@ -65,7 +66,7 @@ async def load_saved_bitmaps(
     Recording begins before anything is checked, so that a guest that somebody lets run
     meanwhile is either caught by the checks or recorded. It begins under another name, and the
     bitmap appears at one instant, complete: whoever is killed in between leaves none that a
-    backup would trust. Afterwards no file is clean.
+    backup would trust. Afterwards no file of a disk that QEMU has is clean.
 
     A block device is trusted if the kernel's counters prove that it was not written; with
     `trust_block_devices` also if it only looks the same, and never where that is False.
@@ -75,14 +76,20 @@ async def load_saved_bitmaps(
     verdicts: dict[tuple[str, str], Refusal] = {}
     candidates: list[_Candidate] = []
     await _remove_recorders(monitor)
-    inventory = await query_inventory(monitor)
-    for (disk_name, name), path in state.bitmap_files().items():
+    inventory = await query_disks(monitor, pid)
+    for (disk_name, name), path in (await in_thread(state.bitmap_files)).items():
         disk = inventory.disk(disk_name)
         if disk is None or disk.bitmap(name) is not None:
             continue
         try:
-            file = await asyncio.to_thread(
-                read_saved, path, vm=vm, disk=disk_name, virtual_size_bytes=disk.virtual_size_bytes
+            file = await in_thread(
+                partial(
+                    read_saved,
+                    path,
+                    vm=vm,
+                    disk=disk_name,
+                    virtual_size_bytes=disk.virtual_size_bytes,
+                )
             )
         except NotTrustedError as err:
             verdicts[disk_name, name] = err.refusal
@@ -102,17 +109,24 @@ async def load_saved_bitmaps(
     trusted = []
     for candidate in candidates:
         try:
-            images = _require_local(
-                image_paths(candidate.disk, pid), trust_block_devices=trust_block_devices
-            )
+            reason = no_bitmap_reason(inventory, candidate.disk)
+            if reason is not None:
+                raise NotTrustedError(reason)  # noqa: TRY301 - all reasons end below
             if candidate.disk.node in written:
                 raise NotTrustedError("image-changed")  # noqa: TRY301 - all reasons end below
-            await asyncio.to_thread(
-                _require_unchanged,
-                candidate.stamp,
-                images,
-                fingerprint_is_enough=trust_block_devices is True,
-            )
+            with await in_thread(open_images, candidate.disk, pid) or nullcontext() as images:
+                paths = _require_local(
+                    images.paths if images is not None else None,
+                    trust_block_devices=trust_block_devices,
+                )
+                await in_thread(
+                    partial(
+                        _require_unchanged,
+                        candidate.stamp,
+                        paths,
+                        fingerprint_is_enough=trust_block_devices is True,
+                    )
+                )
         except NotTrustedError as err:
             verdicts[candidate.disk.name, candidate.name] = err.refusal
             await monitor.execute(
@@ -122,7 +136,8 @@ async def load_saved_bitmaps(
             trusted.append(candidate)
     loaded = {(candidate.disk.name, candidate.name) for candidate in trusted}
     await remember(state, verdicts, settled=loaded)
-    await distrust_all(state)
+    present = {disk.name for disk in (*inventory.disks, *inventory.busy)}
+    await distrust_all(state, present=present)
     try:
         for candidate in trusted:
             await _load_one(monitor, candidate)
@@ -142,11 +157,15 @@ async def give_up_loading(monitor: Monitor, state: StateDirectory) -> None:
     """Clean up after a loading that failed, wherever it was, and before the guest writes.
 
     Raises:
-        OSError: a file may still look trusted.
+        StillTrustedError: a file may still look trusted.
         MonitorLostError: QEMU went away.
     """
+    present = None
+    with suppress(QbackupError):
+        inventory = await query_inventory(monitor)
+        present = {disk.name for disk in (*inventory.disks, *inventory.busy)}
     try:
-        await distrust_all(state)
+        await distrust_all(state, present=present)
     finally:
         # No backup looks at what may remain in QEMU, and the next loading removes it.
         with suppress(QmpCommandError, DiskError):

@@ -6,21 +6,26 @@ It takes every bitmap of ours, of whichever repository: whether a bitmap's check
 newest one is asked by the backup that wants to use it.
 """
 
-import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from qbackup.bitmaps.files import our_bitmaps, owner_of, read_header, remember, sidecar_path
-from qbackup.bitmaps.image_files import image_paths
+from qbackup.bitmaps.image_files import (
+    ImageFiles,
+    no_bitmap_reason,
+    open_images,
+    query_disks,
+)
 from qbackup.bitmaps.roll_back import complete_stopped_bitmaps
 from qbackup.bitmaps.size_guard import is_guarded
 from qbackup.errors import ManifestDamagedError, MonitorLostError, QbackupError
 from qbackup.formats import qbm
 from qbackup.host import durable
+from qbackup.host.tasks import in_thread
 from qbackup.images.stamp import take_stamp
-from qbackup.model.backup import Refusal
+from qbackup.model.backup import REASON_TEXT, Reason, Refusal
 from qbackup.model.bitmap import DeviceStamp, Identity, ImageStamp, Sameness, compare_stamps
 from qbackup.model.names import RESERVED_PREFIX, owner_prefix, split_bitmap_name
 from qbackup.model.progress import Reporter
@@ -37,13 +42,26 @@ UNKNOWN_CHAIN = "unknown"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SavedVm:
+    """What was saved of a VM: the files, and which disks it had when it was."""
+
+    files: tuple["Saved", ...] = ()
+    disks: frozenset[str] = frozenset()
+
+    def close(self) -> None:
+        """Close image files that were kept open."""
+        for one in self.files:
+            one.images.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
     """A bitmap file that is written but not yet clean, and the image files it depends on."""
 
     disk: str
     bitmap: str
     path: Path
-    images: tuple[Path, ...]
+    images: ImageFiles
     stamp: ImageStamp
     """Taken while QEMU, paused, still had the images open."""
 
@@ -56,7 +74,7 @@ async def save_bitmaps(
     vm: str,
     pid: int | None,
     reporter: Reporter,
-) -> list[Saved]:
+) -> SavedVm:
     """Write every bitmap of ours into a new file, not clean. The guest must be stopped.
 
     Exports are ended first: their clients could write after the bits were taken.
@@ -68,11 +86,20 @@ async def save_bitmaps(
     await complete_stopped_bitmaps(monitor, (await query_inventory(monitor)).disks)
     saved: list[Saved] = []
     refused: dict[tuple[str, str], Refusal] = {}
-    for disk in (await query_inventory(monitor)).disks:
-        images = image_paths(disk, pid)
+    inventory = await query_disks(monitor, pid)
+    for disk in (*inventory.disks, *inventory.busy):
+        ours = our_bitmaps(disk)
+        if not ours or disk.virtual_size_bytes == 0:
+            continue
+        never = no_bitmap_reason(inventory, disk)
+        images = None if never else await in_thread(open_images, disk, pid)
+        kept = len(saved)
         told: set[str] = set()
-        for bitmap in our_bitmaps(disk):
+        for bitmap in ours:
             try:
+                if never is not None:
+                    why = inventory.refused.get(disk.name, REASON_TEXT[never])
+                    raise _NotKeptError(why, reason=never)  # noqa: TRY301 - all refusals end below
                 saved.append(
                     await _save_one(
                         monitor,
@@ -86,27 +113,32 @@ async def save_bitmaps(
             except MonitorLostError:
                 raise
             except _NotKeptError as err:
-                detail = f"{err}, so its bitmap cannot be kept"
+                refusal = Refusal(reason=err.reason, detail=f"{err}, so its bitmap cannot be kept")
             except (QbackupError, OSError, ValueError) as err:
                 # The other disks are not to suffer from it.
-                detail = f"its bitmap could not be saved: {err}"
+                refusal = Refusal(reason="missing", detail=f"its bitmap could not be saved: {err}")
             else:
                 continue
-            refused[disk.name, bitmap.name] = Refusal(reason="missing", detail=detail)
-            if detail not in told:
-                reporter.warning(f"{vm}: disk {disk.name}: {detail}")
-                told.add(detail)
+            refused[disk.name, bitmap.name] = refusal
+            if refusal.detail not in told:
+                reporter.warning(f"{vm}: disk {disk.name}: {refusal.detail}")
+                told.add(refusal.detail or "")
+        if images is not None and len(saved) == kept:
+            images.close()
     await remember(state, refused, settled=[(one.disk, one.bitmap) for one in saved])
-    return saved
+    present = frozenset(disk.name for disk in (*inventory.disks, *inventory.busy))
+    return SavedVm(files=tuple(saved), disks=present)
 
 
 class _NotKeptError(Exception):
     """A bitmap is not saved, because nobody could trust it. The message is a fact."""
 
+    def __init__(self, fact: str, *, reason: Reason = "missing") -> None:
+        super().__init__(fact)
+        self.reason = reason
 
-def _require_savable(
-    disk: Disk, bitmap: Bitmap, images: tuple[Path, ...] | None
-) -> tuple[Path, ...]:
+
+def _require_savable(disk: Disk, bitmap: Bitmap, images: ImageFiles | None) -> ImageFiles:
     if bitmap.busy or bitmap.inconsistent or not bitmap.recording:
         raise _NotKeptError("at the VM's end its bitmap was in use or did not record")
     if not is_guarded(disk, owner_of(bitmap.name)):
@@ -121,7 +153,7 @@ def _require_savable(
 
 async def set_clean(
     state: StateDirectory,
-    saved: Sequence[Saved],
+    saved: SavedVm,
     *,
     trust_block_devices: bool | None,
     reporter: Reporter,
@@ -131,7 +163,7 @@ async def set_clean(
     The stamp must be the one that was taken before QEMU ended. Else somebody wrote into the image
     since, or another file has its name, or QEMU itself wrote at the end (lazy refcounts, or
     bitmaps of its own), which cannot be told apart. A bitmap that cannot be kept does not
-    keep the others from it.
+    keep the others from it. Files of disks that the VM does not have at its end stay as they are.
     """
     keep: dict[Path, Saved] = {}
     refused: dict[tuple[str, str], Refusal] = {}
@@ -140,18 +172,18 @@ async def set_clean(
         refused[one.disk, one.bitmap] = Refusal(reason="missing", detail=detail)
 
     trusted = []
-    for one in saved:
-        if trust_block_devices is False and any(image.is_block_device() for image in one.images):
+    for one in saved.files:
+        if trust_block_devices is False and any(i.is_block_device() for i in one.images.paths):
             refuse(one, "the configuration says to trust no block device (trust_block_devices)")
         else:
             trusted.append(one)
     # All stamps first: whoever writes while we sync must show.
-    stamps = [await asyncio.to_thread(_stamp_again, one.images) for one in trusted]
+    stamps = [await in_thread(_stamp_again, one.images.paths) for one in trusted]
     for one, stamp in zip(trusted, stamps, strict=True):
         if stamp is None or compare_stamps(one.stamp, stamp) is Sameness.CHANGED:
-            refuse(one, f"{one.images[0]} was written after the guest had ended")
+            refuse(one, f"{one.images.paths[0]} was written after the guest had ended")
             reporter.warning(
-                f"{one.images[0]}: written after the guest had ended; its bitmap is not kept"
+                f"{one.images.paths[0]}: written after the guest had ended; its bitmap is not kept"
             )
             continue
         if trust_block_devices is None:
@@ -161,12 +193,12 @@ async def set_clean(
         except (OSError, ValueError) as err:
             refuse(one, f"its bitmap could not be saved: {err}")
             reporter.warning(f"disk {one.disk}: its bitmap could not be saved: {err}")
-    await state.remove_others(set(keep))
+    await state.remove_others(set(keep), disks=saved.disks)
     await remember(state, refused, settled=[(one.disk, one.bitmap) for one in keep.values()])
 
 
 async def _set_clean(state: StateDirectory, one: Saved, stamp: ImageStamp) -> Path:
-    for image in one.images:
+    for image in one.images.paths:
         await durable.sync_file(image)  # QEMU may have been told not to (cache=unsafe)
     await state.rewrite_header(
         one.path, lambda header: qbm.with_clean(header, clean=True, stamp=stamp)
@@ -200,7 +232,7 @@ async def _save_one(
     identity: Identity,
     disk: Disk,
     bitmap: Bitmap,
-    images: tuple[Path, ...],
+    images: ImageFiles,
 ) -> Saved:
     path = state.bitmap_file(disk.name, bitmap.name)
     await state.ensure_disk(disk.name)
@@ -213,11 +245,11 @@ async def _save_one(
         path=sidecar_path(path),
         prefix=RESERVED_PREFIX,
     )
-    data = await asyncio.to_thread(
+    data = await in_thread(
         qbm.encode,
         qbm.BitmapFile(
             identity=identity,
-            generation=min(_generation(path) + 1, qbm.MAX_GENERATION),
+            generation=min(await in_thread(_generation, path) + 1, qbm.MAX_GENERATION),
             clean=False,
             stamp=None,
             bits=bits,
@@ -228,7 +260,7 @@ async def _save_one(
         bitmap=bitmap.name,
         path=await state.write_new(path, data),
         images=images,
-        stamp=await asyncio.to_thread(take_stamp, images),
+        stamp=await in_thread(take_stamp, images.paths),
     )
 
 

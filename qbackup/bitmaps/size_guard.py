@@ -18,7 +18,12 @@ from qbackup.qmp.sidecar import load_bitmap
 
 
 def is_guarded(disk: Disk, prefix: str) -> bool:
-    """Tell whether the disk has had this size ever since its bitmaps began to record."""
+    """Tell whether the disk has had this size ever since its bitmaps began to record.
+
+    An empty disk has nothing that could have been cut off, and no granule to mark.
+    """
+    if disk.virtual_size_bytes == 0:
+        return True
     guard = disk.bitmap(size_guard_name(prefix, disk.virtual_size_bytes))
     return guard is not None and guard.dirty_bytes > 0
 
@@ -39,8 +44,6 @@ async def ensure_size_guard(
     if ours:
         removals = [commands.bitmap_remove(node=disk.node, name=old) for old in ours]
         await monitor.execute(commands.transaction(removals))
-    if disk.virtual_size_bytes == 0:
-        return True
     await load_bitmap(
         monitor,
         disk_node=disk.node,

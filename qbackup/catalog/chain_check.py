@@ -1,21 +1,58 @@
-"""Is everything there that restoring a disk of a backup needs?
+"""Is everything there that restoring a disk of a backup needs, and can qemu-img alone open it?
 
 Looks at manifests, lengths and, where asked, headers; the content is the business of `verify`
 and of `restore`.
 """
 
+from qbackup.catalog.history import History
 from qbackup.catalog.image_check import check_size
 from qbackup.errors import ChainBrokenError, ManifestDamagedError
-from qbackup.model.backup import Backup
-from qbackup.model.chain import disk_chain
+from qbackup.model.backup import Backup, DiskBackup, Reason
+from qbackup.model.chain import images_openable_alone
 from qbackup.repository.repository import Repository
 
 
-def chain_problem(repository: Repository, backup: Backup, disk: str) -> str | None:
-    """Return what is wrong with the chain of one disk, None if it is complete."""
+def why_not_built_upon(
+    history: History, backup: Backup, disk: str, *, max_chain: int
+) -> tuple[Reason, str] | None:
+    """Return why the next backup of a disk must not build on `backup`, None if it may.
+
+    Its chain has to be complete, and one image more must neither pass `max_chain` nor what
+    qemu-img alone can open from where the repository is.
+    """
     try:
-        chain = disk_chain(backup, disk, lambda i: repository.find(backup.vm, i))
+        chain = history.chain(backup, disk)
     except (ChainBrokenError, ManifestDamagedError) as err:
-        return err.message
-    problems = (check_size(repository.path, stored) for _, stored in chain)
-    return next(filter(None, problems), None)
+        return "no-parent", err.message
+    repository = history.repository.path
+    if problem := next(filter(None, (check_size(repository, stored) for _, stored in chain)), None):
+        return "no-parent", problem
+    # The next image's path is as long as this one's: ids are all of one length.
+    openable = _openable(history.repository, chain[-1][1])
+    if len(chain) < min(max_chain, openable):
+        return None
+    if max_chain <= openable:
+        return "chain-full", f"its chain has {len(chain)} backups, and max_chain is {max_chain}"
+    return "chain-full", (
+        f"its chain has {len(chain)} backups, and qemu-img alone can open {openable} "
+        f"with a path as long as that of {repository}"
+    )
+
+
+def too_long(repository: Repository, disk: DiskBackup, chain_length: int) -> str | None:
+    """Return what is wrong with a chain that just became too long for qemu-img alone.
+
+    Said of the first such backup only: it is the same for all that build on it.
+    """
+    openable = _openable(repository, disk)
+    if chain_length != openable + 1:
+        return None
+    return (
+        f"its chain has {chain_length} backups, and qemu-img alone can open {openable} from here. "
+        "This backup and those that build on it are restored by qbackup only; start a new chain "
+        "with qbackup full"
+    )
+
+
+def _openable(repository: Repository, disk: DiskBackup) -> int:
+    return images_openable_alone((repository.path / disk.file).absolute())

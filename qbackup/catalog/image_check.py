@@ -4,6 +4,7 @@ from pathlib import Path
 
 from qbackup.formats.manifest import backing_file
 from qbackup.formats.qcow2 import CLUSTER_BYTES, Qcow2Error, Qcow2Header, read_header
+from qbackup.host.files import open_regular, size_of_regular
 from qbackup.model.backup import DiskBackup
 
 
@@ -11,7 +12,7 @@ def check_size(repository: Path, disk: DiskBackup) -> str | None:
     """Return what is wrong with the length of a disk's image, None if it is right."""
     path = repository / disk.file
     try:
-        size = path.stat().st_size
+        size = size_of_regular(path)
     except OSError as err:
         return f"{path}: {err.strerror}"
     if size != disk.file_size_bytes:
@@ -29,7 +30,7 @@ def check_header(repository: Path, disk: DiskBackup) -> str | None:
     if problem := check_size(repository, disk):
         return problem
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path) as file:
             data = file.read(CLUSTER_BYTES)
     except OSError as err:
         return f"{path}: {err.strerror}"

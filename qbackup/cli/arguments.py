@@ -1,6 +1,7 @@
 """The arguments of every command. Kept free of slow imports, so that `--help` is quick."""
 
 import argparse
+import re
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -74,7 +75,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "--strict", action="store_true", help="exit with 3 if a disk got a full backup instead"
     )
 
-    listing = command("list", "list backups, the newest last")
+    listing = command("list", "list backups, the newest last; P marks protected ones")
     listing.add_argument("vm", nargs="?", metavar="VM")
 
     show = command("show", "show one backup")
@@ -90,10 +91,14 @@ def _make_parser() -> argparse.ArgumentParser:
     restore.add_argument("--disk", action="append", default=[], metavar="NAME")
     restore.add_argument("--format", choices=("raw", "qcow2"), help="default: as the source was")
     restore.add_argument("--force", action="store_true", help="replace what is there")
+    _add_lock_wait(restore)
 
     verify = command("verify", "compare every byte of the backups with what was written")
     verify.add_argument("vm", nargs="?", metavar="VM")
     verify.add_argument("--at", metavar="ID|TIME", help="only this backup and what it needs")
+    _add_lock_wait(verify)
+
+    _add_retention_commands(command)
 
     run = command("run", "start QEMU, and keep its bitmaps beyond its end")
     run.add_argument("vm", metavar="VM")
@@ -115,6 +120,33 @@ def _make_parser() -> argparse.ArgumentParser:
         help="a guest that has not powered off by then is paused, saved and ended",
     )  # fmt: skip
 
+    _add_bitmap_command(command)
+
+    status = command("status", "show bitmaps, changes and what interrupted runs left")
+    status.add_argument("vm", nargs="?", metavar="VM")
+    return parser
+
+
+def _add_retention_commands(command: Callable[..., _Parser]) -> None:
+    prune = command("prune", "remove the backups that no rule keeps")
+    prune.add_argument("vm", metavar="VM")
+    _add_keep_rules(prune)
+    prune.add_argument(
+        "--dry-run", action="store_true", help="only show what is kept, and why, and what not"
+    )
+    _add_lock_wait(prune)
+
+    for name, text in (
+        ("protect", "let prune never remove a backup"),
+        ("unprotect", "let the rules of prune decide on a backup again"),
+    ):
+        marking = command(name, text, module="protect")
+        marking.add_argument("vm", metavar="VM")
+        marking.add_argument("id", metavar="ID", help="a backup id, or the beginning of one")
+        _add_lock_wait(marking)
+
+
+def _add_bitmap_command(command: Callable[..., _Parser]) -> None:
     bitmap = command("bitmap", "look at a bitmap file")
     actions = bitmap.add_subparsers(dest="action", metavar="show|check", required=True)
     for name, text in (
@@ -124,10 +156,6 @@ def _make_parser() -> argparse.ArgumentParser:
         action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
         _add_common(action, defaults=False)
         action.add_argument("file", metavar="FILE")
-
-    status = command("status", "show bitmaps, changes and what interrupted runs left")
-    status.add_argument("vm", nargs="?", metavar="VM")
-    return parser
 
 
 def _add_common(parser: argparse.ArgumentParser, *, defaults: bool) -> None:
@@ -164,11 +192,47 @@ def _add_backup_arguments(parser: argparse.ArgumentParser) -> None:
         "--speed-limit", type=_argument(parse_size_bytes), default=0, metavar="50M",
         help="bytes per second, for all disks together",
     )  # fmt: skip
+    _add_lock_wait(parser)
+    parser.add_argument("--compress", action="store_true", help="compress with zstd")
+
+
+def _add_lock_wait(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lock-wait", type=_argument(parse_duration_s), default=0, metavar="10m",
         help="wait for another run to end",
     )  # fmt: skip
-    parser.add_argument("--compress", action="store_true", help="compress with zstd")
+
+
+def _add_keep_rules(parser: argparse.ArgumentParser) -> None:
+    """Add the rules; if any is given, those of the configuration do not count."""
+    for period, text in (
+        ("last", "the newest N backups"),
+        ("hourly", "the newest backup of each of N hours that have one"),
+        ("daily", "the same for days"),
+        ("weekly", "the same for weeks, which begin on a Monday"),
+        ("monthly", "the same for months"),
+        ("yearly", "the same for years"),
+    ):
+        parser.add_argument(
+            f"--keep-{period}", type=_argument(_parse_count), metavar="N", help=f"keep {text}"
+        )
+    parser.add_argument(
+        "--keep-within", type=_argument(_parse_age), metavar="30d",
+        help="keep everything that is not older",
+    )  # fmt: skip
+
+
+def _parse_age(text: str) -> int:
+    seconds = parse_duration_s(text)
+    if seconds == 0:
+        raise ValueError("no backup is younger than nothing; write for example 12h or 30d")
+    return seconds
+
+
+def _parse_count(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
+        raise ValueError(f"{text!r} is not a number from 1 on")
+    return int(text)
 
 
 def _argument(parse: Callable[[str], int]) -> Callable[[str], int]:

@@ -1,7 +1,7 @@
 """`qbackup list`: the backups, newest last."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from datetime import datetime
 
 from qbackup.cli.context import make_context
@@ -26,19 +26,26 @@ async def run(arguments: argparse.Namespace) -> int:
             else:
                 backups.append(backup)
     backups.sort(key=lambda backup: backup.id)
+    protected = {(b.vm, b.id) for b in backups if repository.is_protected(b.vm, b.id)}
     answer(
-        [backup.summary() for backup in backups],
-        text=_table(backups, with_vm=arguments.vm is None) if backups else "no backups yet",
+        [
+            {**backup.summary(), "protected": (backup.vm, backup.id) in protected}
+            for backup in backups
+        ],
+        text=_table(backups, protected, with_vm=arguments.vm is None)
+        if backups
+        else "no backups yet",
         json_output=context.json_output,
     )
     return 0
 
 
-def _table(backups: Sequence[Backup], *, with_vm: bool) -> str:
-    """Write what fits a terminal; the chain is shown by the end of its id."""
+def _table(backups: Sequence[Backup], protected: Set[tuple[str, str]], *, with_vm: bool) -> str:
+    """Write what fits a terminal; the chain is shown by the end of its id, protection by a P."""
     first = ["VM"] if with_vm else []
     labels = ["LABEL"] if any(backup.label for backup in backups) else []
-    head = [*first, "ID", "LOCAL TIME", "KIND", "STORED", "CHAIN", *labels]
+    marks = ["P"] if protected else []
+    head = [*first, "ID", "LOCAL TIME", "KIND", "STORED", "CHAIN", *marks, *labels]
     rows = [
         [
             *([backup.vm] if with_vm else []),
@@ -47,6 +54,7 @@ def _table(backups: Sequence[Backup], *, with_vm: bool) -> str:
             backup.kind,
             format_size(backup.stored_bytes),
             backup.chain[-4:],
+            *(["P" if (backup.vm, backup.id) in protected else ""] if marks else []),
             *([backup.label or ""] if labels else []),
         ]
         for backup in backups

@@ -6,6 +6,8 @@ import importlib
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Coroutine
 from typing import Any, NoReturn
 
@@ -13,6 +15,7 @@ from qbackup.cli.arguments import parse_arguments
 from qbackup.errors import InterruptedByUserError, QbackupError, UsageError
 from qbackup.ui.reporters import print_json_line, print_line
 
+_THREADS_END_S = 1.0
 _BUG_HINT = "this is a bug in qbackup; run it again with -v and report what it prints"
 
 
@@ -20,7 +23,25 @@ def main() -> NoReturn:
     """Run the command of `sys.argv` and exit."""
     # Imports make next to no garbage; looking for it is a tenth of a short command's time.
     gc.disable()
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if _is_held():
+        # A thread hangs on a file system that does not answer; Python would wait for it.
+        os._exit(code)
+    sys.exit(code)
+
+
+def _is_held() -> bool:
+    """Tell whether a thread keeps this process from ending."""
+    deadline = time.monotonic() + _THREADS_END_S
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                return True
+    return False
 
 
 def run(argv: list[str]) -> int:
@@ -34,10 +55,13 @@ def run(argv: list[str]) -> int:
 
 
 def _run_and_report(argv: list[str]) -> int:
-    json_output = "--json" in argv
-    verbose = "-v" in argv or "--verbose" in argv
+    # What stands behind `--` is QEMU's.
+    ours = argv[: argv.index("--")] if "--" in argv else argv
+    json_output = "--json" in ours
+    verbose = "-v" in ours or "--verbose" in ours
     try:
         arguments = parse_arguments(argv)
+        json_output, verbose = arguments.json, arguments.verbose
         module = importlib.import_module(f"qbackup.cli.{arguments.module}")
         gc.freeze()
         gc.enable()
@@ -69,6 +93,8 @@ def _run_interruptible(command: Coroutine[Any, Any, int]) -> int:
     """
     import asyncio  # noqa: PLC0415 - `--help` must not wait for it
 
+    from qbackup.host.tasks import unwaited_executor  # noqa: PLC0415 - the same
+
     async def cancellable() -> int:
         task = asyncio.ensure_future(command)
         interrupted = False
@@ -82,6 +108,7 @@ def _run_interruptible(command: Coroutine[Any, Any, int]) -> int:
                     print_line("qbackup: interrupted; cleaning up")
 
         loop = asyncio.get_running_loop()
+        loop.set_default_executor(unwaited_executor())
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, interrupt)
         try:

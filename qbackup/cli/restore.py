@@ -21,6 +21,7 @@ async def run(arguments: argparse.Namespace) -> int:
         disks=tuple(arguments.disk),
         image_format=arguments.format,
         force=arguments.force,
+        lock_wait_s=arguments.lock_wait,
     )
     with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
         restored = await restore(repository, vm, options, reporter)

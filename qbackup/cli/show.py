@@ -7,7 +7,8 @@ from dataclasses import asdict
 from qbackup.cli.context import make_context
 from qbackup.cli.output import answer
 from qbackup.errors import UsageError
-from qbackup.model.backup import REASON_TEXT, Backup
+from qbackup.formats.manifest import without_secrets
+from qbackup.model.backup import REASON_TEXT, Backup, DiskBackup
 from qbackup.model.quantities import format_duration, format_size
 from qbackup.ui.tables import facts
 
@@ -19,16 +20,22 @@ async def run(arguments: argparse.Namespace) -> int:
     vm = context.vm_name(repository, arguments.vm)
     if not arguments.id:
         raise UsageError("show needs a backup id, or the beginning of one")
-    backup = repository.backup(vm, repository.resolve(vm, arguments.id))
+    # Manifests of old hold the command line as it was.
+    backup = without_secrets(repository.backup(vm, repository.resolve(vm, arguments.id)))
+    protected = repository.is_protected(vm, backup.id)
     answer(
-        {**backup.summary(), "manifest": asdict(backup)},
-        text=_text(backup, str(repository.path)),
+        {**backup.summary(), "protected": protected, "manifest": asdict(backup)},
+        text=_text(backup, str(repository.path), protected=protected),
         json_output=context.json_output,
     )
     return 0
 
 
-def _text(backup: Backup, repository: str) -> str:
+def _encryption(disk: DiskBackup) -> list[tuple[str, str]]:
+    return [("  encrypted", "the source is; this backup is not")] if disk.source.encrypted else []
+
+
+def _text(backup: Backup, repository: str, *, protected: bool) -> str:
     command_line = backup.vm_configuration.command_line
     lines = [
         facts(
@@ -38,6 +45,7 @@ def _text(backup: Backup, repository: str) -> str:
                 ("label", backup.label or "-"),
                 ("chain", backup.chain),
                 ("parent", backup.parent or "-"),
+                ("protected", "yes, from prune" if protected else "no"),
                 ("consistency", backup.consistency),
                 ("took", format_duration(backup.seconds)),
                 ("QEMU", backup.qemu_version),
@@ -60,6 +68,7 @@ def _text(backup: Backup, repository: str) -> str:
                     ("  parent", disk.parent or "-"),
                     ("  BLAKE3", disk.blake3),
                     ("  source", f"{disk.source.filename} ({disk.source.format})"),
+                    *_encryption(disk),
                 ]
             ),
         ]

@@ -3,13 +3,11 @@
 import argparse
 
 from qbackup.cli.context import Context, make_context
-from qbackup.errors import RepositoryError
+from qbackup.errors import RepositoryError, UsageError
 from qbackup.repository.repository import Repository
 from qbackup.ui.reporters import LineReporter, print_line
-from qbackup.watching.control import request_stop
-from qbackup.watching.watcher import EXIT_TIMEOUT_S, Watcher, WatchOptions
-
-_SAVE_MARGIN_S = EXIT_TIMEOUT_S + 60.0
+from qbackup.watching.control import MAX_TIMEOUT_S, request_stop
+from qbackup.watching.watcher import STOP_MARGIN_S, Watcher, WatchOptions
 
 
 async def run(arguments: argparse.Namespace) -> int:
@@ -18,8 +16,14 @@ async def run(arguments: argparse.Namespace) -> int:
     vm = context.vm(arguments.vm)
     state = context.state(vm)
     timeout_s = float(arguments.timeout)
-    asked = await request_stop(state.control_socket, timeout_s=timeout_s, margin_s=_SAVE_MARGIN_S)
-    if not asked:
+    if timeout_s > MAX_TIMEOUT_S:
+        raise UsageError(f"--timeout: at most {MAX_TIMEOUT_S / 86400:.0f}d")
+    stopped = await request_stop(state.control_socket, timeout_s=timeout_s, margin_s=STOP_MARGIN_S)
+    if stopped is not None:
+        saved = stopped.saved
+        if not saved:
+            print_line(f"warning: {stopped.message}")
+    else:
         reporter = LineReporter(quiet=context.quiet)
         watcher = Watcher(
             vm,
@@ -32,9 +36,9 @@ async def run(arguments: argparse.Namespace) -> int:
             ),
             reporter,
         )
-        await watcher.stop(timeout_s=timeout_s)
+        saved = await watcher.stop(timeout_s=timeout_s)
     if not context.quiet:
-        print_line(f"{vm.name}: stopped, bitmaps saved")
+        print_line(f"{vm.name}: stopped, bitmaps {'saved' if saved else 'not kept'}")
     return 0
 
 

@@ -8,13 +8,16 @@ import socket
 
 from qbackup.cli.context import make_context
 from qbackup.ui.reporters import LineReporter, print_line
-from qbackup.watching.watcher import Ending, Watcher, WatchOptions
+from qbackup.watching.watcher import Ending, Phase, Watcher, WatchOptions
 
 _EXIT_LOST = 12
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    """Watch until QEMU has ended; return 0 if its bitmaps are saved, 12 if it went away."""
+    """Watch until QEMU has ended; return 0 if its bitmaps are saved, 12 if it went away.
+
+    0 also if its guest went to another QEMU: then there was nothing to save.
+    """
     context = make_context(arguments)
     vm = context.vm(arguments.vm)
     watcher = Watcher(
@@ -35,7 +38,7 @@ async def run(arguments: argparse.Namespace) -> int:
         task = asyncio.ensure_future(watcher.watch())
 
         def leave() -> None:
-            if not watcher.saving:
+            if watcher.phase is not Phase.ENDING:
                 task.cancel()
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -45,9 +48,9 @@ async def run(arguments: argparse.Namespace) -> int:
         except asyncio.CancelledError:
             print_line(f"{vm.name}: no longer watched; the VM and its bitmaps go on")
             return 0
-    if ending is not Ending.SAVED:
+    if ending is Ending.GONE:
         return _EXIT_LOST
-    if not context.quiet:
+    if ending is Ending.SAVED and not context.quiet:
         print_line(f"{vm.name}: the VM has ended, bitmaps saved")
     return 0
 

@@ -4,6 +4,7 @@ Every mistake is told with the file, the key and what is allowed there. This mod
 open files: it is given the text, and the folder that relative paths are relative to.
 """
 
+import math
 import re
 import tomllib
 from collections.abc import Iterable
@@ -18,12 +19,20 @@ from qbackup.model.backup import (
     MAX_GRANULARITY_BYTES,
     MIN_GRANULARITY_BYTES,
 )
+from qbackup.model.chain import DEFAULT_MAX_CHAIN, LARGEST_MAX_CHAIN
 from qbackup.model.names import check_name
-from qbackup.model.quantities import parse_size_bytes
+from qbackup.model.quantities import parse_duration_s, parse_size_bytes
+from qbackup.model.retention import NO_RULES, Rules
 
-Engine = Literal["blockdev-backup", "drive-backup"]
+Engine = Literal["snapshot", "direct", "drive-backup"]
+"""How the bytes get into the repository: docs/architecture.md, "Engines"."""
+
+DEFAULT_STALL_TIMEOUT_S = 300.0
+MIN_STALL_TIMEOUT_S = 1.0
 
 MAX_CONFIGURATION_BYTES = 1024 * 1024
+MAX_KEEP = 999_999_999
+KEEP_PERIODS = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +48,22 @@ class Vm:
     disks: tuple[str, ...] | None
     granularity_bytes: int
     engine: Engine
+    snapshot: "SnapshotSettings"
+    keep: Rules | None = None
+    """The VM's own rules of retention, in place of the global ones; None means these."""
+    max_chain: int = DEFAULT_MAX_CHAIN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotSettings:
+    """Where and how long the guest's overwritten data may be kept, and how long nothing may move.
+
+    `scratch` None means the VM's state directory; `scratch_limit_bytes` None means no limit.
+    """
+
+    scratch: Path | None = None
+    scratch_limit_bytes: int | None = None
+    stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +76,12 @@ class Configuration:
     trust_block_devices: bool | None
     """True: a fingerprint is enough. False: never. None: if the kernel proves that nobody wrote."""
     vms: dict[str, Vm]
+    keep: Rules = NO_RULES
+
+    def rules(self, name: str) -> Rules:
+        """Return what of a VM's backups is kept; the VM need not be in the file (any more)."""
+        vm = self.vms.get(name)
+        return self.keep if vm is None or vm.keep is None else vm.keep
 
     def vm(self, name: str) -> Vm:
         """Return the VM of that name.
@@ -74,7 +105,20 @@ class _VmTable:
     agent: str | None = None
     disks: list[str] | None = None
     granularity: str | int = "64K"
-    engine: Engine = "blockdev-backup"
+    engine: Literal["snapshot", "direct", "drive-backup", "blockdev-backup"] = "snapshot"
+    max_chain: int | None = None
+    keep: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _KeepTable:
+    within: str | None = None
+    last: int | None = None
+    hourly: int | None = None
+    daily: int | None = None
+    weekly: int | None = None
+    monthly: int | None = None
+    yearly: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +126,11 @@ class _File:
     repository: str
     state: str
     trust_block_devices: bool | None = None
+    max_chain: int = DEFAULT_MAX_CHAIN
+    scratch: str | None = None
+    scratch_limit: str | int | None = None
+    stall_timeout: str | int | float | None = None
+    keep: dict[str, Any] | None = None
     vm: dict[str, Any] = field(default_factory=dict)
 
 
@@ -89,13 +138,19 @@ _EXPECTED = {
     "repository": 'a directory, such as repository = "/srv/backups"',
     "state": 'a directory, such as state = "/var/lib/qbackup"',
     "trust_block_devices": "true or false",
+    "max_chain": f"a number of backups from 1 to {LARGEST_MAX_CHAIN}, such as max_chain = 100",
     "vm": "tables such as [vm.vm1]",
     "qmp": "QEMU's monitor, a socket's path or tcp:HOST:PORT",
     "agent": 'the guest agent\'s socket, such as agent = "/run/vm1/qga.sock"',
     "disks": 'a list of names, such as disks = ["system", "data"]',
     "granularity": 'a power of two from 4K to 2M, such as granularity = "64K"',
-    "engine": '"blockdev-backup" or "drive-backup"',
-}
+    "engine": '"snapshot", "direct" or "drive-backup"',
+    "scratch": 'a directory on a local disk, such as scratch = "/var/tmp/qbackup"',
+    "scratch_limit": 'a size, such as scratch_limit = "20G"',
+    "stall_timeout": 'a time, such as stall_timeout = "5m"',
+    "keep": "a table, such as [keep] or [vm.vm1.keep]",
+    "within": 'a time, such as within = "30d"',
+} | dict.fromkeys(KEEP_PERIODS, "how many to keep, a number from 1 on")
 """What each key takes, for the hint of every error about it."""
 
 
@@ -111,6 +166,8 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
         raise ConfigurationError(f"{path}: not TOML: {err}") from err
     top = _table(document, _File, path=path, where="")
     folder = path.absolute().parent
+    max_chain = _max_chain(top.max_chain, where=f"{path}: max_chain")
+    snapshot = _snapshot(top, path=path, folder=folder)
     vms = {}
     for name, table in top.vm.items():
         where = f"vm.{name}"
@@ -121,7 +178,9 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
         if not isinstance(table, dict):
             raise ConfigurationError(f"{path}: {where}: expected a table [{where}]")
         parsed = _table(table, _VmTable, path=path, where=where)
-        vms[name] = _vm(name, parsed, path=path, folder=folder)
+        vms[name] = _vm(
+            name, parsed, path=path, folder=folder, max_chain=max_chain, snapshot=snapshot
+        )
         for other in vms.values():
             if other.name != name and other.qmp == vms[name].qmp:
                 raise ConfigurationError(
@@ -134,10 +193,43 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
         state=folder / top.state,
         trust_block_devices=top.trust_block_devices,
         vms=vms,
+        keep=_rules(top.keep or {}, path=path, where="keep"),
     )
 
 
-def _vm(name: str, table: _VmTable, *, path: Path, folder: Path) -> Vm:
+def _snapshot(top: _File, *, path: Path, folder: Path) -> SnapshotSettings:
+    limit = stall = None
+    try:
+        where = "scratch_limit"
+        if (value := top.scratch_limit) is not None:
+            limit = parse_size_bytes(value) if isinstance(value, str) else value
+            if limit < 1:
+                raise ValueError(f"{value!r} is no size")  # noqa: TRY301 - told like the others
+        where = "stall_timeout"
+        if (time := top.stall_timeout) is not None:
+            stall = parse_duration_s(time) if isinstance(time, str) else float(time)
+            if not MIN_STALL_TIMEOUT_S <= stall < math.inf:
+                raise ValueError(f"{time!r} is less than a second")  # noqa: TRY301 - as above
+    except ValueError as err:
+        raise ConfigurationError(
+            f"{path}: {where}: {err}", hint=f"expected {_EXPECTED[where]}"
+        ) from err
+    return SnapshotSettings(
+        scratch=None if top.scratch is None else folder / top.scratch,
+        scratch_limit_bytes=limit,
+        stall_timeout_s=DEFAULT_STALL_TIMEOUT_S if stall is None else stall,
+    )
+
+
+def _vm(
+    name: str,
+    table: _VmTable,
+    *,
+    path: Path,
+    folder: Path,
+    max_chain: int,
+    snapshot: SnapshotSettings,
+) -> Vm:
     where = f"{path}: vm.{name}"
     if table.disks is not None:
         if not table.disks:
@@ -153,8 +245,40 @@ def _vm(name: str, table: _VmTable, *, path: Path, folder: Path) -> Vm:
         agent=None if table.agent is None else folder / table.agent,
         disks=None if table.disks is None else tuple(table.disks),
         granularity_bytes=_granularity(table.granularity, where=f"{where}.granularity"),
-        engine=table.engine,
+        # The old word for the direct engine, from when there were only jobs that write.
+        engine="direct" if table.engine == "blockdev-backup" else table.engine,
+        snapshot=snapshot,
+        keep=None if table.keep is None else _rules(table.keep, path=path, where=f"vm.{name}.keep"),
+        max_chain=(
+            max_chain
+            if table.max_chain is None
+            else _max_chain(table.max_chain, where=f"{where}.max_chain")
+        ),
     )
+
+
+def _rules(document: dict[str, Any], *, path: Path, where: str) -> Rules:
+    table = _table(document, _KeepTable, path=path, where=where)
+    for key in KEEP_PERIODS:
+        number = getattr(table, key)
+        if number is not None and not 1 <= number <= MAX_KEEP:
+            raise ConfigurationError(
+                f"{path}: {where}.{key}: {number} is not allowed", hint=f"expected {_EXPECTED[key]}"
+            )
+    within_s = None
+    if table.within is not None:
+        try:
+            within_s = parse_duration_s(table.within)
+        except ValueError as err:
+            raise ConfigurationError(
+                f"{path}: {where}.within: {err}", hint=f"expected {_EXPECTED['within']}"
+            ) from err
+        if within_s == 0:
+            raise ConfigurationError(
+                f"{path}: {where}.within: {table.within!r} would keep nothing",
+                hint=f"expected {_EXPECTED['within']}",
+            )
+    return Rules(within_s=within_s, **{key: getattr(table, key) for key in KEEP_PERIODS})
 
 
 def _table(document: dict[str, Any], target: type[Any], *, path: Path, where: str) -> Any:
@@ -230,6 +354,14 @@ def _granularity(value: str | int, *, where: str) -> int:
     return size
 
 
+def _max_chain(value: int, *, where: str) -> int:
+    if not 1 <= value <= LARGEST_MAX_CHAIN:
+        raise ConfigurationError(
+            f"{where}: {value} is not allowed", hint=f"expected {_EXPECTED['max_chain']}"
+        )
+    return value
+
+
 def example_configuration(*, repository: Path, state: Path) -> str:
     """Return the commented file that `qbackup init` writes."""
     granularity = f"{DEFAULT_GRANULARITY_BYTES // 1024}K"
@@ -239,6 +371,19 @@ def example_configuration(*, repository: Path, state: Path) -> str:
 repository = {_quoted(repository)}
 state = {_quoted(state)}
 # trust_block_devices = true          # see docs/how-to-lose-a-backup.md; must be before any table
+# max_chain = {DEFAULT_MAX_CHAIN}                     # backups in a chain; before any table
+# scratch = "/var/tmp/qbackup"        # local disk for what the guest overwrites during a backup;
+#                                     # default: the state directory
+# scratch_limit = "20G"               # a backup that would need more is given up; default: none
+# stall_timeout = "5m"                # so is one that gets no further for so long
+
+# What qbackup prune keeps: the newest backup of each of so many periods that have one. A table
+# [vm.vm1.keep] replaces this one for vm1. Without any rule, nothing is ever removed.
+#
+# [keep]
+# hourly = 24
+# daily = 7                           # also: last, weekly, monthly, yearly
+# within = "2d"                       # and everything that is not older
 
 # One table for each VM. Start QEMU with for example
 #   -qmp unix:/run/vm1/qmp.sock,server=on,wait=off
@@ -249,7 +394,9 @@ state = {_quoted(state)}
 # agent = "/run/vm1/qga.sock"         # guest agent: freeze file systems for the instant
 # disks = ["system", "data"]          # default: every writable disk
 # granularity = "{granularity}"                 # bytes per bit of the dirty bitmap, 4K to 2M
-# engine = "blockdev-backup"          # or "drive-backup"
+# engine = "snapshot"                 # or "direct": QEMU writes the backup itself, and a slow
+#                                     # repository slows the guest; "drive-backup" is like it
+# max_chain = {DEFAULT_MAX_CHAIN}                     # for this VM alone
 """
 
 

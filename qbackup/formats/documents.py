@@ -50,7 +50,11 @@ def decode_document(data: bytes, *, format_name: str, version: int) -> dict[str,
     if found > version:
         raise NewerVersionError(f"version {found}; this qbackup reads up to {version}")
     checksum = body.pop("checksum", None)
-    if checksum != _checksum(body):
+    try:
+        expected = _checksum(body)
+    except RecursionError as err:  # what could just be read may be too deep to be written
+        raise DocumentError("nested too deeply") from err
+    if checksum != expected:
         raise DocumentError("the checksum is wrong")
     del body["format"], body["version"]
     return body

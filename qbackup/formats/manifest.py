@@ -4,20 +4,23 @@ Decoding checks everything that later becomes a path or a size: a manifest is a 
 files are damaged and forged.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import MAXYEAR, MINYEAR, datetime
 
 from qbackup.formats.documents import DocumentError, convert, decode_document, encode_document
-from qbackup.model.backup import MAX_DISK_BYTES, Backup
+from qbackup.model.backup import MAX_DISK_BYTES, Backup, SourceImage
 from qbackup.model.names import is_backup_id, is_safe_name
+from qbackup.model.secrets import redacted, redacted_command_line
 
+MANIFEST_FILE = "manifest.json"
 FORMAT_NAME = "qbackup-manifest"
 VERSION = 1
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 
 
 def encode_manifest(backup: Backup, *, repository_id: str) -> bytes:
-    """Write a backup's manifest."""
-    content = {"repository": repository_id, **asdict(backup)}
+    """Write a backup's manifest; wherever its values come from, the VM's secrets stay out."""
+    content = {"repository": repository_id, **asdict(without_secrets(backup))}
     return encode_document(format_name=FORMAT_NAME, version=VERSION, content=content)
 
 
@@ -33,6 +36,8 @@ def decode_manifest(data: bytes, *, repository_id: str, vm: str, backup_id: str)
     backup = convert(content, Backup)
     if (backup.vm, backup.id) != (vm, backup_id):
         raise DocumentError(f"it is the manifest of {backup.vm} {backup.id}")
+    if not _is_time(backup.time):
+        raise DocumentError(f"{backup.time!r} is not a time")
     for reference in (backup.chain, backup.parent, *(disk.parent for disk in backup.disks)):
         if reference is not None and not is_backup_id(reference):
             raise DocumentError(f"{reference!r} is not a backup id")
@@ -48,6 +53,37 @@ def decode_manifest(data: bytes, *, repository_id: str, vm: str, backup_id: str)
         if (disk.kind == "full") != (disk.parent is None):
             raise DocumentError(f"disk {disk.name}: {disk.kind} with parent {disk.parent}")
     return backup
+
+
+def _is_time(text: str) -> bool:
+    """Tell whether a clock may have said this. Close to the ends of time no zone can be applied."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return moment.tzinfo is not None and MINYEAR < moment.year < MAXYEAR
+
+
+def without_secrets(backup: Backup) -> Backup:
+    """Return a backup with the secrets in QEMU's words redacted; a manifest holds no others."""
+    command_line = backup.vm_configuration.command_line
+    return replace(
+        backup,
+        vm_configuration=replace(
+            backup.vm_configuration,
+            command_line=None if command_line is None else redacted_command_line(command_line),
+        ),
+        disks=[replace(disk, source=_source_without_secrets(disk.source)) for disk in backup.disks],
+    )
+
+
+def _source_without_secrets(source: SourceImage) -> SourceImage:
+    files = source.files
+    return replace(
+        source,
+        filename=redacted(source.filename),
+        files=None if files is None else [replace(f, name=redacted(f.name)) for f in files],
+    )
 
 
 def disk_file(vm: str, backup_id: str, disk: str) -> str:

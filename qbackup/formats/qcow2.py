@@ -16,35 +16,28 @@ import struct
 from dataclasses import dataclass
 from typing import Literal
 
-from qbackup.model.backup import MAX_DISK_BYTES
+from qbackup.formats import qcow2_layout
+from qbackup.formats.qcow2_layout import EXTENSION_BACKING_FORMAT as _EXTENSION_BACKING_FORMAT
+from qbackup.formats.qcow2_layout import HEADER as _HEADER
+from qbackup.formats.qcow2_layout import MAGIC, l1_entry_count, pack_header
+
+CLUSTER_BITS = qcow2_layout.CLUSTER_BITS
+CLUSTER_BYTES = qcow2_layout.CLUSTER_BYTES
+HEADER_BYTES = qcow2_layout.HEADER_BYTES
+MAX_BACKING_NAME_BYTES = qcow2_layout.MAX_BACKING_NAME_BYTES
+EXTENSION = qcow2_layout.EXTENSION
+EXTENSION_END = qcow2_layout.EXTENSION_END
+Qcow2Error = qcow2_layout.Qcow2Error
 
 Compression = Literal["zlib", "zstd"]
 
-MAGIC = b"QFI\xfb"
-CLUSTER_BITS = 16
-CLUSTER_BYTES = 1 << CLUSTER_BITS
-HEADER_BYTES = 112
 REFCOUNT_BLOCK_OFFSET = 2 * CLUSTER_BYTES
-MAX_BACKING_NAME_BYTES = 1023
 
-_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQIIB7x")
 _BACKING_FIELDS = struct.Struct(">QI")
 _BACKING_FIELDS_OFFSET = 8
-EXTENSION = struct.Struct(">II")
-_EXTENSION_BACKING_FORMAT = 0xE2792ACA
-EXTENSION_END = 0
 _INCOMPATIBLE_DIRTY = 1 << 0
 _INCOMPATIBLE_CORRUPT = 1 << 1
 _INCOMPATIBLE_DATA_FILE = 1 << 2
-_INCOMPATIBLE_COMPRESSION = 1 << 3
-_COMPRESSION_TYPES: dict[Compression, int] = {"zlib": 0, "zstd": 1}
-_REFCOUNT_ORDER = 4  # 16-bit refcounts
-_L2_ENTRIES = CLUSTER_BYTES // 8
-_BACKING_FORMAT = b"qcow2"
-
-
-class Qcow2Error(ValueError):
-    """The bytes are not a qcow2 header that we accept. The message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,25 +58,19 @@ def write_empty_image(fd: int, *, virtual_size_bytes: int, compression: Compress
     The backing file's format is in the header from the start; its name comes when the image
     is complete (`write_backing_file`), so that QEMU never opens it.
     """
-    if not 0 <= virtual_size_bytes <= MAX_DISK_BYTES:
-        raise Qcow2Error(f"size {virtual_size_bytes} is not supported")
-    l1_entries = -(-virtual_size_bytes // (CLUSTER_BYTES * _L2_ENTRIES))
-    l1_clusters = -(-l1_entries * 8 // CLUSTER_BYTES)
+    l1_clusters = -(-l1_entry_count(virtual_size_bytes) * 8 // CLUSTER_BYTES)
     first_l1_cluster = 3
     cluster_count = first_l1_cluster + l1_clusters
-    features = 0 if compression == "zlib" else _INCOMPATIBLE_COMPRESSION
-    header = _HEADER.pack(
-        MAGIC, 3, 0, 0, CLUSTER_BITS, virtual_size_bytes, 0, l1_entries,
-        first_l1_cluster * CLUSTER_BYTES, CLUSTER_BYTES, 1, 0, 0,
-        features, 0, 0, _REFCOUNT_ORDER, HEADER_BYTES, _COMPRESSION_TYPES[compression],
-    )  # fmt: skip
-    extensions = (
-        EXTENSION.pack(_EXTENSION_BACKING_FORMAT, len(_BACKING_FORMAT))
-        + _BACKING_FORMAT.ljust(8, b"\0")
-        + EXTENSION.pack(EXTENSION_END, 0)
+    header = pack_header(
+        virtual_size_bytes=virtual_size_bytes,
+        l1_offset=first_l1_cluster * CLUSTER_BYTES,
+        refcount_table_offset=CLUSTER_BYTES,
+        refcount_table_clusters=1,
+        compression=compression,
+        backing_file=None,
     )
     os.ftruncate(fd, cluster_count * CLUSTER_BYTES)
-    os.pwrite(fd, header + extensions, 0)
+    os.pwrite(fd, header, 0)
     os.pwrite(fd, struct.pack(">Q", REFCOUNT_BLOCK_OFFSET), CLUSTER_BYTES)
     os.pwrite(fd, struct.pack(">H", 1) * cluster_count, REFCOUNT_BLOCK_OFFSET)
 

@@ -3,16 +3,18 @@
 The order is always: data, then the name that makes it visible, then the directory that
 holds the name, each synced before the next. What is renamed into place is therefore
 complete, and what is not there yet does not exist.
+
+Each step is there once, as a plain function whose name ends in `_now`: it waits in the calling
+thread. The asynchronous ones run it in a thread. The writer process uses the plain ones, and
+starts before asyncio would be imported.
 """
 
-import asyncio
+import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
-
-import aiofiles
-import aiofiles.os
 
 from qbackup.host.files import open_regular
 
@@ -22,25 +24,93 @@ DIRECTORY_MODE = 0o700
 FILE_MODE = 0o600
 
 
-async def make_directory(path: Path) -> None:
+def make_directory_now(path: Path) -> None:
     """Create one directory, for its owner only, and make its name durable.
 
     Raises:
         OSError: the parent is missing, the name is taken, or the disk refuses.
     """
     path.mkdir(mode=DIRECTORY_MODE)
-    await sync_directory(path.parent)
+    sync_directory_now(path.parent)
+
+
+def create_file_now(path: Path) -> int:
+    """Create a file that must not exist yet, for its owner only; return its descriptor."""
+    return _private(str(path), os.O_RDWR | os.O_CREAT | os.O_EXCL)
+
+
+def write_new_file_now(path: Path, data: bytes) -> None:
+    """Write a file that must not exist yet, and its content, durably.
+
+    Its name is durable only after its directory was synced, or was published.
+    """
+    with open(create_file_now(path), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory_now(path: Path) -> None:
+    """Wait until a directory's names are on the disk."""
+    _sync_path(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def sync_data_now(fd: int) -> None:
+    """Wait until a file's content, and what is needed to read it, are on the disk."""
+    os.fdatasync(fd)
+
+
+def publish_directory_now(
+    source: Path,
+    target: Path,
+    *,
+    last_file: str,
+    data: bytes,
+    on_renamed: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the file that completes a directory, and give the directory its final name, durably.
+
+    The other files in it are synced. `on_renamed` is called at the moment from which `target`
+    exists; when this returns, a power cut changes nothing any more.
+    """
+    write_new_file_now(source / last_file, data)
+    sync_directory_now(source)
+    rename(source, target)
+    on_renamed()
+    sync_directory_now(target.parent)
+
+
+def remove_directory_now(path: Path, *, first: str) -> None:
+    """Remove a directory and all in it, durably; the file `first` before all others.
+
+    That is the file that would make the rest look complete, if only a part were removed. What
+    is no directory of its own, a link or a file, is unlinked.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    import shutil  # noqa: PLC0415 - the writer process needs it only in a failure
+
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        with suppress(IsADirectoryError):
+            (path / first).unlink(missing_ok=True)
+        try:
+            shutil.rmtree(path)
+        except RecursionError as err:
+            raise OSError(errno.ELOOP, "directories nested too deeply", str(path)) from err
+    sync_directory_now(path.parent)
+
+
+async def make_directory(path: Path) -> None:
+    """Do as `make_directory_now`."""
+    await _run(make_directory_now, path)
 
 
 async def write_new_file(path: Path, data: bytes) -> None:
-    """Write a file that must not exist yet, and its content, durably.
-
-    Its name is durable only after `sync_directory`, or after the directory was published.
-    """
-    async with aiofiles.open(path, "xb", opener=_private) as file:
-        await file.write(data)
-        await file.flush()
-        await _run(os.fsync, file.fileno())
+    """Do as `write_new_file_now`."""
+    await _run(write_new_file_now, path, data)
 
 
 async def replace_file(path: Path, data: bytes) -> None:
@@ -48,7 +118,7 @@ async def replace_file(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
     await write_new_file(temporary, data)
-    await aiofiles.os.replace(temporary, path)
+    await _run(os.replace, temporary, path)
     await sync_directory(path.parent)
 
 
@@ -81,8 +151,8 @@ async def sync_file(path: Path) -> None:
 
 
 async def sync_directory(path: Path) -> None:
-    """Wait until a directory's names are on the disk."""
-    await _run(_sync_path, path, os.O_RDONLY | os.O_DIRECTORY)
+    """Do as `sync_directory_now`."""
+    await _run(sync_directory_now, path)
 
 
 def _overwrite_start(path: Path, data: bytes) -> None:
@@ -104,4 +174,6 @@ def _private(path: str, flags: int) -> int:
 
 
 async def _run(function: Callable[..., T], *arguments: object) -> T:
-    return await asyncio.to_thread(function, *arguments)
+    from qbackup.host.tasks import in_thread  # noqa: PLC0415 - the writer starts without asyncio
+
+    return await in_thread(function, *arguments)

@@ -1,4 +1,12 @@
-"""One run per VM and repository: a lock that dies with its holder.
+"""Who may use a VM's backups at the same time: locks that die with their holders.
+
+    byte of `.lock`            0 changes    1 what is there
+    a backup                   alone        -                adds a backup; removes none
+    restore, verify, protect   -            shared           reads backups that must stay
+    prune                      alone        alone            removes backups
+
+So backups exclude each other, readers never do, a backup runs beside a restore, and whoever
+removes is alone. Both bytes are taken in one call: nobody holds one and waits for the other.
 
 The kernel drops an open file description's lock (fcntl(2), `F_OFD_SETLK`) when the last
 process that has it open ends, however it ends, so there is no such thing as a stale lock, and
@@ -8,31 +16,94 @@ process that has it open ends, however it ends, so there is no such thing as a s
 import asyncio
 import fcntl
 import os
+import stat
 import struct
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from qbackup.errors import LockedError
+from qbackup.errors import LockedError, RepositoryError
 from qbackup.host.durable import FILE_MODE
 
 LOCK_NAME = ".lock"
 _POLL_S = 0.2
-_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
-_WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-"""`struct flock`: an exclusive lock from the first byte to the end."""
+_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_HINT = "qbackup makes it anew: if no backup is running, remove what is there"
+
+
+def _lock(kind: int, *, first: int, length: int) -> bytes:
+    """Return a `struct flock` for some bytes of the file, which need not be there."""
+    return struct.pack("hhqqi4x", kind, os.SEEK_SET, first, length, 0)
+
+
+_CHANGES = _lock(fcntl.F_WRLCK, first=0, length=1)
+_READING = _lock(fcntl.F_RDLCK, first=1, length=1)
+_ALONE = _lock(fcntl.F_WRLCK, first=0, length=2)
 
 
 @asynccontextmanager
 async def locked(directory: Path, *, vm: str, wait_s: float) -> AsyncIterator[None]:
-    """Hold the lock in `directory`, waiting at most `wait_s` seconds for it.
+    """Be the only one who adds to `directory`, waiting at most `wait_s` seconds for that.
 
     Raises:
-        LockedError: another process holds it.
+        LockedError: another process adds or removes.
+        RepositoryError: the lock is not a regular file.
     """
-    fd = os.open(directory / LOCK_NAME, _FLAGS | os.O_RDWR | os.O_CREAT, FILE_MODE)
+    async with _held_by_writer(directory, _CHANGES, vm=vm, wait_s=wait_s):
+        yield
+
+
+@asynccontextmanager
+async def locked_alone(directory: Path, *, vm: str, wait_s: float) -> AsyncIterator[None]:
+    """Be the only one who uses `directory` at all, waiting at most `wait_s` seconds for that.
+
+    Raises:
+        LockedError: another process adds, removes or reads.
+        RepositoryError: the lock is not a regular file.
+    """
+    async with _held_by_writer(directory, _ALONE, vm=vm, wait_s=wait_s):
+        yield
+
+
+@asynccontextmanager
+async def locked_for_reading(directory: Path, *, vm: str, wait_s: float) -> AsyncIterator[None]:
+    """Keep everything in `directory` that is there now, waiting at most `wait_s` seconds.
+
+    Where no lock can be had (a read-only repository, a file system without locks, somebody
+    else's directory), the block runs without: what cannot be locked must still be restorable.
+
+    Raises:
+        LockedError: another process removes.
+    """
+    fd = _open_for_reading(directory / LOCK_NAME)
     try:
-        await _acquire(fd, vm=vm, wait_s=wait_s)
+        if fd is not None:
+            await _acquire(fd, _READING, vm=vm, wait_s=wait_s, required=False)
+        yield
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def is_locked(directory: Path) -> bool:
+    """Tell whether a backup is under way, without disturbing it."""
+    try:
+        fd = os.open(directory / LOCK_NAME, _FLAGS | os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return _in_the_way(fd, _CHANGES) and not _in_the_way(fd, _READING)
+    finally:
+        os.close(fd)
+
+
+@asynccontextmanager
+async def _held_by_writer(
+    directory: Path, lock: bytes, *, vm: str, wait_s: float
+) -> AsyncIterator[None]:
+    fd = _open(directory / LOCK_NAME)
+    try:
+        await _acquire(fd, lock, vm=vm, wait_s=wait_s, required=True)
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         yield
@@ -40,33 +111,72 @@ async def locked(directory: Path, *, vm: str, wait_s: float) -> AsyncIterator[No
         os.close(fd)
 
 
-def is_locked(directory: Path) -> bool:
-    """Tell whether a run is under way, without disturbing it."""
+def _open(path: Path) -> int:
+    """Open the lock, and make it if it is not there."""
     try:
-        fd = os.open(directory / LOCK_NAME, _FLAGS | os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _WHOLE_FILE)
-    finally:
+        fd = os.open(path, _FLAGS | os.O_RDWR | os.O_CREAT, FILE_MODE)
+    except OSError as err:
+        hint = _HINT if path.is_symlink() or path.is_dir() else None
+        raise RepositoryError(f"{path}: cannot be opened: {err.strerror}", hint=hint) from err
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-    (kind,) = struct.unpack_from("h", found)
-    return bool(kind != fcntl.F_UNLCK)
+        raise RepositoryError(f"{path}: the lock is not a regular file", hint=_HINT)
+    return fd
 
 
-async def _acquire(fd: int, *, vm: str, wait_s: float) -> None:
+def _open_for_reading(path: Path) -> int | None:
+    """Open the lock file without needing the right to write; make it only if it is missing."""
+    try:
+        return os.open(path, _FLAGS | os.O_RDONLY)
+    except FileNotFoundError:
+        pass
+    except OSError:
+        return None
+    try:
+        fd = os.open(path, _FLAGS | os.O_RDONLY | os.O_CREAT, FILE_MODE)
+        owner = path.parent.stat()
+    except OSError:
+        return None
+    with suppress(PermissionError):
+        # A restore by root must not leave a file that the owner's next backup cannot open.
+        os.fchown(fd, owner.st_uid, owner.st_gid)
+    return fd
+
+
+async def _acquire(fd: int, lock: bytes, *, vm: str, wait_s: float, required: bool) -> None:
     # A lock has no event to wait for; polling leaves the wait open to Ctrl-C.
     deadline = asyncio.get_running_loop().time() + wait_s
     while True:
         try:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _WHOLE_FILE)
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
         except (BlockingIOError, PermissionError):
             if asyncio.get_running_loop().time() >= deadline:
-                holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
                 raise LockedError(
-                    f"{vm}: another qbackup (process {holder}) is working on this VM",
+                    f"{vm}: another qbackup ({_holder(fd, lock)}) is working on this VM",
                     hint="wait for it, or use --lock-wait 10m",
                 ) from None
             await asyncio.sleep(_POLL_S)
+        except OSError:
+            if required:
+                raise
+            return
         else:
             return
+
+
+def _holder(fd: int, lock: bytes) -> str:
+    """Say who is in the way. Readers, who may be many, do not write down who they are."""
+    (kind,) = struct.unpack_from("h", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, lock))
+    if kind == fcntl.F_RDLCK:
+        return "a restore or verify"
+    written = os.pread(fd, 32, 0).decode(errors="replace").strip()
+    return f"process {written or 'unknown'}"
+
+
+def _in_the_way(fd: int, lock: bytes) -> bool:
+    try:
+        found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, lock)
+    except OSError:
+        return False
+    (kind,) = struct.unpack_from("h", found)
+    return bool(kind != fcntl.F_UNLCK)

@@ -9,6 +9,9 @@ from pathlib import Path
 
 _MAX_ADDRESS_BYTES = 107
 _LISTENING = "0A"  # TCP_LISTEN, include/net/tcp_states.h
+_CONNECTED = "03"  # SS_CONNECTED, include/uapi/linux/net.h
+_UNIX_FIELDS = 8
+_UCRED = struct.Struct("3i")
 
 
 @contextmanager
@@ -34,13 +37,50 @@ def short_address(path: Path) -> Iterator[str]:
 
 def unix_listener(path: Path) -> int | None:
     """Return the process that listens on a UNIX socket, None if it cannot be told."""
-    size = struct.calcsize("3i")
-    with suppress(OSError), short_address(path) as name, socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        probe.connect(name)
-        credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        return int(struct.unpack("3i", credentials)[0]) or None
+    with suppress(OSError), connect_unix(path) as probe:
+        return peer_pid(probe)
     return None
+
+
+def connect_unix(path: Path) -> socket.socket:
+    """Connect to a UNIX socket, or wait in its queue; return the connection, not blocking.
+
+    Raises:
+        OSError: nobody listens, or (EAGAIN) the queue is full.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        # Such a connection is there at once or not at all.
+        with short_address(path) as name:
+            connection.connect(name)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def peer_pid(connection: socket.socket) -> int | None:
+    """Return the process at the other end of a UNIX socket; of a server, the one that listens.
+
+    None if it is of another PID namespace (unix(7), `SO_PEERCRED`).
+    """
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    return int(_UCRED.unpack(credentials)[0]) or None
+
+
+def has_client(path: Path) -> bool:
+    """Tell whether the server behind a UNIX socket serves somebody, besides who only waits.
+
+    A connection that nobody has accepted has no inode yet (proc(5), "/proc/net/unix").
+    """
+    with suppress(OSError):
+        for line in Path("/proc/net/unix").read_text(errors="replace").splitlines()[1:]:
+            fields = line.split(maxsplit=7)
+            if len(fields) == _UNIX_FIELDS and fields[7] == str(path):
+                connected, accepted = fields[5] == _CONNECTED, fields[6] != "0"
+                if connected and accepted:
+                    return True
+    return False
 
 
 def tcp_listener(host: str, port: int) -> int | None:

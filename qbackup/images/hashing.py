@@ -9,6 +9,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from qbackup.host.files import open_regular
+
 BLOCK_BYTES = 4 * 1024 * 1024
 _THREADS = 2
 _REPORT_S = 0.1
@@ -29,7 +31,7 @@ async def hash_file(path: Path, *, on_bytes: Callable[[int], None] | None = None
     `on_bytes` is told now and then how many more bytes are done, in the end all of them.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or is no regular file.
     """
     progress = _Progress()
     reported = 0
@@ -54,8 +56,8 @@ def _hash(path: Path, progress: _Progress) -> str:
     a full backup spent as long on handing over as on hashing.
     """
     hasher = blake3(max_threads=_THREADS)
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as reader:
-        # A pipe has no size; of a small file no large buffer is needed.
+    with open_regular(path) as file, ThreadPoolExecutor(1) as reader:
+        # Of a small file no large buffer is needed.
         block_bytes = min(BLOCK_BYTES, os.fstat(file.fileno()).st_size or BLOCK_BYTES)
         block, spare = bytearray(block_bytes), bytearray(block_bytes)
         length = file.readinto(block)

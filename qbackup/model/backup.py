@@ -5,9 +5,12 @@ nothing of where they are stored or how they were made.
 """
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
+
+from qbackup.model import limits
 
 Kind = Literal["full", "incremental"]
 
@@ -25,10 +28,15 @@ Reason = Literal[
     "granularity-changed",
     "wrong-disk",
     "wrong-checkpoint",
+    # Why no bitmap of the disk can be trusted, ever:
+    "shared",
+    "throw-away",
+    "migrated",
     # Why a disk has no earlier backup to build on, or is not to use it:
     "new-disk",
     "requested",
     "no-parent",
+    "chain-full",
 ]
 
 REASON_TEXT: dict[Reason, str] = {
@@ -37,15 +45,19 @@ REASON_TEXT: dict[Reason, str] = {
     "unclean": "the bitmap may have missed writes",
     "corrupt": "the bitmap file is damaged",
     "unsupported": "the bitmap file, or the disk's image, is of a kind that is not known",
-    "image-changed": "the image was written while nobody watched",
+    "image-changed": "it is another image now, or was written while nobody watched",
     "unproven": "nothing proves that the block device was not written while nobody watched",
     "size-changed": "the disk was resized since the last backup",
     "granularity-changed": "the configured granularity is not the bitmap's",
     "wrong-disk": "the bitmap belongs to another disk",
     "wrong-checkpoint": "the bitmap does not belong to the newest usable backup",
+    "shared": "the image may be written by others than this QEMU (share-rw=on or locking=off)",
+    "throw-away": "the disk is a throw-away overlay (snapshot=on), gone when QEMU ends",
+    "migrated": "the guest came from another QEMU or a file, or went to one; bitmaps do not",
     "new-disk": "the disk is in no earlier backup",
     "requested": "a full backup was asked for",
     "no-parent": "there is no intact earlier backup to build on",
+    "chain-full": "the chain is as long as it may be; a new one begins",
 }
 """Each reason, said to people."""
 
@@ -62,10 +74,9 @@ class Refusal:
 
 
 DEFAULT_GRANULARITY_BYTES = 65536
-MIN_GRANULARITY_BYTES = 4096
-MAX_GRANULARITY_BYTES = 2 * 1024 * 1024
-MAX_DISK_BYTES = 64 * 1024**4
-"""Disks up to 64 TiB; larger sizes in a file are taken for damage."""
+MIN_GRANULARITY_BYTES = limits.MIN_GRANULARITY_BYTES
+MAX_GRANULARITY_BYTES = limits.MAX_GRANULARITY_BYTES
+MAX_DISK_BYTES = limits.MAX_DISK_BYTES
 
 
 ByteCount = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -73,8 +84,46 @@ ByteCount = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SourceFile:
+    """A file that held a part of a disk: QEMU's name for it, and what it was.
+
+    `driver` is QEMU's, empty if it is not known. `device` is the file system's of a regular file
+    (`st_dev`), which has an `inode`, or the number of a block device itself (`st_rdev`); both are
+    None if the file could not be looked at.
+    """
+
+    driver: str
+    name: str
+    offset_bytes: ByteCount = 0
+    device: int | None = None
+    inode: int | None = None
+
+    def is_same(self, other: "SourceFile", *, same_process: bool) -> bool:
+        """Tell whether this can be the file that `other` was.
+
+        While one QEMU process lives, what it has open keeps its numbers. Over a restart, a file
+        may be named in another way, and devices may be numbered anew.
+        """
+        if (self.driver, self.offset_bytes) != (other.driver, other.offset_bytes):
+            return False
+        named_alike = self.name == other.name
+        if self.device is None or other.device is None:
+            return named_alike
+        if self.inode != other.inode:
+            return False
+        if same_process:
+            return self.device == other.device
+        return self.device == other.device or named_alike
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SourceImage:
-    """What QEMU said of a disk when it was backed up."""
+    """What QEMU said of a disk when it was backed up.
+
+    `format` is that of the image, below any filters. `files` is every file that held the disk, None
+    if that could not be told; `process` tells one QEMU process from every other. `encrypted`: the
+    image is (LUKS), the backup is not.
+    """
 
     node: str
     device: str
@@ -82,6 +131,23 @@ class SourceImage:
     format: str
     filename: str
     actual_size_bytes: ByteCount
+    files: list[SourceFile] | None = None
+    process: str | None = None
+    encrypted: bool = False
+
+    def is_other_than(self, before: "SourceImage") -> bool:
+        """Tell whether the disk is certainly, as far as both know, not on the image of `before`."""
+        if self.files is None or before.files is None:
+            return False
+        same_process = self.process is not None and self.process == before.process
+        return (
+            self.format != before.format
+            or len(self.files) != len(before.files)
+            or not all(
+                now.is_same(then, same_process=same_process)
+                for now, then in zip(self.files, before.files, strict=True)
+            )
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,8 +190,9 @@ class VmConfiguration:
 class Backup:
     """One complete backup of one VM: every disk at the same instant.
 
-    `time` is that instant's id in ISO 8601 (UTC); `chain` is the id of the full that the
-    chain began with; `parent` is the newest backup that a disk of this one builds on.
+    `time` is what the clock said at that instant, in ISO 8601 (UTC), right or wrong; the id
+    alone tells the order of a VM's backups. `chain` is the id of the full that the chain
+    began with; `parent` is the newest backup that a disk of this one builds on.
     """
 
     id: str
@@ -140,6 +207,11 @@ class Backup:
     qemu_version: str
     vm_configuration: VmConfiguration
     left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def moment(self) -> datetime:
+        """The `time`, for comparing."""
+        return datetime.fromisoformat(self.time)
 
     def disk(self, name: str) -> DiskBackup | None:
         """Return the disk of that name, None if the backup does not hold it."""

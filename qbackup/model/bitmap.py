@@ -19,19 +19,22 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from qbackup.model.backup import MAX_DISK_BYTES, MAX_GRANULARITY_BYTES, MIN_GRANULARITY_BYTES
+from qbackup.model import bitmap_runs
+from qbackup.model.bitmap_runs import KIND_SHIFT, RUN
+from qbackup.model.limits import MAX_DISK_BYTES, MAX_GRANULARITY_BYTES, MIN_GRANULARITY_BYTES
+
+CHUNK_BYTES = bitmap_runs.CHUNK_BYTES
+CHUNK_BITS = bitmap_runs.CHUNK_BITS
+MAX_RUN_CHUNKS = bitmap_runs.MAX_RUN_CHUNKS
+Kind = bitmap_runs.Kind
+unpack_runs = bitmap_runs.unpack_runs
 
 SECTOR_BYTES = 512
-CHUNK_BYTES = 512
-CHUNK_BITS = CHUNK_BYTES * 8
 CLUSTER_BYTES = 65536
 CLUSTER_BITS = CLUSTER_BYTES * 8
 CHUNKS_PER_CLUSTER = CLUSTER_BYTES // CHUNK_BYTES
 
-_RUN = struct.Struct(">I")
-RUN_BYTES = _RUN.size
-_KIND_SHIFT = 30
-MAX_RUN_CHUNKS = (1 << _KIND_SHIFT) - 1
+RUN_BYTES = RUN.size
 
 _ZERO_CHUNK = bytes(CHUNK_BYTES)
 _ONES_CHUNK = b"\xff" * CHUNK_BYTES
@@ -48,14 +51,6 @@ class Fill(enum.Enum):
 
     ZEROES = "zeroes"
     ONES = "ones"
-
-
-class Kind(enum.IntEnum):
-    """The kinds of runs, by their numbers in the run table."""
-
-    ZEROES = 0
-    ONES = 1
-    STORED = 2
 
 
 Part = Fill | bytes | memoryview
@@ -363,8 +358,8 @@ class Bits:
         return _ones(self._last_chunk_bits())
 
     def _last_kind(self) -> int:
-        (word,) = _RUN.unpack_from(self.runs, len(self.runs) - RUN_BYTES)
-        return int(word) >> _KIND_SHIFT
+        (word,) = RUN.unpack_from(self.runs, len(self.runs) - RUN_BYTES)
+        return int(word) >> KIND_SHIFT
 
     def _check_runs(self) -> None:
         if not self.runs or len(self.runs) % RUN_BYTES:
@@ -470,7 +465,7 @@ class _Builder:
         if kind >= 0 and not chunks:
             return
         if self._length:
-            self._runs.append(self._kind << _KIND_SHIFT | self._length)
+            self._runs.append(self._kind << KIND_SHIFT | self._length)
         self._kind, self._length = kind, chunks
 
 
@@ -487,12 +482,6 @@ def check_geometry(virtual_size_bytes: int, granularity_bytes: int) -> None:
     in_range = MIN_GRANULARITY_BYTES <= granularity_bytes <= MAX_GRANULARITY_BYTES
     if not in_range or granularity_bytes & (granularity_bytes - 1):
         raise BitsError(f"a granularity of {granularity_bytes} bytes is not supported")
-
-
-def unpack_runs(runs: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (kind, number of chunks) of every run of a run table."""
-    for (word,) in _RUN.iter_unpack(runs):
-        yield word >> _KIND_SHIFT, word & MAX_RUN_CHUNKS
 
 
 def _may_hold_fill(data: bytes) -> bool:

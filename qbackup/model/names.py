@@ -16,11 +16,19 @@ _BACKUP_ID = re.compile(
 )
 _BITMAP_NAME = re.compile(r"qbackup-([0-9a-f]{12})-(.+)\Z")
 _TIME_FORMAT = "%Y%m%d-%H%M%S.%f"
+_LAST_YEAR = 9998
+"""What is named after a later year is no backup: there must be room for ids after any id."""
 
 PARTIAL_SUFFIX = ".partial"
 
+REMOVED_SUFFIX = ".removed"
+"""What `prune` has taken away, and not deleted yet."""
+
 RESERVED_PREFIX = "qbackup-"
-"""Jobs, nodes, fd sets and bitmaps in QEMU whose name starts so are ours."""
+"""Jobs, nodes, exports, fd sets and bitmaps in QEMU whose name starts so are ours."""
+
+SERVER_MARKER = "nbd"
+"""A node of ours whose name ends so says that QEMU's NBD server was started by us."""
 
 
 def is_safe_name(name: str) -> bool:
@@ -48,20 +56,29 @@ def is_backup_id(text: str) -> bool:
     return _time_of(text) is not None
 
 
-def new_backup_id(*, now: datetime, newest: str | None, random_bits: int) -> tuple[str, datetime]:
-    """Make the id of a new backup, and the time that goes with it.
+def new_backup_id(*, now: datetime, newest: str | None, random_bits: int) -> str:
+    """Make the id of a new backup.
 
     Ids sort by time as text. If the clock went back since `newest` was made, the new id
     is one millisecond after it: the order of a VM's backups must never depend on the clock.
+    So an id tells the order; when a backup was made is in its manifest (`Backup.time`).
     `random_bits` (16 bits are used) keeps the ids of different VMs apart.
     """
     moment = now.astimezone(UTC)
     moment = moment.replace(microsecond=moment.microsecond // 1000 * 1000)
     if newest is not None:
-        earliest = backup_time(newest) + timedelta(milliseconds=1)
-        moment = max(moment, earliest)
+        moment = max(moment, _next_moment(newest))
     stamp = moment.strftime(_TIME_FORMAT)[:-3]
-    return f"{stamp}-{random_bits & 0xFFFF:04x}", moment
+    return f"{stamp}-{random_bits & 0xFFFF:04x}"
+
+
+def has_successor(backup_id: str) -> bool:
+    """Tell whether there can be an id after this one: all but those at the end of time."""
+    return _next_moment(backup_id).year <= _LAST_YEAR
+
+
+def _next_moment(backup_id: str) -> datetime:
+    return backup_time(backup_id) + timedelta(milliseconds=1)
 
 
 def backup_time(backup_id: str) -> datetime:
@@ -77,6 +94,8 @@ def _time_of(backup_id: str) -> datetime | None:
     if match is None:
         return None
     year, month, day, hour, minute, second, millisecond = map(int, match.groups())
+    if year > _LAST_YEAR:
+        return None
     try:
         return datetime(year, month, day, hour, minute, second, millisecond * 1000, tzinfo=UTC)
     except ValueError:

@@ -20,6 +20,10 @@ takes longer than copying: docs/decisions/0002-job-tuning.md.
 """
 
 
+SCRATCH_QUORUM_SUFFIX, SCRATCH_FILE_SUFFIX, SCRATCH_NULL_SUFFIX = "-q", "-f", "-n"
+"""Names of the nodes under a scratch image's; they go with it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
     """A QMP command. The same name and arguments make a transaction's action."""
@@ -30,6 +34,23 @@ class Command:
     def as_action(self) -> dict[str, Any]:
         """Return it as a TransactionAction."""
         return {"type": self.name, "data": self.arguments}
+
+
+_OTHER_QUERIES = frozenset({"qom-get", "x-debug-query-block-graph"})
+"""Commands that change nothing, without the usual prefix."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query(Command):
+    """A command that only looks: it changes nothing in QEMU.
+
+    Raises:
+        ValueError: on construction, if it is none of those.
+    """
+
+    def __post_init__(self) -> None:
+        if not self.name.startswith("query-") and self.name not in _OTHER_QUERIES:
+            raise ValueError(f"{self.name} does more than look")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +164,8 @@ def backup(request: BackupRequest, *, engine: Engine) -> Command:
         arguments |= {"sync": "bitmap", "bitmap": request.bitmap, "bitmap-mode": "never"}
     if engine == "drive-backup":
         arguments |= {"format": "qcow2", "mode": "existing"}
-    return Command(name=engine, arguments=arguments)
+        return Command(name="drive-backup", arguments=arguments)
+    return Command(name="blockdev-backup", arguments=arguments)
 
 
 def job_cancel(job: str) -> Command:
@@ -217,6 +239,116 @@ def sidecar_add(*, node: str, filename: str, read_only: bool) -> Command:
     )
 
 
+def scratch_add(*, node: str, filename: str, backing: str, file_bytes: int) -> Command:
+    """Open the image that takes what the guest overwrites, on top of the disk's node `backing`.
+
+    The image's file is one child of a quorum that is content with one vote, and the other child
+    takes everything and keeps nothing. So a write into the image never fails: if the file is full,
+    the guest goes on, and QEMU tells with `QUORUM_REPORT_BAD` that the snapshot is lost. Without
+    it, every QEMU would give the scratch file's error to the guest, or with `on-cbw-error` lose
+    the snapshot without a word (docs/decisions/0005-snapshot-on-scratch.md).
+
+    Both children must have the same size: the file is as long as the image can become.
+    """
+    no_flush = {"direct": False, "no-flush": True}
+    return Command(
+        name="blockdev-add",
+        arguments={
+            "driver": "qcow2",
+            "node-name": node,
+            "read-only": False,
+            "cache": no_flush,
+            "backing": backing,
+            "file": {
+                "driver": "quorum",
+                "node-name": f"{node}{SCRATCH_QUORUM_SUFFIX}",
+                "vote-threshold": 1,
+                "read-pattern": "fifo",
+                "children": [
+                    {
+                        "driver": "file",
+                        "node-name": f"{node}{SCRATCH_FILE_SUFFIX}",
+                        "filename": filename,
+                        "cache": no_flush,
+                    },
+                    {
+                        "driver": "null-co",
+                        "node-name": f"{node}{SCRATCH_NULL_SUFFIX}",
+                        "size": file_bytes,
+                        "read-zeroes": True,
+                    },
+                ],
+            },
+        },
+    )
+
+
+def null_add(node: str) -> Command:
+    """Make a node that holds nothing; its name is what matters."""
+    return Command(
+        name="blockdev-add",
+        arguments={"driver": "null-co", "node-name": node, "size": 512, "read-zeroes": True},
+    )
+
+
+def snapshot(*, job: str, node: str, scratch: str) -> Command:
+    """Start to copy what the guest is about to overwrite on `node` into the node `scratch`.
+
+    Reading `scratch` then shows the disk as it was at this instant, for as long as the job runs.
+    The job copies nothing by itself and never ends by itself.
+    """
+    return Command(
+        name="blockdev-backup",
+        arguments={
+            "job-id": job,
+            "device": node,
+            "target": scratch,
+            "sync": "none",
+            "auto-finalize": True,
+            "auto-dismiss": False,
+        },
+    )
+
+
+def nbd_server_start(*, socket: str | None = None, descriptor: str | None = None) -> Command:
+    """Serve NBD on a UNIX socket: one by that path, or one that was handed over (`keep_fd`)."""
+    address: dict[str, Any]
+    if descriptor is not None:
+        address = {"type": "fd", "data": {"str": descriptor}}
+    else:
+        address = {"type": "unix", "data": {"path": socket}}
+    return Command(name="nbd-server-start", arguments={"addr": address})
+
+
+def nbd_server_stop() -> Command:
+    """Serve NBD no more."""
+    return Command(name="nbd-server-stop")
+
+
+def export_add(*, export: str, node: str) -> Command:
+    """Let NBD clients read a node; the export's id is also its name."""
+    return Command(
+        name="block-export-add",
+        arguments={
+            "type": "nbd",
+            "id": export,
+            "node-name": node,
+            "name": export,
+            "writable": False,
+        },
+    )
+
+
+def keep_fd(name: str) -> Command:
+    """Keep the descriptor that was just sent, under a name, whoever disconnects."""
+    return Command(name="getfd", arguments={"fdname": name})
+
+
+def close_fd(name: str) -> Command:
+    """Close a descriptor that was kept."""
+    return Command(name="closefd", arguments={"fdname": name})
+
+
 def node_delete(node: str) -> Command:
     """Close a node that nothing uses."""
     return Command(name="blockdev-del", arguments={"node-name": node})
@@ -232,9 +364,14 @@ def remove_fd(fdset_id: int) -> Command:
     return Command(name="remove-fd", arguments={"fdset-id": fdset_id})
 
 
-def query(what: str, **arguments: Any) -> Command:
+def query(what: str, **arguments: Any) -> Query:
     """Ask for something; `what` is the name after `query-`."""
-    return Command(name=f"query-{what}", arguments=arguments)
+    return Query(name=f"query-{what}", arguments=arguments)
+
+
+def block_graph() -> Query:
+    """Ask for all nodes, their users and the edges between them (an unstable interface)."""
+    return Query(name="x-debug-query-block-graph")
 
 
 def set_shutdown_action(action: Literal["pause", "poweroff"]) -> Command:
@@ -252,6 +389,16 @@ def pause_guest() -> Command:
     return Command(name="stop")
 
 
+def wake_guest() -> Command:
+    """Wake a guest that sleeps in ACPI S3."""
+    return Command(name="system_wakeup")
+
+
+def cancel_migration() -> Command:
+    """End a migration that is under way; the guest stays here."""
+    return Command(name="migrate_cancel")
+
+
 def resume_guest() -> Command:
     """Let the guest run."""
     return Command(name="cont")
@@ -262,6 +409,6 @@ def end_qemu() -> Command:
     return Command(name="quit")
 
 
-def qom_get(path: str, prop: str) -> Command:
+def qom_get(path: str, prop: str) -> Query:
     """Read one property of QEMU's object tree."""
-    return Command(name="qom-get", arguments={"path": path, "property": prop})
+    return Query(name="qom-get", arguments={"path": path, "property": prop})

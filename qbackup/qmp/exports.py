@@ -1,12 +1,18 @@
-"""Disks that QEMU exports, over NBD or otherwise: clients write although the guest is stopped."""
+"""Disks that QEMU exports, over NBD or otherwise: clients write although the guest is stopped.
+
+An export of ours has a connection whose other end QEMU keeps, under the export's name; it is
+closed once QEMU has been told to end the export (`qmp/snapshot.py` says why).
+"""
 
 import asyncio
+from contextlib import suppress
 
 import msgspec
 
 from qbackup.errors import MonitorError, QmpCommandError
+from qbackup.model.names import RESERVED_PREFIX
 from qbackup.qmp import commands
-from qbackup.qmp.monitor import Monitor
+from qbackup.qmp.monitor import Events, Monitor
 
 END_TIMEOUT_S = 10.0
 
@@ -15,25 +21,47 @@ class _Export(msgspec.Struct):
     id: str
 
 
-async def end_exports(monitor: Monitor) -> None:
-    """End every export, whoever made it, and wait until none is left (QAPI block-export).
+async def end_exports(monitor: Monitor, *, prefix: str = "") -> int:
+    """End every export whose id begins with `prefix`, whoever made it, and wait until none is left.
+
+    Return how many there were (QAPI block-export).
 
     Raises:
         MonitorError: one did not end in time, or QEMU went away.
     """
     with monitor.listen(("BLOCK_EXPORT_DELETED",), lambda _: True) as events:
-        for export in await _query_exports(monitor):
-            try:
-                await monitor.execute(commands.export_delete(export.id))
-            except QmpCommandError:
-                continue  # it is ending already; if it does not end, that shows below
-        deadline = asyncio.get_running_loop().time() + END_TIMEOUT_S
-        while left := await _query_exports(monitor):
-            if asyncio.get_running_loop().time() > deadline:
-                names = ", ".join(export.id for export in left)
-                raise MonitorError(f"exports did not end within {END_TIMEOUT_S:.0f} s: {names}")
-            await events.next(timeout_s=1.0)
+        exports = [e for e in await query_exports(monitor) if e.startswith(prefix)]
+        for export in exports:
+            await delete_export(monitor, export)
+        await until_deleted(monitor, events, prefix=prefix)
+    return len(exports)
 
 
-async def _query_exports(monitor: Monitor) -> list[_Export]:
-    return await monitor.query(commands.query("block-exports"), list[_Export])
+async def delete_export(monitor: Monitor, export: str) -> None:
+    """Tell QEMU to end an export, and let go of the connection that it kept for one of ours."""
+    # It may be ending already; if it does not end, that shows when waiting.
+    with suppress(QmpCommandError):
+        await monitor.execute(commands.export_delete(export))
+    if export.startswith(RESERVED_PREFIX):
+        with suppress(QmpCommandError):  # over TCP none was kept
+            await monitor.execute(commands.close_fd(export))
+
+
+async def until_deleted(monitor: Monitor, events: Events, *, prefix: str) -> None:
+    """Wait until no export of this prefix is left. `events` has listened since before the end.
+
+    Raises:
+        MonitorError: one did not end in time, or QEMU went away.
+    """
+    deadline = asyncio.get_running_loop().time() + END_TIMEOUT_S
+    while left := [e for e in await query_exports(monitor) if e.startswith(prefix)]:
+        if asyncio.get_running_loop().time() > deadline:
+            names = ", ".join(left)
+            raise MonitorError(f"exports did not end within {END_TIMEOUT_S:.0f} s: {names}")
+        await events.next(timeout_s=1.0)
+
+
+async def query_exports(monitor: Monitor) -> list[str]:
+    """Return the ids of all exports."""
+    exports = await monitor.query(commands.query("block-exports"), list[_Export])
+    return [export.id for export in exports]

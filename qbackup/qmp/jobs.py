@@ -6,13 +6,13 @@ concluded without an error has succeeded (QAPI job, `JobStatus`).
 
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
 from qbackup.errors import MonitorError, QmpCommandError
+from qbackup.model.secrets import redacted
 from qbackup.qmp import commands
-from qbackup.qmp.monitor import Events, Monitor
+from qbackup.qmp.monitor import Event, Events, Looker, Monitor
 
 EVENTS = ("JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR")
 POLL_S = 0.25
@@ -27,6 +27,7 @@ class JobState:
 
     job: str
     concluded: bool
+    running: bool
     done_bytes: int
     total_bytes: int
     error: str | None
@@ -48,30 +49,26 @@ class _Job(msgspec.Struct, rename="kebab"):
     error: str | None = None
 
 
-async def query_jobs(monitor: Monitor, *, prefix: str) -> list[JobState]:
+async def query_jobs(monitor: Looker, *, prefix: str) -> list[JobState]:
     """Return the jobs whose id begins with `prefix`."""
     jobs = await monitor.query(commands.query("jobs"), list[_Job])
     return [
         JobState(
             job=job.id,
             concluded=job.status == "concluded",
+            running=job.status == "running" and job.error is None,
             done_bytes=job.current_progress,
             total_bytes=job.total_progress,
-            error=job.error,
+            error=None if job.error is None else redacted(job.error),
         )
         for job in jobs
         if job.id.startswith(prefix)
     ]
 
 
-def is_event_of(prefix: str, event: dict[str, Any]) -> bool:
+def is_event_of(prefix: str, event: Event) -> bool:
     """Tell whether an event is about a job whose id begins with `prefix`."""
-    return job_of_event(event).startswith(prefix)
-
-
-def job_of_event(event: dict[str, Any]) -> str:
-    """Return the id of the job that an event is about."""
-    return str(event.get("id", event.get("device", "")))
+    return event.subject.startswith(prefix)
 
 
 async def follow(
@@ -84,9 +81,9 @@ async def follow(
     """
     while True:
         event = await events.next(timeout_s=POLL_S)
-        if event is not None and event["event"] == "BLOCK_JOB_ERROR":
-            yield JobError(job=job_of_event(event), operation=str(event.get("operation", "")))
-        elif event is None or event.get("status") == "concluded":
+        if event is not None and event.name == "BLOCK_JOB_ERROR":
+            yield JobError(job=event.subject, operation=event.operation)
+        elif event is None or event.status == "concluded":
             yield await query_jobs(monitor, prefix=prefix)
 
 

@@ -6,7 +6,7 @@ writes the target is decided here and nowhere else.
 """
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,18 @@ import msgspec
 
 from qbackup.errors import QmpCommandError
 from qbackup.formats.configuration import Engine
+from qbackup.model.names import SERVER_MARKER
 from qbackup.qmp import commands
 from qbackup.qmp.disks import query_inventory
+from qbackup.qmp.exports import query_exports
 from qbackup.qmp.lending import named_for_qemu, undone_by
 from qbackup.qmp.monitor import Monitor
+
+_GO_WITH_ANOTHER = (
+    commands.SCRATCH_QUORUM_SUFFIX,
+    commands.SCRATCH_FILE_SUFFIX,
+    commands.SCRATCH_NULL_SUFFIX,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +64,20 @@ async def attached(
 
 
 async def remove_leftovers(monitor: Monitor, *, prefix: str) -> int:
-    """Remove nodes and fd sets that an interrupted run left; return how many nodes there were.
+    """Remove nodes, fd sets and our NBD server that an interrupted run left; return how many nodes.
+
+    Exports and jobs must have been ended.
 
     Fd sets are not counted: QEMU 7.2 keeps a removed one in its list until the VM runs.
     """
     inventory = await query_inventory(monitor)
-    nodes = [node for node in inventory.nodes if node.startswith(prefix)]
+    nodes = [
+        node
+        for node in inventory.nodes
+        if node.startswith(prefix) and not node.endswith(_GO_WITH_ANOTHER)
+    ]
+    if any(node.endswith(f"-{SERVER_MARKER}") for node in nodes):
+        await _stop_server(monitor)
     for node in nodes:
         await monitor.execute(commands.node_delete(node))
     fdsets = [
@@ -72,6 +88,14 @@ async def remove_leftovers(monitor: Monitor, *, prefix: str) -> int:
     for fdset in fdsets:
         await monitor.execute(commands.remove_fd(fdset))
     return len(nodes)
+
+
+async def _stop_server(monitor: Monitor) -> None:
+    """Stop the NBD server, which is ours, unless somebody else has taken to using it."""
+    if await query_exports(monitor):
+        return
+    with suppress(QmpCommandError):  # we were killed before it had started
+        await monitor.execute(commands.nbd_server_stop())
 
 
 async def _add_node(monitor: Monitor, *, node: str, filename: str) -> None:

@@ -1,36 +1,44 @@
 """The repository: opened, checked and locked in one place.
 
 REPO/qbackup.json                      format version, repository id
-REPO/vm1/.lock                         held while a backup of vm1 runs
+REPO/vm1/.lock                         who may use vm1's backups now (`host/lock.py`)
 REPO/vm1/<backup id>/manifest.json     written last; without it the backup does not exist
 REPO/vm1/<backup id>/<disk>.qcow2      backing file: ../<parent id>/<disk>.qcow2
+REPO/vm1/<backup id>/protected         if it is there, `prune` leaves the backup alone
 REPO/vm1/<backup id>.partial/          being written
+REPO/vm1/<backup id>.removed/          being deleted (`removal.py`)
 """
 
 import asyncio
 import os
 import secrets
-import shutil
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from qbackup.errors import BackupNotFoundError, ManifestDamagedError, RepositoryError
 from qbackup.formats.documents import DocumentError, NewerVersionError
-from qbackup.formats.manifest import MAX_MANIFEST_BYTES, decode_manifest, encode_manifest
+from qbackup.formats.manifest import (
+    MANIFEST_FILE,
+    MAX_MANIFEST_BYTES,
+    decode_manifest,
+    encode_manifest,
+)
 from qbackup.formats.repository_file import (
     MAX_FILE_BYTES,
     decode_repository_file,
     encode_repository_file,
 )
 from qbackup.host import durable
-from qbackup.host.lock import is_locked, locked
+from qbackup.host.files import read_bounded
+from qbackup.host.lock import is_locked, locked, locked_alone, locked_for_reading
 from qbackup.model.backup import Backup
 from qbackup.model.names import PARTIAL_SUFFIX, is_backup_id, is_safe_name
+from qbackup.repository.removal import PROTECTED_FILE
 
 REPOSITORY_FILE = "qbackup.json"
-MANIFEST_FILE = "manifest.json"
+_PROTECTED_TEXT = b"qbackup prune keeps this backup while this file is here.\n"
 _UNFINISHED_FILE = f".{REPOSITORY_FILE}.new"
 """What an `init` that was killed may have left."""
 
@@ -59,8 +67,7 @@ class PartialBackup:
 
     def create_image(self, disk: str) -> int:
         """Create the disk's empty file, for the owner only, and return its descriptor."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(self.image(disk), flags, durable.FILE_MODE)
+        return durable.create_file_now(self.image(disk))
 
     async def publish(self, backup: Backup) -> None:
         """Write the manifest and make the backup exist: the commit point.
@@ -119,7 +126,7 @@ class Repository:
         """
         file = path / REPOSITORY_FILE
         try:
-            data = _read_bounded(file, MAX_FILE_BYTES)
+            data = read_bounded(file, MAX_FILE_BYTES)
             return cls(path, decode_repository_file(data))
         except FileNotFoundError as err:
             raise _no_repository(path) from err
@@ -142,8 +149,16 @@ class Repository:
         return self.path / vm
 
     def lock(self, vm: str, *, wait_s: float) -> AbstractAsyncContextManager[None]:
-        """Hold the VM's lock; see `lock.locked`."""
+        """Be the only one who makes a backup of the VM; see `lock.locked`."""
         return locked(self.vm_directory(vm), vm=vm, wait_s=wait_s)
+
+    def reading(self, vm: str, *, wait_s: float) -> AbstractAsyncContextManager[None]:
+        """Keep the VM's backups from being removed; see `lock.locked_for_reading`."""
+        return locked_for_reading(self.vm_directory(vm), vm=vm, wait_s=wait_s)
+
+    def removing(self, vm: str, *, wait_s: float) -> AbstractAsyncContextManager[None]:
+        """Be alone with the VM's backups; see `lock.locked_alone`."""
+        return locked_alone(self.vm_directory(vm), vm=vm, wait_s=wait_s)
 
     def is_locked(self, vm: str) -> bool:
         """Tell whether a backup of the VM is under way."""
@@ -163,10 +178,16 @@ class Repository:
             )
 
     def backup_ids(self, vm: str) -> list[str]:
-        """Return the ids of the VM's backups, oldest first, whether readable or not."""
+        """Return the ids of the VM's backups, oldest first, whether they can be used or not."""
         try:
             with os.scandir(self.vm_directory(vm)) as entries:
-                return sorted(e.name for e in entries if is_backup_id(e.name))
+                return sorted(
+                    e.name
+                    for e in entries
+                    # A file of such a name is no backup. A link may be one that was moved away: it
+                    # is told, but not followed.
+                    if is_backup_id(e.name) and (e.is_symlink() or e.is_dir())
+                )
         except FileNotFoundError:
             return []
 
@@ -191,14 +212,23 @@ class Repository:
             BackupNotFoundError: there is no such backup.
             ManifestDamagedError: its manifest cannot be used.
         """
-        path = self.vm_directory(vm) / backup_id / MANIFEST_FILE
+        directory = self.vm_directory(vm) / backup_id
+        path = directory / MANIFEST_FILE
+        if directory.is_symlink():
+            raise ManifestDamagedError(
+                str(directory),
+                "this is a symbolic link, not a directory",
+                hint="move the backup's directory to where the link is; no link is followed here",
+            )
         try:
-            data = _read_bounded(path, MAX_MANIFEST_BYTES)
+            data = read_bounded(path, MAX_MANIFEST_BYTES)
             return decode_manifest(data, repository_id=self.id, vm=vm, backup_id=backup_id)
         except FileNotFoundError as err:
-            if not path.parent.is_dir():
+            if not directory.is_dir():
                 raise BackupNotFoundError(f"{vm}: there is no backup {backup_id}") from err
             raise ManifestDamagedError(str(path), "the manifest is missing") from err
+        except NotADirectoryError as err:
+            raise BackupNotFoundError(f"{vm}: there is no backup {backup_id}") from err
         except OSError as err:
             raise ManifestDamagedError(str(path), f"cannot be read: {err.strerror}") from err
         except DocumentError as err:
@@ -211,6 +241,8 @@ class Repository:
                 yield self.backup(vm, backup_id)
             except ManifestDamagedError as err:
                 yield DamagedBackup(vm=vm, id=backup_id, error=err)
+            except BackupNotFoundError:
+                pass  # removed since the directory was read
 
     def find(self, vm: str, backup_id: str) -> Backup | None:
         """Return a backup, None if there is none of that id.
@@ -222,6 +254,34 @@ class Repository:
             return self.backup(vm, backup_id)
         except BackupNotFoundError:
             return None
+
+    def is_protected(self, vm: str, backup_id: str) -> bool:
+        """Tell whether `prune` must leave a backup alone: whatever has that name says so."""
+        try:
+            os.lstat(f"{self.path}/{vm}/{backup_id}/{PROTECTED_FILE}")
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    async def set_protected(self, vm: str, backup_id: str, *, protected: bool) -> None:
+        """Let `prune` leave a backup alone, or not, durably.
+
+        The mark is no part of the manifest, which is never written again; it goes with the
+        directory wherever that is copied.
+
+        Raises:
+            BackupNotFoundError: there is no such backup.
+        """
+        directory = self.vm_directory(vm) / backup_id
+        if not directory.is_dir() or directory.is_symlink():
+            raise BackupNotFoundError(f"{vm}: {directory} is not a directory")
+        mark = directory / PROTECTED_FILE
+        if protected:
+            with suppress(FileExistsError):
+                await durable.write_new_file(mark, _PROTECTED_TEXT)
+        else:
+            mark.unlink(missing_ok=True)
+        await durable.sync_directory(directory)
 
     def resolve(self, vm: str, prefix: str) -> str:
         """Return the id of the VM's only backup that begins with `prefix`.
@@ -255,10 +315,15 @@ class Repository:
             raise
         await self._remove_if_there(partial.directory)
 
-    async def remove_partial(self, directory: Path) -> None:
-        """Remove what an unfinished run wrote. Call only with the VM's lock held."""
-        await asyncio.to_thread(shutil.rmtree, directory)
-        await durable.sync_directory(directory.parent)
+    async def remove_partial(self, path: Path) -> None:
+        """Remove what an unfinished run wrote, or what somebody put where it would be.
+
+        Call only with the VM's lock held.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        await asyncio.to_thread(durable.remove_directory_now, path, first=MANIFEST_FILE)
 
     async def _remove_if_there(self, directory: Path) -> None:
         if directory.is_dir():
@@ -281,13 +346,3 @@ def _no_repository(path: Path) -> RepositoryError:
         f"{path}: no repository here ({REPOSITORY_FILE} is missing)",
         hint="make one with: qbackup init; or correct 'repository' in the configuration",
     )
-
-
-def _read_bounded(path: Path, limit_bytes: int) -> bytes:
-    """Read a small file; a larger one is not what it claims to be."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb") as file:
-        data = file.read(limit_bytes + 1)
-    if len(data) > limit_bytes:
-        raise DocumentError(f"larger than {limit_bytes} bytes")
-    return data

@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from qbackup.errors import LockedError
 from qbackup.formats.documents import DocumentError, convert
 from qbackup.host import durable
 from qbackup.host.files import open_regular, read_bounded
+from qbackup.host.tasks import in_thread
 from qbackup.model.backup import REASON_TEXT, Refusal
 from qbackup.model.names import is_safe_name, split_bitmap_name
 
@@ -67,6 +68,11 @@ class StateDirectory:
         """Return where a temporary file may be; call from one process at a time."""
         self.create()
         return free_name(self.path / ".scratch")
+
+    def nbd_socket(self) -> Path:
+        """Return where QEMU may serve a snapshot; call from one process at a time."""
+        self.create()
+        return self.path / ".nbd.sock"
 
     def bitmap_files(self) -> dict[tuple[str, str], Path]:
         """Return saved bitmaps: (disk, bitmap name) → file; the newest, if a disk has many.
@@ -125,8 +131,7 @@ class StateDirectory:
 
     async def rewrite_header(self, path: Path, change: Callable[[bytes], bytes]) -> None:
         """Replace a file's first sector by what `change` makes of it: one write, one sync."""
-        with open_regular(path) as file:
-            header = file.read(HEADER_BYTES)
+        header = await in_thread(_read_start, path)
         await durable.overwrite_start(path, change(header))
 
     async def put_in_place(self, new: Path) -> Path:
@@ -140,16 +145,18 @@ class StateDirectory:
         path.unlink(missing_ok=True)
         await durable.sync_directory(path.parent)
 
-    async def remove_others(self, keep: set[Path]) -> None:
-        """Remove bitmap files that no longer stand for anything, and unfinished ones.
+    async def remove_others(self, keep: set[Path], *, disks: Collection[str] | None = None) -> None:
+        """Remove bitmap files that no longer stand for anything, of these disks or of all.
 
-        What cannot be removed stays; it is not clean.
+        Unfinished ones go, of whatever disk. What cannot be removed stays; it is not clean.
         """
         for folder in self._disk_directories():
             stale = [
                 path
                 for path in _content_of(folder)
-                if path not in keep and BITMAP_SUFFIX in path.suffixes
+                if path not in keep
+                and BITMAP_SUFFIX in path.suffixes
+                and (disks is None or folder.name in disks or path.name.startswith("."))
             ]
             for path in stale:
                 with suppress(OSError):
@@ -214,6 +221,11 @@ class StateDirectory:
                 if is_safe_name(entry.name) and entry.is_dir(follow_symlinks=False)
             ]
         return []
+
+
+def _read_start(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read(HEADER_BYTES)
 
 
 def free_name(path: Path) -> Path:

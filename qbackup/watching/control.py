@@ -1,53 +1,78 @@
 """The watcher's control socket: lend the monitor, stop the VM.
 
 A QMP monitor serves one client, and the watcher is that client nearly all the time. Who wants
-to back up asks here; the watcher then leaves the monitor, and takes it back when the asking
-connection ends, however it ends. Nothing is lost meanwhile: QEMU was told to stay when the guest
-powers off, and what happened is seen in its state afterwards.
+to back up, or to look, asks here; the watcher then leaves the monitor, and takes it back when the
+asking connection ends, however it ends. Nothing is lost meanwhile: QEMU was told to stay when the
+guest powers off, and what happened is seen in its state afterwards.
 
-One line of JSON each way, then silence until the end:
+One line of JSON each way, then an empty line from the client now and then, as long as it is alive:
 
     → {"command": "lend"}                     ← {"ok": true}
                                               ← {"return": true}   (later: give it back soon)
-    → {"command": "stop", "timeout_s": 60}    ← {"ok": true} or {"ok": false, "message": "…"}
+    → {"command": "look"}                     as "lend", by one that will change nothing
+    → {"command": "stop", "timeout_s": 60}    ← {"ok": true, "saved": true} or
+                                                {"ok": false, "message": "…"}
+
+A client that has the monitor and is not heard for `SILENCE_S` (stopped, hanging) is asked to give
+it back as if the VM were to end; one that does not do so within `RECALL_S` is killed.
 """
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from qbackup.errors import MonitorError, MonitorLostError, QbackupError
 from qbackup.formats.configuration import Vm
 from qbackup.host import durable
-from qbackup.host.sockets import short_address
+from qbackup.host.process import HostProcess
+from qbackup.host.sockets import peer_pid, short_address
 from qbackup.qmp import commands
-from qbackup.qmp.monitor import Monitor, connected
+from qbackup.qmp.monitor import Looker, Monitor, connected, looking
 from qbackup.qmp.vm import query_state
 
 _MAX_LINE_BYTES = 4096
+_MAX_CLIENTS = 32
 REQUEST_TIMEOUT_S = 5.0
 LEND_TIMEOUT_S = 30.0
+LOOK_TIMEOUT_S = 10.0
+ALIVE_EVERY_S = 5.0
+SILENCE_S = 60.0
+RECALL_S = 30.0
 MAX_TIMEOUT_S = 7 * 86400.0
+
+RequestName = Literal["lend", "look", "stop"]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Request:
     """What a client asks of the watcher; it lives as long as the client's connection."""
 
-    command: Literal["lend", "stop"]
+    command: RequestName
     timeout_s: float | None
     writer: asyncio.StreamWriter
+    client: HostProcess | None = None
+    heard_at: float = 0.0
+    """When the client was heard last, by the event loop's clock."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def answer(self, **document: Any) -> None:
-        """Tell the client; one that has gone needs no answer."""
-        with suppress(OSError):
-            self.writer.write(json.dumps(document).encode() + b"\n")
-            await self.writer.drain()
+        """Tell the client; one that has gone needs no answer, one that does not read gets none."""
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                self.writer.write(json.dumps(document).encode() + b"\n")
+                await self.writer.drain()
+
+    def kill_client(self) -> bool:
+        """Kill the client, which does not give back what it has; False if that cannot be done."""
+        if self.client is None or self.client.pid in (1, os.getpid(), os.getppid()):
+            return False
+        self.client.kill()
+        return True
 
 
 @asynccontextmanager
@@ -58,23 +83,31 @@ async def listening(socket: Path, inbox: "asyncio.Queue[Any]") -> AsyncIterator[
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - the server runs this in a task
+        if task is None or len(clients) >= _MAX_CLIENTS:
+            writer.close()
+            return
         clients[task] = writer
+        process = HostProcess.open(peer_pid(writer.get_extra_info("socket")) or 0)
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT_S):
                 request = _parse(await reader.readline(), writer)
             if request is None:
                 writer.write(b'{"ok": false, "message": "not understood"}\n')
                 return
+            request.client = process
+            loop = asyncio.get_running_loop()
+            request.heard_at = loop.time()
             inbox.put_nowait(request)
             try:
                 while await reader.read(_MAX_LINE_BYTES):
-                    pass  # nothing more is expected; reading ends when the client does
+                    request.heard_at = loop.time()  # nothing else is expected of the client
             finally:
                 request.ended.set()
         except (TimeoutError, OSError, ValueError, RecursionError):
             pass
         finally:
+            if process is not None:
+                process.close()
             writer.close()
             del clients[task]
 
@@ -94,16 +127,27 @@ async def listening(socket: Path, inbox: "asyncio.Queue[Any]") -> AsyncIterator[
 
 def _parse(line: bytes, writer: asyncio.StreamWriter) -> Request | None:
     document = json.loads(line)
-    if not isinstance(document, dict) or document.get("command") not in ("lend", "stop"):
+    if not isinstance(document, dict) or document.get("command") not in get_args(RequestName):
         return None
-    timeout = document.get("timeout_s")
-    if not isinstance(timeout, int | float) or not 0 <= timeout < MAX_TIMEOUT_S:
-        timeout = None
-    return Request(command=document["command"], timeout_s=timeout, writer=writer)
+    return Request(
+        command=document["command"],
+        timeout_s=_seconds(document.get("timeout_s")),
+        writer=writer,
+    )
+
+
+def _seconds(value: object) -> float | None:
+    """Return a time that makes sense, None (the default) for anything else."""
+    # JSON's true is an int in Python; NaN is not in any range.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 <= value <= MAX_TIMEOUT_S else None
 
 
 @asynccontextmanager
-async def borrowed_monitor(socket: Path, *, vm: str) -> AsyncIterator[asyncio.Event | None]:
+async def borrowed_monitor(
+    socket: Path, *, vm: str, purpose: Literal["lend", "look"] = "lend"
+) -> AsyncIterator[asyncio.Event | None]:
     """Have the VM's monitor to oneself for the duration of a block; None: nobody watches.
 
     The event says that the watcher has gone meanwhile.
@@ -118,11 +162,12 @@ async def borrowed_monitor(socket: Path, *, vm: str) -> AsyncIterator[asyncio.Ev
         return
     reader, writer = connection
     try:
-        reply = await _ask(reader, writer, {"command": "lend"}, timeout_s=LEND_TIMEOUT_S)
+        timeout_s = LEND_TIMEOUT_S if purpose == "lend" else LOOK_TIMEOUT_S
+        reply = await _ask(reader, writer, {"command": purpose}, timeout_s=timeout_s)
         if not reply.get("ok"):
             raise MonitorError(f"{vm}: the watcher does not lend the monitor: {reply}")
         abandoned = asyncio.Event()
-        async with _cancelled_on_recall(reader, abandoned, vm=vm):
+        async with _heard_of(writer), _cancelled_on_recall(reader, abandoned, vm=vm):
             yield abandoned
     finally:
         writer.close()
@@ -132,7 +177,10 @@ async def borrowed_monitor(socket: Path, *, vm: str) -> AsyncIterator[asyncio.Ev
 
 @asynccontextmanager
 async def vm_monitor(vm: Vm, control_socket: Path) -> AsyncIterator[tuple[Monitor, bool]]:
-    """Connect to a VM's monitor, and tell whether it was borrowed from a watcher.
+    """Connect to a VM's monitor to work on it; tell whether it was borrowed from a watcher.
+
+    Should the watcher go meanwhile, its duty is done here: see `_let_end`. Whoever only looks must
+    use `vm_looker`.
 
     Raises:
         MonitorError: nobody answers, or another client has the monitor.
@@ -144,23 +192,65 @@ async def vm_monitor(vm: Vm, control_socket: Path) -> AsyncIterator[tuple[Monito
         try:
             yield monitor, abandoned is not None
         finally:
-            if abandoned is not None and abandoned.is_set():
-                # The watcher has gone: nobody will end a QEMU that waits, paused, to be saved.
-                with suppress(QbackupError):
-                    await monitor.execute(commands.set_shutdown_action("poweroff"))
-                    if (await query_state(monitor)).status == "shutdown":
-                        await monitor.execute(commands.end_qemu())
+            if (
+                abandoned is not None
+                and abandoned.is_set()
+                and not await _is_watched(control_socket)
+            ):
+                await _let_end(monitor)
 
 
-async def request_stop(socket: Path, *, timeout_s: float, margin_s: float) -> bool:
-    """Ask the watcher to stop the VM and wait until it is done; False: nobody watches.
+@asynccontextmanager
+async def vm_looker(vm: Vm, control_socket: Path) -> AsyncIterator[Looker]:
+    """Connect to a VM's monitor to look, borrowed from the watcher if there is one.
+
+    Raises:
+        MonitorError: nobody answers, or another client has the monitor.
+    """
+    async with (
+        borrowed_monitor(control_socket, vm=vm.name, purpose="look"),
+        looking(vm.qmp) as monitor,
+    ):
+        yield monitor
+
+
+async def _let_end(monitor: Monitor) -> None:
+    """Let QEMU end with its guest: nobody will end one that waits, paused, to be saved."""
+    with suppress(QbackupError):
+        await monitor.execute(commands.set_shutdown_action("poweroff"))
+        if (await query_state(monitor)).status == "shutdown":
+            await monitor.execute(commands.end_qemu())
+
+
+async def _is_watched(control_socket: Path) -> bool:
+    """Tell whether a watcher has come in place of the one that left."""
+    try:
+        connection = await _connect(control_socket)
+    except OSError:
+        return True
+    if connection is None:
+        return False
+    connection[1].close()
+    return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopped:
+    """A VM that its watcher has stopped. `message` says why its bitmaps are not saved."""
+
+    saved: bool
+    message: str
+
+
+async def request_stop(socket: Path, *, timeout_s: float, margin_s: float) -> Stopped | None:
+    """Ask the watcher to stop the VM and wait until it is done; None: nobody watches.
 
     Raises:
         QbackupError: the watcher could not stop the VM, or did not answer.
     """
     connection = await _connect(socket)
     if connection is None:
-        return False
+        return None
     reader, writer = connection
     try:
         reply = await _ask(
@@ -175,7 +265,7 @@ async def request_stop(socket: Path, *, timeout_s: float, margin_s: float) -> bo
             await writer.wait_closed()
     if not reply.get("ok"):
         raise QbackupError(str(reply.get("message", "the watcher could not stop the VM")))
-    return True
+    return Stopped(saved=reply.get("saved") is not False, message=str(reply.get("message", "")))
 
 
 async def _connect(
@@ -203,11 +293,29 @@ async def _ask(
     except TimeoutError as err:
         raise MonitorError(
             f"the watcher did not answer within {timeout_s:.0f} s",
-            hint="another backup may have the monitor; see qbackup status",
+            hint="another backup has the monitor, or QEMU does not answer the watcher; "
+            "what the watcher says tells which",
         ) from err
     except (OSError, ValueError) as err:
         raise MonitorError("the watcher ended while it was asked") from err
     return reply if isinstance(reply, dict) else {}
+
+
+@asynccontextmanager
+async def _heard_of(writer: asyncio.StreamWriter) -> AsyncIterator[None]:
+    """Let the watcher hear that we are alive, as long as the block lasts."""
+
+    async def tell() -> None:
+        with suppress(OSError):
+            while True:
+                await asyncio.sleep(ALIVE_EVERY_S)
+                writer.write(b"\n")
+
+    telling = asyncio.create_task(tell())
+    try:
+        yield
+    finally:
+        telling.cancel()
 
 
 @asynccontextmanager
@@ -216,7 +324,7 @@ async def _cancelled_on_recall(
 ) -> AsyncIterator[None]:
     """Cancel the block when the watcher wants the monitor back."""
     task = asyncio.current_task()
-    recalled = False
+    recalled = ""
 
     async def listen() -> None:
         nonlocal recalled
@@ -227,7 +335,7 @@ async def _cancelled_on_recall(
         if not line:
             abandoned.set()
         elif task is not None and not task.cancelling():
-            recalled = True
+            recalled = _why_recalled(line) or "the VM is being stopped"
             task.cancel()
 
     listener = asyncio.create_task(listen())
@@ -236,9 +344,17 @@ async def _cancelled_on_recall(
     except asyncio.CancelledError as err:
         if recalled and task is not None and task.uncancel() == 0:
             raise MonitorLostError(
-                f"{vm}: the VM is being stopped; the backup was given up",
+                f"{vm}: {recalled}; the backup was given up",
                 hint="the next incremental contains what this one would have",
             ) from err
         raise
     finally:
         listener.cancel()
+
+
+def _why_recalled(line: bytes) -> str:
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError):
+        return ""
+    return str(document.get("message", "")) if isinstance(document, dict) else ""

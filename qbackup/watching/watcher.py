@@ -9,36 +9,44 @@ One QEMU from its start to its end:
 QEMU is told to stay, paused, when the guest powers off: then nothing writes any more and the
 bitmaps can be saved exactly. What nobody saw (a crash, SIGKILL, `quit` by others) leaves the
 files as they are: not clean.
+
+Whatever happens here, the guest runs or ends. Loading and saving have deadlines, and no exception
+in them, of whatever kind, keeps the guest waiting: loading then lets it go with nothing
+trusted, saving then ends it with nothing trusted.
 """
 
 import asyncio
 import math
-import os
-import select
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any
 
 from qbackup.bitmaps.files import distrust_all
 from qbackup.bitmaps.load import are_loaded, give_up_loading, load_saved_bitmaps
-from qbackup.bitmaps.save import Saved, save_bitmaps, set_clean
-from qbackup.errors import MonitorBusyError, MonitorError, MonitorLostError, QbackupError
+from qbackup.bitmaps.save import SavedVm, save_bitmaps, set_clean
+from qbackup.errors import (
+    MonitorBusyError,
+    MonitorError,
+    MonitorLostError,
+    QbackupError,
+    QmpCommandError,
+)
 from qbackup.formats.configuration import Vm
+from qbackup.host.process import HostProcess
 from qbackup.host.tasks import task_group
 from qbackup.model.progress import Reporter
+from qbackup.model.run_state import Button
 from qbackup.qmp import commands
 from qbackup.qmp.disks import query_written_nodes
-from qbackup.qmp.monitor import Events, Monitor, connected
-from qbackup.qmp.vm import query_state
+from qbackup.qmp.monitor import Event, Events, Monitor, connected
+from qbackup.qmp.vm import Condition, query_condition, query_state
 from qbackup.repository.repository import Repository
 from qbackup.repository.state import StateDirectory
-from qbackup.watching.control import Request, listening
+from qbackup.watching.control import RECALL_S, SILENCE_S, Request, listening
 
 _EVENTS = ("SHUTDOWN", "STOP", "RESUME", "GUEST_PANICKED")
-_ENDED = frozenset({"shutdown", "guest-panicked"})
-"""Run states in which a guest writes no more and does not come back by itself."""
+_GOES_ON = ("RESUME", "WAKEUP")
 
 _POLL_S = 2.0
 _CONNECT_RETRY_S = 0.05
@@ -46,8 +54,17 @@ _RECONNECT_S = 0.2
 _PRESS_AGAIN_S = 10.0
 _BUSY_TIMEOUT_S = 30.0
 _SILENT_S = 3.0
+_SETTLE_S = 10.0
+_SETTLE_POLL_S = 0.1
+_TIDY_S = 10.0
+_DEATH_S = 10.0
 EXIT_TIMEOUT_S = 60.0
+LOAD_TIMEOUT_S = 60.0
+SAVE_TIMEOUT_S = 60.0
+CLEAN_TIMEOUT_S = 300.0
 DEFAULT_STOP_TIMEOUT_S = 60.0
+STOP_MARGIN_S = RECALL_S + 2 * _DEATH_S + _SETTLE_S + SAVE_TIMEOUT_S + EXIT_TIMEOUT_S + 60.0
+"""How much longer than its timeout a stop may take, as long as the file systems answer."""
 
 
 class _Signal(Enum):
@@ -56,20 +73,44 @@ class _Signal(Enum):
     END = auto()
 
 
+class Phase(Enum):
+    """What a watcher is doing.
+
+    CONNECTING ──► WATCHING ◄──► LENDING
+                      │  ▲
+                      ▼  │ the guest was started again
+                    ENDING
+    """
+
+    CONNECTING = auto()
+    """QEMU is not reached yet, or its bitmaps are being loaded."""
+    WATCHING = auto()
+    LENDING = auto()
+    """Somebody else has the monitor."""
+    ENDING = auto()
+    """QEMU is being ended: from now on only the end of it can be waited for."""
+
+
 class Ending(Enum):
     """How the watching ended."""
 
     SAVED = auto()
+    NOT_KEPT = auto()
+    """QEMU has ended in order, and its bitmaps are worth nothing: the guest went elsewhere."""
     GONE = auto()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchOptions:
-    """`resume`: let a VM in prelaunch run once its bitmaps are loaded."""
+    """`resume`: let a VM in prelaunch run once its bitmaps are loaded, or cannot be in time."""
 
     resume: bool
     connect_timeout_s: float
     trust_block_devices: bool | None
+    load_timeout_s: float = LOAD_TIMEOUT_S
+    save_timeout_s: float = SAVE_TIMEOUT_S
+    silence_s: float = SILENCE_S
+    recall_s: float = RECALL_S
 
 
 class Watcher:
@@ -88,17 +129,26 @@ class Watcher:
         self._vm, self._state, self._repository = vm, state, repository
         self._options, self._reporter = options, reporter
         self._on_ready = on_ready
-        self._inbox: asyncio.Queue[Request | _Signal | dict[str, Any]] = asyncio.Queue()
-        self._pid: int | None = None
-        self._attended = False
-        self.told_to_end = False
+        self._inbox: asyncio.Queue[Request | _Signal | Event] = asyncio.Queue()
+        self._process: HostProcess | None = None
+        self._phase = Phase.CONNECTING
+        self._end = asyncio.Event()
+        self._given_away = False
+        """Whether QEMU has completed a migration to elsewhere; it does not remember for ever."""
+
+    @property
+    def phase(self) -> Phase:
+        """What the watcher is doing."""
+        return self._phase
+
+    @property
+    def told_to_end(self) -> bool:
         """Whether `end` was called."""
-        self.saving = False
-        """Whether QEMU is being ended: from then on only the end of it can be waited for."""
+        return self._end.is_set()
 
     def end(self) -> None:
         """Pause the guest, save, and end QEMU (for SIGTERM and SIGINT)."""
-        self.told_to_end = True
+        self._end.set()
         self._inbox.put_nowait(_Signal.END)
 
     @asynccontextmanager
@@ -124,46 +174,60 @@ class Watcher:
             MonitorError: QEMU cannot be reached.
             QbackupError: QEMU has ended, and its bitmaps could not be saved.
         """
-        self._pid = pid
+        self._process = HostProcess.open(pid) if pid is not None else None
         told = ""
-        await self._wait_for_monitor(gone)
-        while True:
-            try:
-                return await self._watch()
-            except MonitorLostError as err:
-                if _has_exited(self._pid):
-                    self._reporter.warning(
-                        f"{self._vm.name}: QEMU ended without warning; "
-                        "the next backup will be a full one"
-                    )
-                    return Ending.GONE
-                if self.told_to_end:
-                    raise
-                # Only the connection was lost.
-                if err.message != told:
-                    self._reporter.warning(f"{err.message}; connecting again")
-                told = err.message
-            await asyncio.sleep(_RECONNECT_S)
+        try:
+            await self._wait_for_monitor(gone)
+            while True:
+                try:
+                    return await self._watch()
+                except MonitorLostError as err:
+                    if self._process is None or self._process.has_ended():
+                        return self._ended_without_us()
+                    if self.told_to_end:
+                        raise
+                    # Only the connection was lost.
+                    if err.message != told:
+                        self._reporter.warning(f"{err.message}; connecting again")
+                    told = err.message
+                await asyncio.sleep(_RECONNECT_S)
+        finally:
+            self._let_go()
 
-    async def stop(self, *, timeout_s: float) -> None:
+    def _ended_without_us(self) -> Ending:
+        if self._given_away:
+            self._tell_not_kept()
+            return Ending.NOT_KEPT
+        self._reporter.warning(
+            f"{self._vm.name}: QEMU ended without warning; the next backup will be a full one"
+        )
+        return Ending.GONE
+
+    async def stop(self, *, timeout_s: float) -> bool:
         """Power the VM down, save and end QEMU; for a VM that nobody watches.
+
+        Return False if there was nothing worth saving.
 
         Raises:
             LockedError: somebody does watch it.
             QbackupError: QEMU cannot be reached, or does not end.
         """
         with self._state.watched(self._vm.name):
-            async with AsyncExitStack() as session:
-                monitor = await self._connect_within(timeout_s, session)
-                self._pid = monitor.peer_pid()
-                if await self._has_never_run(monitor):
-                    await self._quit(monitor)
-                    return
-                await session.enter_async_context(_staying_at_shutdown(monitor))
-                await self._power_down(monitor, timeout_s)
-                ended = await self._save_and_quit(monitor)
-        if not ended:
+            try:
+                async with AsyncExitStack() as session:
+                    monitor = await self._connect_within(timeout_s, session)
+                    self._take_hold(monitor)
+                    if await self._has_never_run(monitor):
+                        await self._quit(monitor)
+                        return True
+                    await session.enter_async_context(_staying_at_shutdown(monitor))
+                    await self._power_down(monitor, timeout_s)
+                    ending = await self._save_and_quit(monitor)
+            finally:
+                self._let_go()
+        if ending is None:
             raise QbackupError(f"{self._vm.name}: the guest was started again")
+        return ending is Ending.SAVED
 
     async def _connect_within(self, timeout_s: float, session: AsyncExitStack) -> Monitor:
         """Wait for a backup that has the monitor; it may be about to end.
@@ -179,10 +243,25 @@ class Watcher:
                 if asyncio.get_running_loop().time() > deadline:
                     raise
 
+    def _take_hold(self, monitor: Monitor) -> None:
+        """Hold on to QEMU's process while the monitor is connected: then it is surely that one."""
+        if monitor.process is not None:
+            self._let_go()
+            self._process = monitor.process.duplicate()
+
+    def _let_go(self) -> None:
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    @property
+    def _pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
     async def _has_never_run(self, monitor: Monitor) -> bool:
         """Tell whether a VM still waits for its bitmaps: its files are right as they are then."""
-        status = (await query_state(monitor)).status
-        if status != "prelaunch" or await are_loaded(monitor):
+        fitness = (await query_condition(monitor)).fitness
+        if not fitness.load or await are_loaded(monitor):
             return False
         # A guest that powered off and was reset is in prelaunch again.
         return not await query_written_nodes(monitor)
@@ -192,12 +271,15 @@ class Watcher:
             async with AsyncExitStack() as session:
                 monitor = await self._reconnect(session)
                 request = await self._attend(monitor)
-                if (request is None or request.command == "stop") and await self._stop(
-                    monitor, request
-                ):
-                    return Ending.SAVED
-            if request is not None and request.command == "lend":
+                if request is None or request.command == "stop":
+                    ending = await self._stop(monitor, request)
+                    if ending is not None:
+                        return ending
+                    self._phase = Phase.WATCHING
+            if request is not None and request.command != "stop":
+                self._phase = Phase.LENDING
                 await self._lend(request)
+                self._phase = Phase.WATCHING
 
     async def _reconnect(self, session: AsyncExitStack) -> Monitor:
         """Take the monitor (back). Whoever else has it will not have it for ever.
@@ -238,45 +320,98 @@ class Watcher:
 
     async def _attend(self, monitor: Monitor) -> Request | None:
         """Serve until somebody wants the monitor (returned), or the VM is to end (None)."""
-        self._pid = monitor.peer_pid() or self._pid
+        self._take_hold(monitor)
         with monitor.listen(_EVENTS, lambda _: True) as events:
             async with _staying_at_shutdown(monitor):
-                status = (await query_state(monitor)).status
-                if not self._attended:
-                    await self._begin(monitor, status)
-                    self._attended = True
+                condition = await self._look(monitor)
+                if self._phase is Phase.CONNECTING:
+                    await self._begin(monitor, condition)
                     self._on_ready()
-                if status in _ENDED:
+                self._phase = Phase.WATCHING
+                if condition.fitness.over:
                     return None
                 async with self._pumped(monitor, events):
                     return await self._until_asked(monitor)
 
-    async def _begin(self, monitor: Monitor, status: str) -> None:
+    async def _look(self, monitor: Monitor) -> Condition:
+        """Ask for the VM's condition; remember a migration, and tell of it, once."""
+        condition = await query_condition(monitor)
+        if condition.migration.given_away and not self._given_away:
+            self._given_away = True
+            self._reporter.warning(
+                f"{self._vm.name}: the guest was migrated away, or written to a file: this "
+                "QEMU's bitmaps will not be kept; where the guest goes on, its next backup is full"
+            )
+        return condition
+
+    async def _begin(self, monitor: Monitor, condition: Condition) -> None:
         """Load what was saved and let the guest go, whatever becomes of the loading."""
+        starts = condition.fitness.load
         try:
-            if status == "prelaunch":
-                await self._load(monitor)
+            if starts:
+                await self._in_time(self._load(monitor))
             else:
-                # It has run unseen by these files, for all that we know.
-                await distrust_all(self._state)
+                # It has run unseen by these files, for all that we know, or will at any moment
+                # (a guest that comes from elsewhere is let go by QEMU).
+                await self._in_time(distrust_all(self._state))
         except MonitorLostError:
             raise
-        except Exception as err:
-            self._reporter.warning(f"{self._vm.name}: bitmaps could not be loaded: {err}")
+        except asyncio.CancelledError:
+            # Told to leave. Nobody may come after us, and the guest would wait for ever.
             await self._give_up_loading(monitor)
-        if status == "prelaunch" and self._options.resume:
-            await monitor.execute(commands.resume_guest())
+            if starts and self._options.resume:
+                with suppress(QbackupError):
+                    await monitor.execute(commands.resume_guest(), timeout_s=_TIDY_S)
+            raise
+        except Exception as err:
+            self._reporter.warning(f"{self._vm.name}: bitmaps could not be loaded: {_text(err)}")
+            await self._give_up_loading(monitor)
+        if starts and self._options.resume and not self.told_to_end:
+            try:
+                await monitor.execute(commands.resume_guest())
+            except QmpCommandError as err:
+                self._reporter.warning(f"{self._vm.name}: the guest does not start: {err.message}")
+
+    async def _in_time(self, step: Awaitable[None]) -> None:
+        """Do a step that the guest waits for; give it up at the deadline, or when told to end.
+
+        Raises:
+            QbackupError: it was given up.
+        """
+        working = asyncio.ensure_future(step)
+        ending = asyncio.ensure_future(self._end.wait())
+        try:
+            await asyncio.wait(
+                {working, ending},
+                timeout=self._options.load_timeout_s,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if working.done():
+                working.result()
+                return
+        finally:
+            ending.cancel()
+            if not working.done():
+                working.cancel()
+                # It takes back what it has put into QEMU.
+                await asyncio.wait({working}, timeout=_TIDY_S)
+        if self.told_to_end:
+            raise QbackupError("told to end before they were loaded")
+        raise QbackupError(
+            f"not done within {self._options.load_timeout_s:.0f} s",
+            hint="does the file system of the state directory, or of an image, answer?",
+        )
 
     async def _give_up_loading(self, monitor: Monitor) -> None:
         """Clean up, as far as that goes: the guest has to run all the same."""
         try:
-            await give_up_loading(monitor, self._state)
+            async with asyncio.timeout(_TIDY_S):
+                await give_up_loading(monitor, self._state)
         except MonitorLostError:
             raise
-        except (QbackupError, OSError) as err:
+        except Exception as err:
             self._reporter.warning(
-                f"{self._vm.name}: what was saved may still look trusted: {err}; "
-                f"remove the .qbm files in {self._state.path}"
+                f"{self._vm.name}: {_text(err, 'what was saved was not reached')}"
             )
 
     async def _load(self, monitor: Monitor) -> None:
@@ -303,8 +438,8 @@ class Watcher:
                     await query_state(monitor)
 
         async def notice_end() -> None:
-            if self._pid is not None:
-                await _until_exited(monitor, self._pid)
+            if self._process is not None:
+                await self._process.ended()
                 raise MonitorLostError(f"{self._vm.name}: QEMU has ended")
 
         async with task_group() as group:
@@ -319,127 +454,272 @@ class Watcher:
             if isinstance(item, Request):
                 if not item.ended.is_set():
                     return item
-            elif item is _Signal.END:
-                await monitor.execute(commands.pause_guest())
-                return None
-            elif (await query_state(monitor)).status in _ENDED:
+            elif item is _Signal.END or (await self._look(monitor)).fitness.over:
                 return None
 
     async def _lend(self, request: Request) -> None:
-        """Leave the monitor to a client until it ends; ask for it back if the VM is to end."""
+        """Leave the monitor to a client until it ends.
+
+        It is asked for it back if the VM is to end, or if it is not heard any more; if it does not
+        give it back in time, it is killed. What it leaves in QEMU, saving cleans up.
+        """
         await request.answer(ok=True)
+        loop = asyncio.get_running_loop()
         waiting = asyncio.create_task(request.ended.wait())
         getting = asyncio.create_task(self._inbox.get())
-        later: list[Request | _Signal | dict[str, Any]] = []
+        later: list[Request | _Signal | Event] = []
+        recalled_at: float | None = None
         try:
-            while not waiting.done():
-                await asyncio.wait({waiting, getting}, return_when=asyncio.FIRST_COMPLETED)
-                if not getting.done():
+            while True:
+                due = (
+                    request.heard_at + self._options.silence_s
+                    if recalled_at is None
+                    else recalled_at + self._options.recall_s
+                )
+                await asyncio.wait(
+                    {waiting, getting},
+                    timeout=max(0.0, due - loop.time()),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if getting.done():
+                    item = getting.result()
+                    later.append(item)
+                    getting = asyncio.create_task(self._inbox.get())
+                    if recalled_at is None and _needs_monitor(item):
+                        recalled_at = loop.time()
+                        await request.answer(**{"return": True})
+                elif waiting.done():
+                    return
+                elif loop.time() < due or (
+                    recalled_at is None and await self._is_heard_after_all(request)
+                ):
                     continue
-                item = getting.result()
-                getting = asyncio.create_task(self._inbox.get())
-                later.append(item)
-                if item is _Signal.END or (isinstance(item, Request) and item.command == "stop"):
-                    await request.answer(**{"return": True})
+                elif recalled_at is None:
+                    recalled_at = loop.time()
+                    why = f"nothing was heard of it for {self._options.silence_s:.0f} s"
+                    self._reporter.warning(f"{self._vm.name}: {_who(request)}: {why}")
+                    await request.answer(**{"return": True, "message": why})
+                else:
+                    await self._take_back(request)
+                    return
+        except asyncio.CancelledError:
+            if request.command == "look":
+                await self._leave_after(request)
+            raise
         finally:
             waiting.cancel()
+            if getting.done():
+                later.append(getting.result())
             getting.cancel()
-        for item in later:
-            self._inbox.put_nowait(item)
+            for item in later:
+                self._inbox.put_nowait(item)
 
-    async def _stop(self, monitor: Monitor, request: Request | None) -> bool:
-        """End the VM, tell who asked for it, and return True; False if the guest runs again.
+    async def _is_heard_after_all(self, request: Request) -> bool:
+        """Listen once more: it may be we ourselves who were stopped, with its words unread."""
+        await asyncio.sleep(self._options.silence_s / 4)
+        heard_s = asyncio.get_running_loop().time() - request.heard_at
+        return request.ended.is_set() or heard_s < self._options.silence_s
+
+    async def _take_back(self, request: Request) -> None:
+        """End a client that does not give the monitor back: QEMU serves no other meanwhile."""
+        killed = request.kill_client()
+        self._reporter.warning(
+            f"{self._vm.name}: {_who(request)} did not give the monitor back within "
+            f"{self._options.recall_s:.0f} s; {'killed' if killed else 'it cannot be killed'}"
+        )
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DEATH_S if killed else 0):
+                await request.ended.wait()
+        request.writer.close()
+
+    async def _leave_after(self, request: Request) -> None:
+        """Leave while somebody looks, who changes nothing: QEMU is not to wait for a watcher."""
+        with suppress(QbackupError, TimeoutError):
+            async with asyncio.timeout(_TIDY_S):
+                await request.ended.wait()
+                async with connected(self._vm.qmp) as monitor:
+                    await monitor.execute(commands.set_shutdown_action("poweroff"))
+
+    async def _stop(self, monitor: Monitor, request: Request | None) -> Ending | None:
+        """End the VM, tell who asked for it, and say how; None if the guest runs again.
 
         Raises:
             QbackupError: QEMU has ended, or does not end, and its bitmaps are not saved.
         """
-        self.saving = True
+        self._phase = Phase.ENDING
         try:
             if request is not None:
                 timeout_s = request.timeout_s
                 await self._power_down(
                     monitor, DEFAULT_STOP_TIMEOUT_S if timeout_s is None else timeout_s
                 )
-            ended = await self._save_and_quit(monitor)
+            ending = await self._save_and_quit(monitor)
         except QbackupError as err:
             if request is not None:
                 await request.answer(ok=False, message=err.message)
+            if isinstance(err, MonitorLostError):
+                # The guest may be paused by now. If QEMU lives, it is ended after all.
+                self._inbox.put_nowait(_Signal.END)
             raise
-        finally:
-            self.saving = False
         if request is not None:
-            await request.answer(ok=ended, message="the guest was started again")
-        return ended
+            if ending is None:
+                await request.answer(ok=False, message="the guest was started again")
+            else:
+                saved = ending is Ending.SAVED
+                await request.answer(ok=True, saved=saved, message="" if saved else self._not_kept)
+        return ending
 
-    async def _save_and_quit(self, monitor: Monitor) -> bool:
-        """Save the bitmaps of a guest that no longer runs, end QEMU, and make them count.
+    @property
+    def _not_kept(self) -> str:
+        return (
+            f"{self._vm.name}: its bitmaps are not kept, since this QEMU's images may be written "
+            "elsewhere; the next backup will be a full one"
+        )
+
+    def _tell_not_kept(self) -> None:
+        self._reporter.warning(self._not_kept)
+
+    async def _save_and_quit(self, monitor: Monitor) -> Ending | None:
+        """Pause the guest, save its bitmaps, end QEMU, and make them count.
 
         Somebody may let the guest run again meanwhile (QMP system_reset and cont). Then what
-        was saved is worth nothing, and the VM is left alone: False.
+        was saved is worth nothing, and the VM is left alone: None.
 
         Raises:
             QbackupError: QEMU ended, or does not end, and its bitmaps are not saved.
         """
         resumed = False
 
-        def note(_: dict[str, Any]) -> bool:
+        def note(_: Event) -> bool:
             nonlocal resumed
             resumed = True
             return False
 
+        await self._bring_to_rest(monitor)
         problem = None
-        saved: list[Saved] = []
-        with monitor.listen(("RESUME",), note):
-            try:
-                saved = await save_bitmaps(
-                    monitor,
-                    self._state,
-                    repository=self._repository,
-                    vm=self._vm.name,
-                    pid=self._pid,
-                    reporter=self._reporter,
+        saved = SavedVm()
+        with ExitStack() as files:
+            with monitor.listen(_GOES_ON, note):
+                condition = await self._look(monitor)
+                if self._is_worth_saving(condition):
+                    try:
+                        async with asyncio.timeout(self._options.save_timeout_s):
+                            saved = await self._save(monitor)
+                            files.callback(saved.close)
+                    except MonitorLostError:
+                        raise
+                    except Exception as err:
+                        # The VM has to end all the same; its files stay as they are, not clean.
+                        problem = f"{self._vm.name}: the bitmaps could not be saved: {_text(err)}"
+                    condition = await self._look(monitor)
+                if resumed or condition.state.running:
+                    return None
+                await self._quit(monitor)
+            if resumed:
+                problem = (
+                    f"{self._vm.name}: the guest ran again before QEMU ended; nothing is trusted"
                 )
-            except MonitorLostError:
-                raise
-            except (QbackupError, OSError) as err:
-                # The VM has to end all the same; its files stay as they are, not clean.
-                problem = f"{self._vm.name}: the bitmaps could not be saved: {err}"
-            if resumed or (await query_state(monitor)).running:
-                return False
-            await self._quit(monitor)
-        if resumed:
-            problem = f"{self._vm.name}: the guest ran again before QEMU ended; nothing is trusted"
-        if problem is not None:
-            raise QbackupError(problem, hint="the next backup will be a full one")
-        await set_clean(
+            if problem is not None:
+                raise QbackupError(problem, hint="the next backup will be a full one")
+            if not self._is_worth_saving(condition):
+                self._tell_not_kept()
+                return Ending.NOT_KEPT
+            await self._set_clean(saved)
+        return Ending.SAVED
+
+    def _is_worth_saving(self, condition: Condition) -> bool:
+        return condition.fitness.save and not self._given_away
+
+    async def _save(self, monitor: Monitor) -> SavedVm:
+        return await save_bitmaps(
+            monitor,
             self._state,
-            saved,
-            trust_block_devices=self._options.trust_block_devices,
+            repository=self._repository,
+            vm=self._vm.name,
+            pid=self._pid,
             reporter=self._reporter,
         )
-        return True
+
+    async def _set_clean(self, saved: SavedVm) -> None:
+        try:
+            async with asyncio.timeout(CLEAN_TIMEOUT_S):
+                await set_clean(
+                    self._state,
+                    saved,
+                    trust_block_devices=self._options.trust_block_devices,
+                    reporter=self._reporter,
+                )
+        except QbackupError:
+            raise
+        except Exception as err:
+            raise QbackupError(
+                f"{self._vm.name}: the bitmaps could not be saved: {_text(err)}",
+                hint="the next backup will be a full one",
+            ) from err
+
+    async def _bring_to_rest(self, monitor: Monitor) -> None:
+        """See to it that nothing writes any more: no guest, and no other QEMU that takes over."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_SETTLE_S):
+                await self._settle(monitor)
+        condition = await self._look(monitor)
+        if condition.fitness.button is Button.ASLEEP:
+            # Asleep it cannot be paused; and an alarm clock might wake it.
+            with suppress(QmpCommandError):
+                await monitor.execute(commands.wake_guest())
+        if condition.fitness.back_up and not condition.fitness.save:
+            await monitor.execute(commands.pause_guest())
+
+    async def _settle(self, monitor: Monitor) -> None:
+        """End a migration that is under way, and wait for what QEMU does not leave half-done."""
+        cancelled = False
+        while True:
+            condition = await self._look(monitor)
+            leaving = condition.migration.leaving
+            if leaving and not cancelled:
+                self._reporter.warning(f"{self._vm.name}: cancelling the migration under way")
+                await monitor.execute(commands.cancel_migration())
+                cancelled = True
+            elif not leaving and condition.fitness.button is not Button.WAIT:
+                return
+            else:
+                # There is no event for the end of either that QEMU sends unless asked to.
+                await asyncio.sleep(_SETTLE_POLL_S)
 
     async def _power_down(self, monitor: Monitor, timeout_s: float) -> None:
-        """Press the power button; a guest that does not react in time is paused.
+        """Press the power button; a guest that does not react in time will be paused.
 
-        It is pressed again now and then: a guest that is just booting does not feel it.
+        It is pressed again now and then: a guest that is just booting does not feel it. One that is
+        paused feels it as soon as somebody lets it go on.
         """
-        if not (await query_state(monitor)).running:
-            return
+        told = False
         with monitor.listen(_EVENTS, lambda _: True) as events, suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 pressed_at = -math.inf
-                while (await query_state(monitor)).status not in _ENDED:
+                while True:
+                    condition = await self._look(monitor)
+                    button, running = condition.fitness.button, condition.state.running
+                    if button is Button.POINTLESS:
+                        return
+                    if button is Button.ASLEEP:
+                        with suppress(QmpCommandError):
+                            await monitor.execute(commands.wake_guest())
+                    elif button is Button.HEARD and not running and not told:
+                        self._reporter.warning(
+                            f"{self._vm.name}: the guest is paused ({condition.state.status}) and "
+                            "feels the power button only when it is let go on (QMP cont); waiting "
+                            f"{timeout_s:.0f} s for that"
+                        )
+                        told = True
                     now = asyncio.get_running_loop().time()
-                    if now - pressed_at > _PRESS_AGAIN_S:
+                    if button is not Button.WAIT and now - pressed_at > _PRESS_AGAIN_S:
                         await monitor.execute(commands.system_powerdown())
                         pressed_at = now
                     await events.next(timeout_s=_POLL_S)
-        if (await query_state(monitor)).status not in _ENDED:
+        if (await query_condition(monitor)).fitness.button is not Button.POINTLESS:
             self._reporter.warning(
                 f"{self._vm.name}: the guest did not power off within {timeout_s:.0f} s; pausing it"
             )
-            await monitor.execute(commands.pause_guest())
 
     async def _quit(self, monitor: Monitor) -> None:
         """End QEMU and wait until its images are closed and its process is gone.
@@ -451,11 +731,24 @@ class Watcher:
             await monitor.execute(commands.end_qemu())
         try:
             async with asyncio.timeout(EXIT_TIMEOUT_S):
-                await _until_exited(monitor, self._pid)
+                await self._until_exited(monitor)
         except TimeoutError as err:
             raise QbackupError(
                 f"{self._vm.name}: QEMU does not end; its bitmaps are not trusted"
             ) from err
+
+    async def _until_exited(self, monitor: Monitor) -> None:
+        """Wait for QEMU's process; without one to look at, for the end of the connection.
+
+        QEMU closes its images before its monitors (softmmu/runstate.c, `qemu_cleanup`).
+        """
+        if self._process is not None:
+            await self._process.ended()
+            return
+        with suppress(MonitorLostError):
+            while True:
+                await query_state(monitor)
+                await asyncio.sleep(_CONNECT_RETRY_S)
 
 
 @asynccontextmanager
@@ -470,52 +763,25 @@ async def _staying_at_shutdown(monitor: Monitor) -> AsyncIterator[None]:
         yield
     except BaseException:
         with suppress(QbackupError):
-            await monitor.execute(commands.set_shutdown_action("poweroff"))
+            await monitor.execute(commands.set_shutdown_action("poweroff"), timeout_s=_TIDY_S)
         raise
 
 
-async def _until_exited(monitor: Monitor, pid: int | None) -> None:
-    """Wait for QEMU's process; without one to look at, for the end of the connection.
-
-    QEMU closes its images before its monitors (softmmu/runstate.c, `qemu_cleanup`).
-    """
-    if pid is None:
-        with suppress(MonitorLostError):
-            while True:
-                await query_state(monitor)
-                await asyncio.sleep(_CONNECT_RETRY_S)
-        return
-    with suppress(ProcessLookupError):
-        fd = os.pidfd_open(pid)
-        try:
-            await _readable(fd)
-        finally:
-            os.close(fd)
+def _needs_monitor(item: Request | _Signal | Event) -> bool:
+    return item is _Signal.END or (isinstance(item, Request) and item.command == "stop")
 
 
-def _has_exited(pid: int | None) -> bool:
-    """Tell whether a process has ended; one that is not known is taken to have."""
-    if pid is None:
-        return True
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return bool(select.select([fd], [], [], 0)[0])
-    finally:
-        os.close(fd)
+def _who(request: Request) -> str:
+    """Name a client that has the monitor."""
+    if request.client is None:
+        return "a client that has the monitor"
+    return f"process {request.client.pid} ({request.client.name}), which has the monitor,"
 
 
-def _readable(fd: int) -> Awaitable[None]:
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-
-    def ready() -> None:
-        loop.remove_reader(fd)
-        if not future.done():
-            future.set_result(None)
-
-    loop.add_reader(fd, ready)
-    future.add_done_callback(lambda _: loop.remove_reader(fd))
-    return future
+def _text(err: Exception, silent: str = "not done in time") -> str:
+    """Say what went wrong; a TimeoutError has no words of its own."""
+    if isinstance(err, QbackupError):
+        return f"{err.message}; {err.hint}" if err.hint else err.message
+    if isinstance(err, TimeoutError):
+        return silent
+    return f"{type(err).__name__}: {err}" if not isinstance(err, OSError) else str(err)

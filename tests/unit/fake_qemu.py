@@ -240,3 +240,29 @@ def block_replies(*devices: dict[str, Any], nodes: tuple[Any, ...] = ()) -> dict
     """Return the replies from which an inventory is made; `nodes` are those besides the disks'."""
     inserted = [device["inserted"] for device in devices if "inserted" in device]
     return {"query-block": list(devices), "query-named-block-nodes": [*inserted, *nodes]}
+
+
+def block_graph(*edges: tuple[Any, ...]) -> dict[str, Any]:
+    """Return a XDbgBlockGraph (QAPI block-core).
+
+    An edge is (parent, role, child, permissions, shared permissions), the last two optional; a
+    parent that is no node is (kind, name).
+    """
+    ids: dict[tuple[str, str], int] = {}
+
+    def number(what: str | tuple[str, str]) -> int:
+        key = ("block-driver", what) if isinstance(what, str) else what
+        return ids.setdefault(key, len(ids) + 1)
+
+    shown = [
+        {
+            "parent": number(parent),
+            "name": role,
+            "child": number(child),
+            "perm": list(rest[0]) if rest else [],
+            "shared-perm": list(rest[1]) if len(rest) > 1 else [],
+        }
+        for parent, role, child, *rest in edges
+    ]
+    nodes = [{"id": n, "type": kind, "name": name} for (kind, name), n in ids.items()]
+    return {"edges": shown, "nodes": nodes}

@@ -21,12 +21,16 @@ EXIT_CODES = {
     "VerificationError": 13,
     "InterruptedByUserError": 130,
     "QmpCommandError": 1,
+    "VmStateError": 1,
     "DiskError": 1,
     "JobFailedError": 1,
+    "SnapshotError": 1,
+    "WriterError": 1,
     "NoSpaceError": 1,
     "ManifestDamagedError": 1,
     "ChainBrokenError": 1,
     "BackupNotFoundError": 1,
+    "RemovalError": 1,
     "RestoreError": 1,
 }
 

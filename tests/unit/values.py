@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from qbackup.formats.configuration import Vm
+from qbackup.formats.configuration import SnapshotSettings, Vm
 from qbackup.formats.manifest import disk_file
 from qbackup.model.backup import (
     MAX_DISK_BYTES,
@@ -17,7 +17,7 @@ from qbackup.model.backup import (
     SourceImage,
     VmConfiguration,
 )
-from qbackup.model.names import bitmap_name, owner_prefix, size_guard_name
+from qbackup.model.names import backup_time, bitmap_name, owner_prefix, size_guard_name
 from qbackup.qmp.disks import Bitmap, Disk, Inventory
 
 REPOSITORY_ID = "0123456789abcdef0123456789abcdef"
@@ -65,6 +65,12 @@ def make_disk_backup(
     return replace(disk, **changes)
 
 
+def id_time(backup_id: str) -> str:
+    """Return the time of a backup that was made when its id says."""
+    moment = backup_time(backup_id)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def make_backup(
     backup_id: str = ID1,
     *,
@@ -76,7 +82,7 @@ def make_backup(
     backup = Backup(
         id=backup_id,
         vm=VM,
-        time="2026-11-23T09:00:00.123Z",
+        time=id_time(backup_id),
         chain=parent or backup_id,
         parent=parent,
         label=None,
@@ -104,7 +110,8 @@ def make_vm(qmp: Path = Path("/nowhere/qmp.sock"), **changes: Any) -> Vm:
         agent=None,
         disks=None,
         granularity_bytes=GRANULARITY,
-        engine="blockdev-backup",
+        engine="direct",
+        snapshot=SnapshotSettings(),
     )
     return replace(vm, **changes)
 
@@ -159,7 +166,7 @@ safe_names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True).f
 )
 backup_ids = st.builds(
     lambda moment, bits: f"{moment:%Y%m%d-%H%M%S}.{moment.microsecond // 1000:03}-{bits:04x}",
-    st.datetimes(min_value=datetime(1970, 1, 1)),
+    st.datetimes(min_value=datetime(1970, 1, 1), max_value=datetime(9998, 12, 31)),
     st.integers(0, 0xFFFF),
 )
 sizes = st.integers(0, MAX_DISK_BYTES)

@@ -8,6 +8,7 @@ import pytest
 
 from qbackup.actions.restore import RestoreOptions, restore
 from qbackup.catalog.choose import choose_backup
+from qbackup.catalog.history import History
 from qbackup.errors import (
     BackupNotFoundError,
     ChainBrokenError,
@@ -55,7 +56,7 @@ def local(text: str) -> str:
 async def test_a_backup_is_chosen_by_id_or_by_time(
     three: Repository, at: str | None, chosen: str
 ) -> None:
-    assert choose_backup(three, VM, at).id == chosen
+    assert choose_backup(History(three, VM), at).id == chosen
 
 
 @pytest.mark.parametrize(
@@ -72,12 +73,12 @@ async def test_a_choice_that_fits_no_backup_is_refused(
     three: Repository, at: str, error: type[QbackupError], said: str
 ) -> None:
     with pytest.raises(error, match=said):
-        choose_backup(three, VM, at)
+        choose_backup(History(three, VM), at)
 
 
 async def test_a_vm_without_backups_is_told_what_to_run(repository: Repository) -> None:
     with pytest.raises(BackupNotFoundError) as caught:
-        choose_backup(repository, VM, None)
+        choose_backup(History(repository, VM), None)
     assert caught.value.hint == f"run qbackup full {VM}"
 
 
@@ -86,8 +87,8 @@ async def test_an_older_backup_is_never_taken_in_place_of_a_damaged_one(
 ) -> None:
     (three.path / VM / ID3 / "manifest.json").write_bytes(b"")
     with pytest.raises(ManifestDamagedError, match=ID3):
-        choose_backup(three, VM, None)
-    assert choose_backup(three, VM, ID2).id == ID2
+        choose_backup(History(three, VM), None)
+    assert choose_backup(History(three, VM), ID2).id == ID2
 
 
 @pytest.mark.parametrize(("disks", "error"), [(("nope",), DiskError), ((), ChainBrokenError)])

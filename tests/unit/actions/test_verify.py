@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qbackup.actions.verify import Scope, Verified, Verifier, scope_of_chain
+from qbackup.catalog.history import History
 from qbackup.formats.manifest import backing_file
 from qbackup.formats.qcow2 import write_backing_file, write_empty_image
 from qbackup.images.hashing import hash_file
@@ -127,8 +128,8 @@ async def test_a_damaged_manifest_is_told_and_what_needs_it(
 def test_a_chain_is_verified_with_everything_that_it_needs(
     repository: Repository, chain: list[Backup]
 ) -> None:
-    assert scope_of_chain(repository, chain[2]) == Scope(vm=VM, ids=[ID1, ID2, ID3])
-    assert scope_of_chain(repository, chain[0]) == Scope(vm=VM, ids=[ID1])
+    assert scope_of_chain(History(repository, VM), chain[2]) == Scope(vm=VM, ids=[ID1, ID2, ID3])
+    assert scope_of_chain(History(repository, VM), chain[0]) == Scope(vm=VM, ids=[ID1])
 
 
 @pytest.mark.parametrize("damage", ["gone", "damaged"])
@@ -140,7 +141,7 @@ async def test_a_chain_that_is_broken_is_verified_as_far_as_it_goes(
         directory.rename(repository.path / "elsewhere")
     else:
         (directory / "manifest.json").write_bytes(b"")
-    scope = scope_of_chain(repository, chain[2])
+    scope = scope_of_chain(History(repository, VM), chain[2])
     assert ID3 in scope.ids
     found = await Verifier(repository, reporter).verify([scope])
     assert any(ID2 in problem for problem in found.problems)

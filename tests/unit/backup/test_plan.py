@@ -7,6 +7,7 @@ import pytest
 
 from qbackup.backup.judge import newest_bases
 from qbackup.backup.plan import BackupOptions, Plan, choose_disks, make_plan, readable_backups
+from qbackup.catalog.history import History
 from qbackup.errors import DiskError, NoSpaceError, RefusedError, UsageError
 from qbackup.model.backup import MAX_DISK_BYTES, Backup
 from qbackup.qmp.disks import Inventory
@@ -114,12 +115,18 @@ def test_a_vm_without_disks_is_refused() -> None:
 def plan_for(repository: Repository, reporter: RecordingReporter) -> Callable[..., Plan]:
     """Return what plans the backup of an inventory, from what is in the repository."""
 
-    def plan(inventory: Inventory, kind: str = "incremental", **options: Any) -> Plan:
+    def plan(
+        inventory: Inventory,
+        kind: str = "incremental",
+        vm: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Plan:
+        history = History(repository, VM)
         return make_plan(
             inventory,
-            newest_bases(readable_backups(repository, VM, reporter), inventory.disks),
-            vm=make_vm(),
-            repository=repository,
+            newest_bases(readable_backups(history, reporter), inventory.disks),
+            vm=make_vm(**(vm or {})),
+            history=history,
             prefix=PREFIX,
             not_loaded={},
             options=BackupOptions(kind=kind, **options),  # type: ignore[arg-type]

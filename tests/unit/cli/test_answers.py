@@ -34,7 +34,7 @@ async def test_list_prints_summaries_without_a_type_newest_last(
     for backup in reversed(backups):
         await publish(backup)
     found = await qbackup.ok("--json", "list", VM)
-    assert found.document == [backup.summary() for backup in backups]
+    assert found.document == [{**b.summary(), "protected": False} for b in backups]
     assert (await qbackup.ok("list")).stdout.splitlines()[-1].split()[1] == ID2
 
 

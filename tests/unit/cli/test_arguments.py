@@ -34,6 +34,7 @@ def test_help_tells_every_command_and_exit_code(capsys: pytest.CaptureFixture[st
     text = capsys.readouterr().out
     # Design, section 4.
     commands = ["init", "full", "incremental", "list", "show", "restore", "verify", "status"]
+    commands += ["prune", "protect", "unprotect"]
     codes = ["0 done", "1 failed", "2 usage", "3 done, but degraded", "4 refused", "10 no", "11 lo"]
     codes += ["12 QEMU", "13 verification", "130 interrupted"]
     assert [word for word in commands + codes if word not in text] == []
@@ -49,6 +50,24 @@ def test_a_backup_takes_everything_that_is_documented(name: str) -> None:
     assert (arguments.disk, arguments.exclude, arguments.label) == (["a", "b"], ["c"], "x")
     assert (arguments.speed_limit, arguments.lock_wait) == (50 * 2**20, 600)
     assert arguments.no_fallback and arguments.strict and arguments.compress
+
+
+def test_prune_takes_every_rule_and_they_need_not_be_given() -> None:
+    periods = ("last", "hourly", "daily", "weekly", "monthly", "yearly", "within")
+    assert [getattr(parse_arguments(["prune", "vm1"]), f"keep_{p}") for p in periods] == [None] * 7
+    given = [f"--keep-{period}={number}" for number, period in enumerate(periods, 1)]
+    arguments = parse_arguments(["prune", "vm1", "--dry-run", "--lock-wait", "1m", *given])
+    numbers = [getattr(arguments, f"keep_{period}") for period in periods]
+    assert numbers == [1, 2, 3, 4, 5, 6, 7]
+    assert (arguments.dry_run, arguments.lock_wait) == (True, 60)
+
+
+@pytest.mark.parametrize(
+    "argv", [["restore", "vm1", "--to", "x"], ["verify"], ["protect", "v", "i"]]
+)
+def test_readers_can_wait_for_a_prune(argv: list[str]) -> None:
+    assert parse_arguments(argv).lock_wait == 0
+    assert parse_arguments([*argv, "--lock-wait", "10m"]).lock_wait == 600
 
 
 def test_two_command_lines_do_not_share_their_lists() -> None:
@@ -86,6 +105,15 @@ def test_what_is_not_given_has_its_default() -> None:
         (["restore", "vm1"], "required: --to"),
         (["restore", "vm1", "--to", "x", "--format", "vmdk"], "invalid choice: 'vmdk'"),
         (["show", "vm1"], "required: ID"),
+        (["protect", "vm1"], "required: ID"),
+        (["prune"], "required: VM"),
+        (["prune", "vm1", "--keep-last", "0"], "'0' is not a number from 1 on"),
+        (["prune", "vm1", "--keep-daily", "-1"], "--keep-daily"),
+        (["prune", "vm1", "--keep-yearly", "1e3"], "is not a number from 1 on"),
+        (["prune", "vm1", "--keep-weekly", "9" * 5000], "is not a number from 1 on"),
+        (["prune", "vm1", "--keep-within", "0d"], "younger than nothing"),
+        (["prune", "vm1", "--keep-within", "1 month"], "is not a duration"),
+        (["prune", "vm1", "--keep", "3"], "unrecognized arguments: --keep"),
         (["-q", "-v", "list"], "not allowed with argument"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -73,7 +73,7 @@ async def test_a_vm_that_cannot_be_reached_exits_with_12(qbackup: Qbackup) -> No
 
 
 async def test_a_vm_that_goes_away_exits_with_12(qbackup: Qbackup, fake_qmp: Start) -> None:
-    fake = await fake_qmp({"query-status": RUNNING})
+    fake = await fake_qmp({"query-status": RUNNING, "query-block-exports": []})
     fake.replies["query-jobs"] = lambda _: fake.hang_up()
     check_error(await qbackup.run("--json", "full", VM), 12, "MonitorLostError")
 
@@ -86,6 +86,7 @@ async def test_a_refused_fallback_exits_with_4(
         {
             **block_replies(block_device(block_node("system"))),
             "query-status": RUNNING,
+            "query-block-exports": [],
             "query-jobs": [],
             "query-fdsets": [],
         }
@@ -194,7 +195,9 @@ async def test_control_characters_in_an_error_are_made_printable(
 ) -> None:
     # What QEMU says may come from the guest or from a hostile image's names.
     name = "\x1b]0;title\x07"
-    fake = await fake_qmp({"query-status": RUNNING, "query-jobs": [], "query-fdsets": []})
+    fake = await fake_qmp(
+        {"query-status": RUNNING, "query-jobs": [], "query-fdsets": [], "query-block-exports": []}
+    )
     fake.replies |= block_replies(
         block_device(block_node("system")), block_device(None, device=name)
     )

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from qbackup.errors import ConfigurationError, UsageError
 from qbackup.formats.configuration import (
     Configuration,
+    SnapshotSettings,
     Vm,
     example_configuration,
     parse_configuration,
 )
+from qbackup.model.retention import Rules
 
 PATH = Path("/etc/qbackup/config.toml")
 TOP = 'repository = "/srv/backups"\nstate = "/var/lib/qbackup"\n'
@@ -40,7 +42,8 @@ def test_the_smallest_configuration_has_the_defaults() -> None:
             agent=None,
             disks=None,
             granularity_bytes=65536,
-            engine="blockdev-backup",
+            engine="snapshot",
+            snapshot=SnapshotSettings(),
         )
     }
 
@@ -55,6 +58,70 @@ def test_every_key_is_read() -> None:
     assert vm.agent == Path("/run/vm1/qga.sock")
     assert vm.disks == ("system", "data")
     assert (vm.granularity_bytes, vm.engine) == (4096, "drive-backup")
+
+
+KEEP = 'last = 1\nhourly = 2\ndaily = 3\nweekly = 4\nmonthly = 5\nyearly = 6\nwithin = "30d"\n'
+
+
+@pytest.mark.parametrize("table", ["keep", "vm.vm1.keep"])
+def test_every_rule_of_retention_is_read(table: str) -> None:
+    assert parse(f"{TABLE}[{table}]\n{KEEP}").rules("vm1") == Rules(
+        last=1, hourly=2, daily=3, weekly=4, monthly=5, yearly=6, within_s=30 * 86400
+    )
+
+
+def test_a_vms_rules_replace_the_global_ones_whole() -> None:
+    found = parse(f"{TABLE}[keep]\n{KEEP}[vm.vm1.keep]\ndaily = 9\n[vm.vm2]\nqmp = 'x'\n")
+    assert found.rules("vm1") == Rules(daily=9)
+    assert found.rules("vm2") == found.rules("a VM that is not in the file") == found.keep
+    assert not parse(f"{TABLE}[keep]\n{KEEP}[vm.vm1.keep]\n").rules("vm1").are_given
+    assert not parse(TABLE).rules("vm1").are_given
+
+
+@pytest.mark.parametrize("table", ["keep", "vm.vm1.keep"])
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("last = 0", "{table}.last: 0 is not allowed"),
+        ("daily = -1", "{table}.daily: -1 is not allowed"),
+        ("daily = true", "{table}.daily: True is not allowed"),
+        ("daily = 1.0", "{table}.daily: 1.0 is not allowed"),
+        ("daily = '7'", "{table}.daily: '7' is not allowed"),
+        ("weekly = 1000000000", "{table}.weekly: 1000000000 is not allowed"),
+        ("within = 30", "{table}.within: 30 is not allowed"),
+        ("within = '30 moons'", "{table}.within: '30 moons' is not a duration"),
+        ("within = '0d'", "{table}.within: '0d' would keep nothing"),
+        ("within = ''", "{table}.within: '' is not allowed"),
+        ("keep-daily = 7", "unknown key {table}.keep-daily"),
+        ("days = 7", "unknown key {table}.days"),
+    ],
+)
+def test_a_rule_that_makes_no_sense_is_told_with_its_table(
+    table: str, line: str, said: str
+) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse(f"{TABLE}[{table}]\n{line}\n")
+    assert caught.value.message.startswith(f"{PATH}: {said.format(table=table)}")
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("text", [f"keep = 7\n{TABLE}", with_key("keep = 7")])
+def test_rules_are_a_table(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="keep: 7 is not allowed") as caught:
+        parse(text)
+    assert "[keep]" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("word", ["direct", "blockdev-backup"])
+def test_the_direct_engine_has_an_older_name(word: str) -> None:
+    assert parse(with_key(f'engine = "{word}"')).vm("vm1").engine == "direct"
+
+
+def test_the_snapshot_is_configured_for_all_vms() -> None:
+    vm = parse(f'scratch = "tmp"\nscratch_limit = "20G"\nstall_timeout = "2m"\n{TABLE}').vm("vm1")
+    assert vm.snapshot == SnapshotSettings(
+        scratch=PATH.parent / "tmp", scratch_limit_bytes=20 * 1024**3, stall_timeout_s=120
+    )
 
 
 def test_relative_paths_are_relative_to_the_file() -> None:
@@ -142,8 +209,13 @@ MISTAKES = {
     "engine unknown": (
         with_key('engine = "rsync"'),
         ["vm.vm1.engine"],
-        ["blockdev-backup", "drive-backup"],
+        ["snapshot", "direct", "drive-backup"],
     ),
+    "scratch limit zero": (f"scratch_limit = 0\n{TABLE}", ["scratch_limit"], ["20G"]),
+    "scratch limit no size": (f'scratch_limit = "much"\n{TABLE}', ["scratch_limit"], ["20G"]),
+    "stall timeout short": (f"stall_timeout = 0.5\n{TABLE}", ["stall_timeout"], ["5m"]),
+    "stall timeout no number": (f"stall_timeout = nan\n{TABLE}", ["stall_timeout"], ["5m"]),
+    "stall timeout no time": (f'stall_timeout = "ages"\n{TABLE}', ["stall_timeout"], ["5m"]),
     "numbers without end": (f"repository = {'1' * 5000}", ["not TOML"], []),
     "nested without end": (f"repository = {'[' * 100_000}", ["not TOML"], []),
 } | {

@@ -1,7 +1,7 @@
 """The manifest: what is written is read back, and nothing else is accepted."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -58,6 +58,24 @@ def test_every_backup_is_read_back_as_it_was(backup: Backup) -> None:
     data = encode_manifest(backup, repository_id=REPOSITORY_ID)
     found = decode_manifest(data, repository_id=REPOSITORY_ID, vm=backup.vm, backup_id=backup.id)
     assert found == backup
+
+
+def test_a_manifest_holds_no_secret_wherever_its_values_come_from() -> None:
+    backup = make_backup()
+    configuration = replace(
+        backup.vm_configuration, command_line=["qemu", "-object", "secret,id=s,data=hunter2"]
+    )
+    source = replace(backup.disks[0].source, filename="ssh://me:hunter2@host/a")
+    data = encode_manifest(
+        replace(
+            backup,
+            vm_configuration=configuration,
+            disks=[replace(backup.disks[0], source=source), *backup.disks[1:]],
+        ),
+        repository_id=REPOSITORY_ID,
+    )
+    assert b"hunter2" not in data
+    assert b"data=REDACTED" in data and b"ssh://me:REDACTED@host/a" in data
 
 
 def test_every_flipped_bit_is_detected_or_changes_nothing() -> None:

@@ -1,6 +1,7 @@
-"""The lock: one run per VM, and it dies with its holder."""
+"""The locks: who may use a VM's backups together, and that they die with their holders."""
 
 import asyncio
+import itertools
 import os
 import signal
 import sys
@@ -14,17 +15,17 @@ from threading import Event
 import pytest
 
 from qbackup.errors import LockedError
-from qbackup.host.lock import is_locked, locked
+from qbackup.host.lock import is_locked, locked, locked_alone, locked_for_reading
 
 from ..conftest import Clock
 
 HOLD = """
 import asyncio, sys
 from pathlib import Path
-from qbackup.host.lock import locked
+from qbackup.host import lock
 
 async def main():
-    async with locked(Path(sys.argv[1]), vm="vm1", wait_s=0):
+    async with getattr(lock, sys.argv[2])(Path(sys.argv[1]), vm="vm1", wait_s=0):
         print("held", flush=True)
         await asyncio.to_thread(sys.stdin.read)
 
@@ -33,13 +34,13 @@ asyncio.run(main())
 
 
 @pytest.fixture
-async def hold(tmp_path: Path) -> AsyncIterator[Callable[[], Awaitable[Process]]]:
-    """Return what starts a process that holds the lock in `tmp_path`."""
+async def hold(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Process]]]:
+    """Return what starts a process that holds a lock in `tmp_path`."""
     async with AsyncExitStack() as stack:
 
-        async def start() -> Process:
+        async def start(kind: str = "locked") -> Process:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-c", HOLD, str(tmp_path), stdin=PIPE, stdout=PIPE
+                *(sys.executable, "-c", HOLD, str(tmp_path), kind), stdin=PIPE, stdout=PIPE
             )
             stack.push_async_callback(_end, process)
             assert process.stdout is not None
@@ -187,3 +188,108 @@ async def test_the_lock_file_is_not_followed_elsewhere(tmp_path: Path) -> None:
             pass
     assert victim.read_text() == "precious"
     assert os.path.getsize(victim) > 0  # noqa: PTH202 - not emptied either
+
+
+KINDS = {"locked": locked, "locked_alone": locked_alone, "locked_for_reading": locked_for_reading}
+TOGETHER = {
+    ("locked", "locked_for_reading"),
+    ("locked_for_reading", "locked"),
+    ("locked_for_reading", "locked_for_reading"),
+}
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(KINDS, KINDS)))
+async def test_who_may_be_there_together(
+    tmp_path: Path, hold: Callable[..., Awaitable[Process]], first: str, second: str
+) -> None:
+    holder = await hold(first)
+    entered = False
+    try:
+        async with KINDS[second](tmp_path, vm="vm1", wait_s=0):
+            entered = True
+    except LockedError as err:
+        who = "a restore or verify" if first == "locked_for_reading" else f"process {holder.pid}"
+        assert f"another qbackup ({who})" in err.message
+    assert entered == ((first, second) in TOGETHER)
+    # The one who was refused, or was there and left, has taken nothing from the first.
+    assert is_locked(tmp_path) == (first == "locked")
+    holder.kill()
+    await holder.wait()
+    async with locked_alone(tmp_path, vm="vm1", wait_s=0):
+        pass
+
+
+async def test_many_readers_are_there_together_and_the_last_one_ends_it(
+    tmp_path: Path, hold: Callable[..., Awaitable[Process]]
+) -> None:
+    readers = [await hold("locked_for_reading") for _ in range(3)]
+    for reader in readers:
+        with pytest.raises(LockedError):
+            async with locked_alone(tmp_path, vm="vm1", wait_s=0):
+                raise AssertionError("backups are removed while they are read")
+        reader.kill()
+        await reader.wait()
+    async with locked_alone(tmp_path, vm="vm1", wait_s=0):
+        pass
+
+
+async def test_who_waits_to_be_alone_keeps_nobody_out(
+    tmp_path: Path, hold: Callable[..., Awaitable[Process]]
+) -> None:
+    reader = await hold("locked_for_reading")
+    waiting = asyncio.create_task(_enter_alone(tmp_path))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    async with (
+        locked(tmp_path, vm="vm1", wait_s=0),
+        locked_for_reading(tmp_path, vm="vm1", wait_s=0),
+    ):
+        reader.kill()
+        await reader.wait()
+    await waiting
+
+
+async def _enter_alone(directory: Path) -> None:
+    async with locked_alone(directory, vm="vm1", wait_s=600):
+        pass
+
+
+async def test_a_reader_needs_no_right_to_write(tmp_path: Path) -> None:
+    async with locked(tmp_path, vm="vm1", wait_s=0):
+        pass
+    before = (tmp_path / ".lock").stat()
+    async with locked_for_reading(tmp_path, vm="vm1", wait_s=0):
+        with pytest.raises(LockedError):
+            async with locked_alone(tmp_path, vm="vm1", wait_s=0):
+                raise AssertionError("backups are removed while they are read")
+    after = (tmp_path / ".lock").stat()
+    assert (after.st_mtime_ns, after.st_size) == (before.st_mtime_ns, before.st_size)
+
+
+async def test_a_reader_makes_a_lock_file_that_is_missing_for_the_owner_of_the_directory(
+    tmp_path: Path,
+) -> None:
+    os.chown(tmp_path, 12345, 12345)
+    async with locked_for_reading(tmp_path, vm="vm1", wait_s=0):
+        with pytest.raises(LockedError):
+            async with locked_alone(tmp_path, vm="vm1", wait_s=0):
+                raise AssertionError("backups are removed while they are read")
+    facts = (tmp_path / ".lock").stat()
+    assert (facts.st_uid, facts.st_mode & 0o777) == (12345, 0o600)
+
+
+@pytest.mark.parametrize("there", ["a link", "a directory", "a fifo", "nothing at all"])
+async def test_what_cannot_be_locked_can_still_be_read(tmp_path: Path, there: str) -> None:
+    directory = tmp_path / "vm1"
+    if there != "nothing at all":
+        directory.mkdir()
+    if there == "a link":
+        (directory / ".lock").symlink_to("elsewhere")
+    elif there == "a directory":
+        (directory / ".lock").mkdir()
+    elif there == "a fifo":
+        os.mkfifo(directory / ".lock")
+    entered = False
+    async with locked_for_reading(directory, vm="vm1", wait_s=0):
+        entered = True
+    assert entered and not (directory / "elsewhere").exists()

@@ -2,11 +2,12 @@
 
 import os
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from qbackup.host.sockets import tcp_listener, unix_listener
+from qbackup.host.sockets import connect_unix, has_client, peer_pid, tcp_listener, unix_listener
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,28 @@ def test_a_listener_on_our_port_is_not_taken_for_that_of_another_host() -> None:
 def test_nobody_listens_on_a_name_that_is_none(tmp_path: Path) -> None:
     assert unix_listener(tmp_path / "none") is None
     assert tcp_listener("no such host.invalid", 1) is None
+
+
+def test_only_who_was_accepted_is_a_client(tmp_path: Path) -> None:
+    path = tmp_path / "sock"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        assert not has_client(path)
+        with connect_unix(path) as waiting:
+            assert peer_pid(waiting) == os.getpid()
+            assert not has_client(path)
+            accepted, _ = server.accept()
+            with accepted:
+                assert has_client(path)
+        assert not has_client(tmp_path / "other")
+
+
+def test_a_queue_that_is_full_is_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "sock"
+    with socket.socket(socket.AF_UNIX) as server, ExitStack() as waiting:
+        server.bind(str(path))
+        server.listen(0)
+        with pytest.raises(BlockingIOError):
+            for _ in range(3):
+                waiting.enter_context(connect_unix(path))

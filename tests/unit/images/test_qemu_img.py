@@ -47,8 +47,9 @@ async def run(
 ) -> None:
     """Convert an image, keeping the fractions in `seen`."""
     await convert(
-        source,
+        [source],
         target,
+        virtual_size_bytes=2**20,
         target_format=target_format,
         target_exists=target_exists,
         on_fraction=(seen if seen is not None else []).append,
@@ -141,8 +142,9 @@ async def test_cancelling_ends_qemu_img(tmp_path: Path, install: Install) -> Non
 
     running = asyncio.create_task(
         convert(
-            tmp_path / "a",
+            [tmp_path / "a"],
             tmp_path / "b",
+            virtual_size_bytes=2**20,
             target_format="raw",
             target_exists=False,
             on_fraction=on_fraction,
@@ -166,8 +168,9 @@ async def test_a_failure_of_the_listener_is_its_own(tmp_path: Path) -> None:
 
     with pytest.raises(BrokenPipeError):
         await convert(
-            make_image(tmp_path / "a.qcow2"),
+            [make_image(tmp_path / "a.qcow2")],
             tmp_path / "b",
+            virtual_size_bytes=2**20,
             target_format="raw",
             target_exists=False,
             on_fraction=fail,

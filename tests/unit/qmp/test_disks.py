@@ -105,6 +105,16 @@ async def test_drives_without_a_name_are_left_out_all_the_same(inventory_of: Ask
     assert found.left_out == {"unnamed drive": "empty", "/images/a.raw": "read-only"}
 
 
+async def test_the_name_of_an_image_is_told_without_its_secrets(inventory_of: Ask) -> None:
+    remote = block_node("system")
+    remote["image"]["filename"] = "https://me:hunter2@host/a?token=hunter2"
+    unnamed = block_node(AUTOMATIC, ro=True)
+    unnamed["image"]["filename"] = "iscsi://me%hunter2@host/iqn/0"
+    found = await inventory_of(block_device(remote), block_device(unnamed, qdev=ANONYMOUS))
+    assert found.disks[0].source.filename == "https://me:REDACTED@host/a?REDACTED"
+    assert found.left_out == {"iscsi://me%REDACTED@host/iqn/0": "read-only"}
+
+
 async def test_two_disks_of_one_name_are_refused(inventory_of: Ask) -> None:
     with pytest.raises(DiskError, match="two disks are named 'disk0'") as caught:
         await inventory_of(
@@ -137,7 +147,9 @@ async def test_every_image_that_a_disk_is_made_of_is_named(inventory_of: Ask) ->
     base["format-specific"] = {"type": "qcow2", "data": {"data-file": "/base.raw"}}
     image = {"filename": "/top.qcow2", "virtual-size": 1024, "backing-image": base}
     found = await inventory_of(block_device({**block_node("system"), "image": image}))
-    assert found.disks[0].images == ("/top.qcow2", "/base.qcow2", "/base.raw")
+    files = found.disks[0].files
+    assert files is not None
+    assert [file.name for file in files] == ["/top.qcow2", "/base.qcow2", "/base.raw"]
 
 
 async def test_bitmaps_are_those_of_the_disk_s_own_node(inventory_of: Ask) -> None:

@@ -34,10 +34,13 @@ async def test_only_jobs_of_the_prefix_are_ours(monitor_of: MonitorOf) -> None:
         }
     )
     assert await jobs.query_jobs(monitor, prefix="ours-") == [
-        JobState(job="ours-0", concluded=False, done_bytes=10, total_bytes=100, error=None),
+        JobState(
+            job="ours-0", concluded=False, running=True, done_bytes=10, total_bytes=100, error=None
+        ),
         JobState(
             job="ours-1",
             concluded=True,
+            running=False,
             done_bytes=10,
             total_bytes=100,
             error="No space left on device",

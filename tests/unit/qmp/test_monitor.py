@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ import pytest
 
 from qbackup.errors import MonitorBusyError, MonitorError, MonitorLostError, QmpCommandError
 from qbackup.qmp import commands
+from qbackup.qmp.commands import Query
 from qbackup.qmp.monitor import (
     COMMAND_TIMEOUT_S,
     CONNECT_TIMEOUT_S,
+    Event,
     Monitor,
     address_text,
     connected,
+    looking,
 )
 from qbackup.qmp.vm import VmState
 
@@ -50,6 +54,15 @@ async def test_an_error_reply_is_told_with_what_qemu_said(monitor_of: MonitorOf)
     # The connection is as good as before.
     with pytest.raises(QmpCommandError):
         await monitor.execute(commands.job_cancel("job0"))
+
+
+async def test_an_error_reply_is_told_without_the_secrets_in_it(monitor_of: MonitorOf) -> None:
+    said = "Could not open 'https://me:hunter2@host/a': Permission denied"
+    monitor, _ = await monitor_of({"job-cancel": Refusal(description=said)})
+    with pytest.raises(QmpCommandError) as caught:
+        await monitor.execute(commands.job_cancel("job0"))
+    assert "hunter2" not in f"{caught.value.message} {caught.value.description}"
+    assert "me:REDACTED@host/a': Permission denied" in caught.value.message
 
 
 async def test_no_socket_is_told_with_a_hint(tmp_path: Path) -> None:
@@ -124,6 +137,44 @@ async def test_what_is_not_qmp_at_all_is_told(fake_qmp: Start, greeting: bytes) 
         async with connected(fake.path):
             pass
     assert caught.value.hint is not None and "-qmp" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("greeting", "told", "hint"),
+    [
+        (b"{\r\n", "in many lines", "in place of -qmp-pretty"),
+        (b"QEMU 7.2.22 monitor - type 'help' for more\r\n(qemu) ", "for people", "-qmp"),
+    ],
+)
+async def test_qemus_other_monitors_are_told_apart(
+    fake_qmp: Start, greeting: bytes, told: str, hint: str
+) -> None:
+    fake = await fake_qmp(greeting=greeting)
+    with pytest.raises(MonitorError, match=told) as caught:
+        async with connected(fake.path):
+            pass
+    assert caught.value.hint is not None and hint in caught.value.hint
+
+
+async def test_a_qemu_that_hangs_is_not_blamed_on_another_client(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "qmp.sock"))
+        server.listen()
+        with pytest.raises(MonitorBusyError, match="nobody else has it"):
+            async with connected(tmp_path / "qmp.sock", timeout_s=0.05):
+                pass
+
+
+async def test_who_looks_can_do_nothing_else(fake_qmp: Start) -> None:
+    fake = await fake_qmp({"query-status": {"status": "shutdown", "running": False}})
+    async with looking(fake.path) as looker:
+        assert not isinstance(looker, Monitor)
+        assert not hasattr(looker, "execute") and not hasattr(looker, "send_descriptor")
+        assert (await looker.query(commands.query("status"), dict))["status"] == "shutdown"
+    assert [m["execute"] for m in fake.received] == ["qmp_capabilities", "query-status"]
+    for name in ("quit", "set-action", "job-cancel", "qom-set", "human-monitor-command"):
+        with pytest.raises(ValueError, match="more than look"):
+            Query(name=name)
 
 
 @pytest.mark.parametrize("reply", [HangUp(), Refusal(description="no"), Raw(b"no\n")])
@@ -226,11 +277,11 @@ async def test_only_events_of_interest_are_heard_in_their_order(
     monitor_of: MonitorOf, clock: Clock
 ) -> None:
     monitor, fake = await monitor_of({"query-status": {}})
-    with monitor.listen(("A", "B"), lambda data: data.get("id") == "ours") as events:
+    with monitor.listen(("A", "B"), lambda event: event.subject == "ours") as events:
         for name, owner in (("A", "ours"), ("A", "other"), ("C", "ours"), ("B", "ours")):
             fake.emit(name, id=owner)
         heard = [await events.next(timeout_s=60) for _ in range(2)]
-        assert heard == [{"event": "A", "id": "ours"}, {"event": "B", "id": "ours"}]
+        assert heard == [Event(name="A", subject="ours"), Event(name="B", subject="ours")]
         waiting = asyncio.create_task(events.next(timeout_s=60))
         await monitor.execute(STATUS)  # everything that was sent has been looked at
         assert not waiting.done()

@@ -25,7 +25,7 @@ def attach(null: int) -> Attach:
     """Return what attaches /dev/null, raises an error if given one, and tells the target's name."""
 
     async def run(
-        monitor: Monitor, *, engine: Engine = "blockdev-backup", error: Exception | None = None
+        monitor: Monitor, *, engine: Engine = "direct", error: Exception | None = None
     ) -> str:
         async with attached(
             monitor, fd=null, path=Path("/dev/null"), node="ours-t0", engine=engine

@@ -9,7 +9,14 @@ import pytest
 from qbackup.errors import MonitorError
 from qbackup.formats.manifest import decode_manifest, encode_manifest
 from qbackup.qmp.monitor import Monitor
-from qbackup.qmp.vm import query_configuration, query_state, query_version
+from qbackup.qmp.vm import (
+    Migration,
+    query_condition,
+    query_configuration,
+    query_migration,
+    query_state,
+    query_version,
+)
 
 from ..fake_qemu import FakeQmp, Refusal
 from ..values import ID1, REPOSITORY_ID, VM, make_backup
@@ -69,3 +76,49 @@ async def test_version_and_state_are_read(monitor_of: MonitorOf) -> None:
     assert await query_version(monitor) == (10, 0, 13)
     state = await query_state(monitor)
     assert (state.status, state.running) == ("prelaunch", False)
+
+
+REAL = {"downtime": 3, "total-time": 23, "setup-time": 1, "ram": {"precopy-bytes": 803954}}
+NO_TIME = {"downtime": 0, "total-time": 0, "setup-time": 0, "ram": {"precopy-bytes": 0}}
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ({}, Migration()),
+        (Refusal(description="no such command"), Migration()),
+        ({"status": "setup"}, Migration(leaving=True)),
+        ({"status": "active", "total-time": 9, "expected-downtime": 300}, Migration(leaving=True)),
+        ({"status": "postcopy-active"}, Migration(leaving=True)),
+        ({"status": "what a later QEMU invents"}, Migration(leaving=True)),
+        ({"status": "cancelled"}, Migration()),
+        ({"status": "failed", "error-desc": "no"}, Migration()),
+        ({"status": "completed", **REAL}, Migration(given_away=True)),
+        # A guest without memory passes no bytes, but it takes time.
+        ({"status": "completed", **NO_TIME, "total-time": 2}, Migration(given_away=True)),
+        # savevm, as QEMU 7.2 shows it
+        ({"status": "completed", **NO_TIME}, Migration()),
+        # a guest that came, and one that came and left again
+        ({"status": "completed"}, Migration(came=True)),
+        ({"status": "completed", **REAL, "socket-address": []}, Migration(given_away=True)),
+    ],
+)
+async def test_what_is_known_of_migrations_is_read(
+    monitor_of: MonitorOf, reply: object, expected: Migration
+) -> None:
+    monitor, _ = await monitor_of({"query-migrate": reply})
+    assert await query_migration(monitor) == expected
+
+
+async def test_a_vm_that_was_let_go_on_after_a_migration_is_saved_never_again(
+    monitor_of: MonitorOf,
+) -> None:
+    monitor, _ = await monitor_of(
+        {
+            "query-migrate": {"status": "completed", **REAL},
+            "query-status": {"status": "shutdown", "running": False},
+        }
+    )
+    condition = await query_condition(monitor)
+    assert condition.fitness.over and not condition.fitness.save
+    assert condition.migration.images_passed

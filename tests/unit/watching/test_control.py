@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,22 @@ from typing import Any
 import pytest
 
 from qbackup.errors import MonitorError, MonitorLostError, QbackupError
-from qbackup.watching.control import Request, borrowed_monitor, listening, request_stop
+from qbackup.qmp.vm import query_state
+from qbackup.watching.control import (
+    Request,
+    Stopped,
+    borrowed_monitor,
+    listening,
+    request_stop,
+    vm_looker,
+    vm_monitor,
+)
 
-TIMEOUT_S = 10.0
+from ..fake_qemu import FakeQmp
+from ..values import make_vm
+
+StartQmp = Callable[..., Awaitable[FakeQmp]]
+TIMEOUT_S = 30.0
 
 
 @asynccontextmanager
@@ -95,11 +108,104 @@ async def test_a_borrower_is_told_that_the_monitor_is_needed(tmp_path: Path) -> 
 async def test_a_borrower_goes_on_when_the_watcher_dies(tmp_path: Path) -> None:
     async with server(tmp_path) as (socket, inbox):
         granting = asyncio.create_task(lend_one(inbox))
-        async with borrowed_monitor(socket, vm="vm1"):
-            request = await granting
-            request.writer.close()
-            await request.ended.wait()
-            await asyncio.sleep(0.01)
+        went_on = False
+        async with borrowed_monitor(socket, vm="vm1") as abandoned:
+            assert abandoned is not None and not abandoned.is_set()
+            (await granting).writer.close()
+            # It is told, and not cancelled: whatever it does next, it can do.
+            await abandoned.wait()
+            await asyncio.sleep(0)
+            task = asyncio.current_task()
+            assert task is not None and not task.cancelling()
+            went_on = True
+        assert went_on
+
+
+async def test_a_borrower_is_told_why_it_is_recalled(tmp_path: Path) -> None:
+    async with server(tmp_path) as (socket, inbox):
+        granting = asyncio.create_task(lend_one(inbox))
+        with pytest.raises(MonitorLostError, match="nothing was heard of it"):
+            async with borrowed_monitor(socket, vm="vm1"):
+                request = await granting
+                await request.answer(**{"return": True, "message": "nothing was heard of it"})
+                await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("status", ["running", "shutdown", "paused"])
+async def test_a_worker_whose_watcher_died_lets_a_vm_that_is_off_end(
+    tmp_path: Path, fake_qmp: StartQmp, status: str
+) -> None:
+    fake = await fake_qmp(off_replies(status))
+    vm = make_vm(qmp=fake.path)
+    async with server(tmp_path) as (socket, inbox):
+        granting = asyncio.create_task(lend_one(inbox))
+        async with vm_monitor(vm, socket):
+            socket.unlink()  # the watcher has died
+            (await granting).writer.close()
+            await (await granting).ended.wait()
+            await asyncio.sleep(0.05)
+    assert fake.commands("set-action") == [{"shutdown": "poweroff"}]
+    assert len(fake.commands("quit")) == (1 if status == "shutdown" else 0)
+
+
+async def test_a_worker_leaves_a_vm_that_is_off_to_the_next_watcher(
+    tmp_path: Path, fake_qmp: StartQmp
+) -> None:
+    fake = await fake_qmp(off_replies("shutdown"))
+    async with server(tmp_path) as (socket, inbox):
+        granting = asyncio.create_task(lend_one(inbox))
+        async with vm_monitor(make_vm(qmp=fake.path), socket):
+            (await granting).writer.close()  # but another one listens there by now
+            await (await granting).ended.wait()
+            await asyncio.sleep(0.05)
+    assert fake.commands("quit") == [] and fake.commands("set-action") == []
+
+
+async def test_who_looks_changes_nothing_although_the_watcher_dies(
+    tmp_path: Path, fake_qmp: StartQmp
+) -> None:
+    fake = await fake_qmp(off_replies("shutdown"))
+    async with server(tmp_path) as (socket, inbox):
+        granting = asyncio.create_task(lend_one(inbox))
+        async with vm_looker(make_vm(qmp=fake.path), socket) as looker:
+            assert (await granting).command == "look"
+            socket.unlink()
+            (await granting).writer.close()
+            await (await granting).ended.wait()
+            await asyncio.sleep(0.05)
+            assert (await query_state(looker)).status == "shutdown"
+    changes = {m["execute"] for m in fake.received} - {"qmp_capabilities", "query-status"}
+    assert changes == set()
+
+
+async def test_many_who_connect_and_say_nothing_disturb_nobody_for_long(tmp_path: Path) -> None:
+    async with server(tmp_path) as (socket, inbox):
+        silent = [await asyncio.open_unix_connection(str(socket)) for _ in range(100)]
+        # Those that are too many are turned away at once, the others after some seconds.
+        turned_away = [reader for reader, _ in silent if await at_its_end(reader)]
+        assert len(turned_away) >= 60
+        for reader, writer in silent:
+            writer.close()
+            await reader.read()
+        granting = asyncio.create_task(lend_one(inbox))
+        async with borrowed_monitor(socket, vm="vm1") as borrowed:
+            assert borrowed
+        await granting
+
+
+async def at_its_end(reader: asyncio.StreamReader) -> bool:
+    """Tell whether a connection ends within a moment."""
+    try:
+        async with asyncio.timeout(0.05):
+            return await reader.read() == b""
+    except TimeoutError:
+        return False
+
+
+def off_replies(status: str) -> dict[str, Any]:
+    """Return what a QEMU in some state answers."""
+    state = {"status": status, "running": status == "running"}
+    return {"query-status": state, "set-action": {}, "quit": {}}
 
 
 async def test_an_interrupted_borrower_is_interrupted_not_recalled(tmp_path: Path) -> None:
@@ -127,7 +233,14 @@ async def test_a_stop_waits_for_its_answer(tmp_path: Path) -> None:
         assert (request.command, request.timeout_s) == ("stop", 7)
         assert not stopping.done()
         await request.answer(ok=True)
-        assert await stopping
+        assert await stopping == Stopped(saved=True, message="")
+
+
+async def test_a_stop_after_which_nothing_is_saved_says_so(tmp_path: Path) -> None:
+    async with server(tmp_path) as (socket, inbox):
+        stopping = asyncio.create_task(request_stop(socket, timeout_s=7, margin_s=1))
+        await (await inbox.get()).answer(ok=True, saved=False, message="migrated")
+        assert await stopping == Stopped(saved=False, message="migrated")
 
 
 async def test_a_stop_that_fails_says_why(tmp_path: Path) -> None:
@@ -170,13 +283,22 @@ async def test_nonsense_is_no_request_and_disturbs_nobody(tmp_path: Path, line: 
         await granting
 
 
-@pytest.mark.parametrize("timeout", ["null", '"5"', "-1", "NaN", "Infinity", "1e300", "true"])
-async def test_a_timeout_that_makes_no_sense_is_the_default(tmp_path: Path, timeout: str) -> None:
+@pytest.mark.parametrize(
+    ("timeout", "expected"),
+    [
+        ("null", None), ('"5"', None), ("-1", None), ("NaN", None), ("Infinity", None),
+        ("1e300", None), ("1" * 400, None), ("true", None), ("false", None), ("[5]", None),
+        ("604801", None), ("0", 0.0), ("2.5", 2.5), ("604800", 604800.0),
+    ],
+)  # fmt: skip
+async def test_a_timeout_that_makes_no_sense_is_the_default(
+    tmp_path: Path, timeout: str, expected: float | None
+) -> None:
     async with server(tmp_path) as (socket, inbox):
         _, writer = await asyncio.open_unix_connection(str(socket))
         writer.write(f'{{"command": "stop", "timeout_s": {timeout}}}\n'.encode())
         request = await inbox.get()
-        assert request.timeout_s is None or 0 <= request.timeout_s < 10**6
+        assert request.timeout_s == expected
         writer.close()
 
 

@@ -1,0 +1,83 @@
+"""How the bytes of an instant get into the repository: one module for each way.
+
+    snapshot   QEMU keeps the instant on local scratch; a process of our own reads it and writes
+    direct     QEMU's jobs write the images (`blockdev-backup`, `drive-backup`)
+
+An engine is given what is to be done (`Work`) and how to reach the disks, in its own constructor: a
+monitor, or whatever another source of disks needs. What it yields is the same for all of them.
+"""
+
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal, Protocol
+
+from qbackup.backup.plan import BackupOptions, Plan
+from qbackup.formats.configuration import Vm
+from qbackup.model.backup import Backup, Consistency, DiskBackup
+from qbackup.model.progress import Reporter
+from qbackup.repository.repository import Repository
+
+Existence = Literal["no", "yes", "unknown"]
+"""Whether a backup exists: "unknown" if it was lost sight of while it was published."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What is to be backed up, and where to; `prefix` marks what we leave in QEMU."""
+
+    vm: Vm
+    plan: Plan
+    options: BackupOptions
+    prefix: str
+    backup_id: str
+    repository: Repository
+    reporter: Reporter
+
+    def speed_bytes_per_s(self, running: int) -> int:
+        """Return each running copy's share of the speed limit (0: no limit)."""
+        limit = self.options.speed_limit_bytes_per_s
+        return max(1, limit // running) if limit else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copied:
+    """The images of one instant, complete, synced and hashed, but not yet a backup."""
+
+    disks: list[DiskBackup]
+    consistency: Consistency
+    freeze_failed: bool
+    instant: datetime
+    """What the clock said just after the instant: nothing in the images is newer."""
+
+
+class Session(Protocol):
+    """One backup on its way. `copy` once, then `publish` once."""
+
+    @property
+    def exists(self) -> Existence:
+        """Whether the backup exists by now."""
+        ...
+
+    async def copy(self) -> Copied:
+        """Take the instant and copy it. If it fails, nothing is left at the source but bitmaps.
+
+        Raises:
+            QbackupError: a disk could not be read or its image not be written.
+        """
+        ...
+
+    async def publish(self, backup: Backup) -> None:
+        """Make the backup exist, durably: the commit point."""
+        ...
+
+
+class Engine(Protocol):
+    """A way to copy."""
+
+    def session(self, work: Work) -> AbstractAsyncContextManager[Session]:
+        """Begin a backup in the repository; what is not published when the block ends is removed.
+
+        Or left for the next run, if the repository does not answer.
+        """
+        ...

@@ -1,0 +1,340 @@
+"""The snapshot engine: QEMU keeps the instant on local scratch, a process of ours reads and writes.
+
+    disk ◄── scratch image ◄── NBD export ◄── writer process ──► REPO/vm1/<id>.partial/disk.qcow2
+      └─ sync=none job ─► (what the guest is about to overwrite)
+
+QEMU opens nothing in the repository, so nothing there can hold up the guest or QEMU: a guest's
+write waits for one copy into a local file, and a backup that gets no further is given up.
+
+A snapshot can be lost: by a full scratch file, or by somebody who ends its job. From then on the
+export shows what the disk holds now. So after the last byte was read, every job must still run,
+and no scratch file may ever have failed; else there is no backup, and no harm.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from qbackup.backup.engines import Copied, Existence, Work
+from qbackup.backup.finish import cleaned_up
+from qbackup.backup.instant import (
+    Instant,
+    bitmap_actions,
+    guarded,
+    source_bitmap,
+    take_instant,
+)
+from qbackup.backup.judge import Verdict
+from qbackup.errors import SnapshotError, WriterError
+from qbackup.formats.manifest import backing_file, disk_file, encode_manifest
+from qbackup.host.tasks import task_group
+from qbackup.model.backup import Backup, DiskBackup
+from qbackup.model.bitmap import Bits
+from qbackup.model.names import PARTIAL_SUFFIX
+from qbackup.model.quantities import format_duration, format_size
+from qbackup.qmp import commands, jobs
+from qbackup.qmp.commands import Command
+from qbackup.qmp.monitor import Events, Monitor
+from qbackup.qmp.sidecar import save_bitmap
+from qbackup.qmp.snapshot import EVENTS, NbdServer, Scratch, nbd_server, scratch_attached
+from qbackup.repository.state import StateDirectory
+from qbackup.writer.client import CopyRequest, CopyResult, Writer, writer_process
+
+CHECK_S = 0.25
+"""How often the snapshot is looked at while it is read."""
+
+DISCARD_TIMEOUT_S = 2.0
+"""How long a failed backup's images may take to be removed; else the next run does it."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Disk:
+    """One disk on its way."""
+
+    number: int
+    verdict: Verdict
+    scratch: Scratch
+    job: str
+    export: str
+
+    @property
+    def name(self) -> str:
+        return self.verdict.disk.name
+
+
+class SnapshotEngine:
+    """Has a process of our own write the images. See `Engine`."""
+
+    def __init__(self, monitor: Monitor, *, state: StateDirectory) -> None:
+        self._monitor, self._state = monitor, state
+
+    @asynccontextmanager
+    async def session(self, work: Work) -> AsyncIterator["SnapshotSession"]:
+        """Begin a backup; see `Engine.session`."""
+        directory = work.repository.vm_directory(work.vm.name)
+        progress = _Progress(work)
+        async with writer_process(
+            partial=directory / f"{work.backup_id}{PARTIAL_SUFFIX}",
+            final=directory / work.backup_id,
+            on_progress=progress.tell,
+            discard_timeout_s=DISCARD_TIMEOUT_S,
+        ) as writer:
+            yield SnapshotSession(self._monitor, work=work, state=self._state, writer=writer)
+
+
+class _Progress:
+    """Passes on what the writer tells."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def tell(self, disk: str, done_bytes: int, total_bytes: int) -> None:
+        self._work.reporter.progress(
+            vm=self._work.vm.name, disk=disk, done_bytes=done_bytes, total_bytes=total_bytes
+        )
+
+
+class SnapshotSession:
+    """Copies the disks of one plan. Everything one run needs to know is here."""
+
+    def __init__(
+        self, monitor: Monitor, *, work: Work, state: StateDirectory, writer: Writer
+    ) -> None:
+        self._monitor, self._work, self._state, self._writer = monitor, work, state, writer
+        self._prefix, self._settings = work.prefix, work.vm.snapshot
+
+    @property
+    def exists(self) -> Existence:
+        """Whether the backup exists by now."""
+        return self._writer.outcome
+
+    async def publish(self, backup: Backup) -> None:
+        """Make the backup exist; see `Session.publish`."""
+        data = encode_manifest(backup, repository_id=self._work.repository.id)
+        await self._writer.publish(data, timeout_s=self._settings.stall_timeout_s)
+
+    async def copy(self) -> Copied:
+        """Take the instant and copy it; see `Session.copy`.
+
+        Raises:
+            SnapshotError: QEMU could not make, keep or serve the snapshot.
+            NoSpaceError, WriterError: the repository could not be written.
+            MonitorError: QEMU went away.
+        """
+        async with AsyncExitStack() as attached:
+            server = await attached.enter_async_context(
+                nbd_server(self._monitor, path=self._state.nbd_socket(), prefix=self._prefix)
+            )
+            disks = [
+                await self._attach(number, verdict, attached)
+                for number, verdict in enumerate(self._work.plan.verdicts)
+            ]
+            with self._monitor.listen(EVENTS, lambda _: True) as events:
+                async with self._ended(server):
+                    instant = await self._start(disks)
+                    results = await self._read(disks, server, events)
+                    await self._require_kept(disks, events)
+        return Copied(
+            disks=[self._stored(disk, result) for disk, result in zip(disks, results, strict=True)],
+            consistency=instant.consistency,
+            freeze_failed=instant.freeze_failed,
+            instant=instant.time,
+        )
+
+    async def _attach(self, number: int, verdict: Verdict, attached: AsyncExitStack) -> _Disk:
+        sound = await guarded(
+            self._monitor,
+            verdict,
+            prefix=self._prefix,
+            granularity_bytes=self._work.vm.granularity_bytes,
+            scratch=self._state.scratch_file(),
+        )
+        scratch = await attached.enter_async_context(
+            scratch_attached(
+                self._monitor,
+                path=self._scratch_path(number),
+                disk_node=sound.disk.node,
+                node=f"{self._prefix}s{number}",
+                virtual_size_bytes=sound.disk.virtual_size_bytes,
+            )
+        )
+        return _Disk(
+            number=number,
+            verdict=sound,
+            scratch=scratch,
+            job=f"{self._prefix}j{number}",
+            export=f"{self._prefix}e{number}",
+        )
+
+    def _scratch_path(self, number: int) -> Path:
+        folder = self._settings.scratch or self._state.path
+        return folder / f".{self._prefix}s{number}"
+
+    @asynccontextmanager
+    async def _ended(self, server: NbdServer) -> AsyncIterator[None]:
+        """End exports and jobs when the block ends; a failure of it never hides the block's own."""
+        try:
+            yield
+        except BaseException as err:
+            await cleaned_up(err, server.end())
+            await cleaned_up(err, jobs.end_jobs(self._monitor, prefix=self._prefix))
+            raise
+        await server.end()
+        await jobs.end_jobs(self._monitor, prefix=self._prefix)
+
+    async def _start(self, disks: Sequence[_Disk]) -> Instant:
+        # The snapshots first: each holds its disk still until the transaction ends. Before that,
+        # disks in iothreads go on (QEMU 7.2 to 11.1), and a write between the change of bitmaps and
+        # the snapshot would be in the snapshot, but in the next bitmap only: an image of no
+        # instant.
+        actions: list[Command] = [
+            commands.snapshot(job=disk.job, node=disk.verdict.disk.node, scratch=disk.scratch.node)
+            for disk in disks
+        ]
+        for disk in disks:
+            actions += bitmap_actions(
+                disk.verdict,
+                prefix=self._prefix,
+                backup_id=self._work.backup_id,
+                granularity_bytes=self._work.vm.granularity_bytes,
+            )
+        return await take_instant(
+            self._monitor,
+            actions,
+            [disk.verdict for disk in disks],
+            vm=self._work.vm,
+            prefix=self._prefix,
+            reporter=self._work.reporter,
+        )
+
+    async def _read(
+        self, disks: Sequence[_Disk], server: NbdServer, events: Events
+    ) -> list[CopyResult]:
+        """Have the writer copy every disk, and watch over the snapshot meanwhile."""
+        async with task_group() as group:
+            copies = []
+            for disk in disks:
+                request = await self._request(disk, server, running=len(disks))
+                copies.append(group.create_task(self._writer.copy(request)))
+            running = set(copies)
+            while running:
+                done, running = await asyncio.wait(
+                    running, timeout=CHECK_S, return_when=asyncio.FIRST_COMPLETED
+                )
+                for copy in done:
+                    copy.result()
+                if running:
+                    await self._require_kept(disks, events)
+                    self._require_progress()
+                if done and running:
+                    await self._share_speed(disks, copies)
+        return [copy.result() for copy in copies]
+
+    async def _request(self, disk: _Disk, server: NbdServer, *, running: int) -> CopyRequest:
+        parent = disk.verdict.parent
+        bits = await self._bits(disk)
+        return CopyRequest(
+            disk=disk.name,
+            file=f"{disk.name}.qcow2",
+            connection=await server.connect(node=disk.scratch.node, export=disk.export),
+            export=disk.export,
+            virtual_size_bytes=disk.verdict.disk.virtual_size_bytes,
+            bits=bits,
+            backing_file=None if parent is None else backing_file(parent, disk.name),
+            compress=self._work.options.compress,
+            speed_limit_bytes_per_s=self._work.speed_bytes_per_s(running),
+        )
+
+    async def _bits(self, disk: _Disk) -> Bits | None:
+        """Return what an incremental copies; its bitmap was stopped at the instant."""
+        bitmap = source_bitmap(disk.verdict)
+        if bitmap is None:
+            return None
+        return await save_bitmap(
+            self._monitor,
+            disk_node=disk.verdict.disk.node,
+            bitmap=bitmap,
+            virtual_size_bytes=disk.verdict.disk.virtual_size_bytes,
+            granularity_bytes=self._work.vm.granularity_bytes,
+            path=self._state.scratch_file(),
+            prefix=self._prefix,
+        )
+
+    async def _share_speed(
+        self, disks: Sequence[_Disk], copies: Sequence["asyncio.Task[CopyResult]"]
+    ) -> None:
+        """Let the copies that still run have what the finished ones leave of the limit."""
+        if not self._work.options.speed_limit_bytes_per_s:
+            return
+        running = [disk for disk, copy in zip(disks, copies, strict=True) if not copy.done()]
+        for disk in running:
+            await self._writer.set_speed(disk.name, self._work.speed_bytes_per_s(len(running)))
+
+    def _require_progress(self) -> None:
+        limit_s = self._settings.stall_timeout_s
+        if self._writer.stalled_s > limit_s:
+            directory = self._work.repository.vm_directory(self._work.vm.name)
+            raise WriterError(
+                f"{directory}: nothing could be written for {format_duration(limit_s)}",
+                kind="stalled",
+                hint="does the repository's file system answer? (stall_timeout in the "
+                "configuration is how long a backup waits)",
+            )
+
+    async def _require_kept(self, disks: Sequence[_Disk], events: Events) -> None:
+        """Require that every snapshot still shows the instant.
+
+        Asking for the jobs is also what makes this certain: an event of a write that failed before
+        has come by the time of the answer.
+
+        Raises:
+            SnapshotError: one does not.
+        """
+        states = {
+            state.job: state for state in await jobs.query_jobs(self._monitor, prefix=self._prefix)
+        }
+        failed = []
+        while (event := await events.next(timeout_s=0)) is not None:
+            failed.append(event)
+        for disk in disks:
+            event = next((event for event in failed if disk.scratch.is_lost(event)), None)
+            if event is not None:
+                raise self._lost(disk, event.error or "input/output error")
+            state = states.get(disk.job)
+            if state is None or not state.running:
+                why = (state.error if state else None) or "somebody ended its job"
+                raise SnapshotError(f"disk {disk.name}: the snapshot was lost: {why}")
+        used_bytes = sum(disk.scratch.used_bytes for disk in disks)
+        limit_bytes = self._settings.scratch_limit_bytes
+        if limit_bytes is not None and used_bytes > limit_bytes:
+            raise SnapshotError(
+                f"{self._work.vm.name}: the guest overwrote so much during the backup that more "
+                f"than scratch_limit, {format_size(limit_bytes)}, would be needed",
+                hint="raise scratch_limit, or back up while the guest writes less",
+            )
+
+    def _lost(self, disk: _Disk, why: str) -> SnapshotError:
+        return SnapshotError(
+            f"disk {disk.name}: the snapshot was lost: {disk.scratch.path.parent}: {why}",
+            hint="what the guest overwrites during a backup is kept there; 'scratch' in the "
+            "configuration can name a directory with more room",
+        )
+
+    def _stored(self, disk: _Disk, result: CopyResult) -> DiskBackup:
+        verdict = disk.verdict
+        return DiskBackup(
+            name=disk.name,
+            kind=verdict.method,
+            reason=verdict.reason,
+            parent=verdict.parent,
+            virtual_size_bytes=verdict.disk.virtual_size_bytes,
+            granularity_bytes=self._work.vm.granularity_bytes,
+            copied_bytes=result.copied_bytes,
+            stored_bytes=result.stored_bytes,
+            file=disk_file(self._work.vm.name, self._work.backup_id, disk.name),
+            file_size_bytes=result.file_size_bytes,
+            blake3=result.blake3,
+            source=verdict.disk.source,
+        )

@@ -1,0 +1,96 @@
+"""`qbackup prune`: old backups out of the repository, by rules."""
+
+import argparse
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from qbackup.actions.prune import Pruned, PruneOptions, prune
+from qbackup.cli.context import make_context
+from qbackup.cli.output import summary
+from qbackup.model.quantities import format_size
+from qbackup.model.retention import Rules
+from qbackup.ui.reporters import make_reporter
+from qbackup.ui.tables import table
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    """Prune, and say of each backup why it is there or what became of it."""
+    context = make_context(arguments)
+    repository = context.open_repository()
+    vm = context.vm_name(repository, arguments.vm)
+    given = _rules(arguments)
+    options = PruneOptions(
+        rules=given if given.are_given else context.configuration.rules(vm),
+        dry_run=arguments.dry_run,
+        lock_wait_s=arguments.lock_wait,
+    )
+    with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
+        if not options.rules.are_given:
+            reporter.warning(
+                f"{vm}: no rule says what to keep, so nothing is removed; give --keep-last, "
+                f"--keep-daily and so on, or a table [keep] in {context.configuration.path}"
+            )
+        pruned = await prune(repository, vm, options, reporter, now=datetime.now(UTC))
+    summary(
+        _document(pruned),
+        text=_text(pruned),
+        json_output=context.json_output,
+        quiet=context.quiet,
+    )
+    return 0
+
+
+def _rules(arguments: argparse.Namespace) -> Rules:
+    return Rules(
+        within_s=arguments.keep_within,
+        last=arguments.keep_last,
+        hourly=arguments.keep_hourly,
+        daily=arguments.keep_daily,
+        weekly=arguments.keep_weekly,
+        monthly=arguments.keep_monthly,
+        yearly=arguments.keep_yearly,
+    )
+
+
+def _document(pruned: Pruned) -> dict[str, Any]:
+    return {
+        "vm": pruned.vm,
+        "dry_run": pruned.options.dry_run,
+        "rules": {name: n for name, n in asdict(pruned.options.rules).items() if n is not None},
+        "backups": [
+            {
+                "id": verdict.id,
+                "time": backup.time if (backup := pruned.backups.get(verdict.id)) else None,
+                "stored_bytes": backup.stored_bytes if backup else None,
+                "keep": verdict.keep,
+                "reason": verdict.reason,
+                "subject": verdict.subject,
+                "problem": pruned.problems.get(verdict.id),
+            }
+            for verdict in reversed(pruned.verdicts)
+        ],
+        "removed": len(pruned.removed),
+        "freed_bytes": pruned.freed_bytes,
+    }
+
+
+def _text(pruned: Pruned) -> str:
+    """Write a line for each backup, the newest last, as `list` does."""
+    removed, count = len(pruned.removed), len(pruned.verdicts)
+    if not count:
+        return f"{pruned.vm}: no backups"
+    would = "would be " if pruned.options.dry_run else ""
+    rows = [
+        (
+            f"  {verdict.id}",
+            format_size(backup.stored_bytes) if (backup := pruned.backups.get(verdict.id)) else "?",
+            verdict.text,
+        )
+        for verdict in reversed(pruned.verdicts)
+    ]
+    return (
+        f"{pruned.vm}: {removed} of {count} backup{'s' if count > 1 else ''} {would}removed, "
+        f"{format_size(pruned.freed_bytes)} {would}freed\n"
+        f"{table(('  ID', 'STORED', 'WHY'), rows, right=(1,))}"
+    )

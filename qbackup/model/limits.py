@@ -1,0 +1,6 @@
+"""The sizes that qbackup supports. Imports nothing: the writer process starts with it."""
+
+MIN_GRANULARITY_BYTES = 4096
+MAX_GRANULARITY_BYTES = 2 * 1024 * 1024
+MAX_DISK_BYTES = 64 * 1024**4
+"""Disks up to 64 TiB; larger sizes in a file are taken for damage."""
