@@ -25,7 +25,7 @@ from ..values import REPOSITORY_ID, make_disk
 
 COUNT = 10_000
 MOST_RATIO = 3.0
-ROUNDS = 3
+ROUNDS = 2
 JUNK = 5000
 
 

@@ -13,7 +13,7 @@ from threading import Event
 
 import pytest
 
-from qbackup.errors import LockedError
+from qbackup.errors import LockedError, RepositoryError
 from qbackup.host.lock import is_locked, locked
 
 from ..conftest import Clock
@@ -187,3 +187,29 @@ async def test_the_lock_file_is_not_followed_elsewhere(tmp_path: Path) -> None:
             pass
     assert victim.read_text() == "precious"
     assert os.path.getsize(victim) > 0  # noqa: PTH202 - not emptied either
+
+
+def _fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _folder(path: Path) -> None:
+    path.mkdir()
+
+
+def _link(path: Path) -> None:
+    path.with_name("victim").write_text("precious")
+    path.symlink_to("victim")
+
+
+@pytest.mark.parametrize("put", [_fifo, _folder, _link])
+async def test_a_lock_that_is_no_regular_file_is_told_and_hangs_nobody(
+    tmp_path: Path, put: Callable[[Path], None]
+) -> None:
+    put(tmp_path / ".lock")
+    assert not is_locked(tmp_path)
+    with pytest.raises(RepositoryError, match=r"\.lock: ") as caught:
+        async with locked(tmp_path, vm="vm1", wait_s=0):
+            pass
+    assert caught.value.hint is not None
+    assert not (tmp_path / "victim").exists() or (tmp_path / "victim").read_text() == "precious"
