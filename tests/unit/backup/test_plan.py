@@ -6,9 +6,16 @@ from typing import Any
 import pytest
 
 from qbackup.backup.judge import newest_bases
-from qbackup.backup.plan import BackupOptions, Plan, choose_disks, make_plan, readable_backups
+from qbackup.backup.plan import (
+    BackupOptions,
+    Plan,
+    choose_disks,
+    disks_to_look_up,
+    make_plan,
+    readable_backups,
+)
 from qbackup.catalog.history import History
-from qbackup.errors import DiskError, NoSpaceError, RefusedError, UsageError
+from qbackup.errors import DiskError, NoSpaceError, RefusedError, RepositoryError, UsageError
 from qbackup.model.backup import MAX_DISK_BYTES, Backup
 from qbackup.qmp.disks import Inventory
 from qbackup.repository.repository import Repository
@@ -254,3 +261,45 @@ async def test_an_incremental_needs_room_for_what_changed_only(
     assert reasons(plan_for(make_inventory(small))) == {"system": None}
     with pytest.raises(NoSpaceError):
         plan_for(make_inventory(large))
+
+
+async def test_a_chain_that_is_full_is_a_notice_and_a_full_backup(
+    publish: Publish, plan_for: Callable[..., Plan], reporter: RecordingReporter
+) -> None:
+    await publish(make_backup(ID1))
+    await publish(make_backup(ID2, parent=ID1))
+    inventory = make_inventory(make_disk("system", make_bitmap(ID2)))
+    assert reasons(plan_for(inventory, vm={"max_chain": 3})) == {"system": None}
+    plan = plan_for(inventory, vm={"max_chain": 2})
+    assert reasons(plan) == {"system": "chain-full"}
+    assert [(v.method, v.parent) for v in plan.verdicts] == [("full", None)]
+    assert reporter.warnings == []
+    assert ["(chain-full)" in notice for notice in reporter.notices] == [True]
+    with pytest.raises(RefusedError):
+        plan_for(inventory, vm={"max_chain": 2}, fallback=False)
+
+
+async def test_what_is_dated_at_the_end_of_time_is_passed_over_unless_it_is_a_backup(
+    repository: Repository, publish: Publish, plan_for: Callable[..., Plan]
+) -> None:
+    last = "99981231-235959.999-0000"
+    await publish(make_backup(ID1))
+    (repository.path / VM / last).mkdir()
+    inventory = make_inventory(make_disk("system", make_bitmap(ID1)))
+    plan = plan_for(inventory)
+    assert (reasons(plan), plan.newest_id) == ({"system": None}, ID1)
+    (repository.path / VM / last).rmdir()
+    await publish(make_backup(last))
+    with pytest.raises(RepositoryError, match="at the end of time"):
+        plan_for(inventory)
+
+
+def test_a_disk_that_is_left_out_for_ever_is_not_looked_up() -> None:
+    inventory = make_inventory(
+        make_disk("system", guarded=False),
+        make_disk("data", make_bitmap(ID1)),
+        make_disk("swap", guarded=False),
+    )
+    options = BackupOptions(kind="full")
+    found = disks_to_look_up(inventory, vm=make_vm(disks=("system",)), options=options)
+    assert [disk.name for disk in found] == ["system", "data"]
