@@ -622,9 +622,7 @@ async def test_a_device_under_another_number_is_still_the_same_disk(tmp_path: Pa
 
 
 @pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
-async def test_a_pivot_to_a_copy_is_noticed(
-    tmp_path: Path, tcp: bool
-) -> None:
+async def test_a_pivot_to_a_copy_is_noticed(tmp_path: Path, tcp: bool) -> None:
     spec = disk_specs(tmp_path, "d", style="drive")[0]
     async with lab(tmp_path, [spec], size_bytes=SIZE) as it:
         await it.back_up("full")
