@@ -220,13 +220,13 @@ async def test_a_monitor_that_a_running_vm_has_is_not_taken_away(tmp_path: Path)
 
 
 class DriveWithoutDevice(DiskSpec):
-    """A drive that no device uses, under one name as drive and as node."""
+    """A drive that no device uses."""
 
     def arguments(self) -> list[str]:
         """Return the QEMU arguments for the drive."""
         return [
             "-drive",
-            f"if=none,id={self.name},node-name={self.name},format=raw,file={self.path}",
+            f"if=none,id=drive-{self.name},node-name={self.name},format=raw,file={self.path}",
         ]
 
 
