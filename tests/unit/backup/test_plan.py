@@ -1,6 +1,7 @@
 """Before a backup starts: which disks, full or incremental, and is there room."""
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -303,3 +304,51 @@ def test_a_disk_that_is_left_out_for_ever_is_not_looked_up() -> None:
     options = BackupOptions(kind="full")
     found = disks_to_look_up(inventory, vm=make_vm(disks=("system",)), options=options)
     assert [disk.name for disk in found] == ["system", "data"]
+
+
+CLASH = "/lun.raw is written by disk data, too"
+
+
+def test_a_disk_without_an_instant_is_left_out_with_the_reason() -> None:
+    inventory = replace(THREE, refused={"swap": CLASH})
+    found, why = choose_disks(inventory, vm=make_vm(), options=BackupOptions(kind="full"))
+    assert [disk.name for disk in found] == ["system", "data"]
+    assert why["swap"] == CLASH
+
+
+@pytest.mark.parametrize("configured", [("swap", "data"), None], ids=["configured", "--disk"])
+def test_a_disk_without_an_instant_that_was_asked_for_is_an_error(
+    configured: tuple[str, ...] | None,
+) -> None:
+    inventory = replace(THREE, refused={"swap": CLASH})
+    options = BackupOptions(kind="full", disks=() if configured else ("swap",))
+    with pytest.raises(DiskError, match=r"disk swap cannot be backed up: /lun\.raw is written"):
+        choose_disks(inventory, vm=make_vm(disks=configured), options=options)
+
+
+def test_a_throw_away_overlay_is_left_out_unless_it_is_asked_for() -> None:
+    inventory = make_inventory(make_disk("system"), make_disk("temp", throw_away=True))
+    found, why = choose_disks(inventory, vm=make_vm(), options=BackupOptions(kind="full"))
+    assert [disk.name for disk in found] == ["system"]
+    assert why["temp"].startswith("throw-away")
+    for vm, disks in ((make_vm(disks=("temp",)), ()), (make_vm(), ("temp",))):
+        options = BackupOptions(kind="full", disks=disks)
+        found, _ = choose_disks(inventory, vm=vm, options=options)
+        assert [disk.name for disk in found] == ["temp"]
+
+
+def test_where_nothing_remains_it_is_said_why() -> None:
+    inventory = make_inventory(make_disk("temp", throw_away=True))
+    with pytest.raises(DiskError, match="no disk to back up") as caught:
+        choose_disks(inventory, vm=make_vm(), options=BackupOptions(kind="full"))
+    assert caught.value.hint is not None and "snapshot=on" in caught.value.hint
+
+
+def test_a_job_of_somebody_else_is_named_and_matters_only_for_its_disk() -> None:
+    busy = make_disk("data", jobs=("'theirs' (mirror)",))
+    inventory = make_inventory(make_disk("system"), busy=(busy,))
+    with pytest.raises(DiskError, match=r"block job 'theirs' \(mirror\) is using data"):
+        choose_disks(inventory, vm=make_vm(), options=BackupOptions(kind="full"))
+    options = BackupOptions(kind="full", exclude=("data",))
+    found, _ = choose_disks(inventory, vm=make_vm(), options=options)
+    assert [disk.name for disk in found] == ["system"]
