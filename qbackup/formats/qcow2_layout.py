@@ -134,6 +134,10 @@ class Layout:
         self.cluster_count = self._plain + self.refcount_blocks
         self._places = places
 
+    def __len__(self) -> int:
+        """Return how many regions the disk has."""
+        return len(self._places)
+
     @property
     def first_body_cluster(self) -> int:
         """Where the first region's data begins."""

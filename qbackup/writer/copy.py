@@ -4,6 +4,9 @@
        ▲                                                                              │
        └────────────────────────────── empty buffers ◄────────────────────────────────┘
 
+If the image is to be compressed, several threads do that between reader and writer, and the file
+is hashed when it is complete.
+
 The writer is the calling thread. A fourth thread has the file's data written to the disk as the
 copy goes on, so that never more than two steps of it are only in memory: the sync at the end is
 short, progress is progress of the disk, and the host's memory is not filled with dirty pages.
@@ -13,12 +16,12 @@ import os
 import threading
 from _queue import Empty, SimpleQueue
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from blake3 import blake3
 
-from qbackup.formats.qcow2_layout import CLUSTER_BYTES, REGION_CLUSTERS, Layout
+from qbackup.formats.qcow2_layout import CLUSTER_BYTES, Layout
 from qbackup.host import durable
 from qbackup.writer.candidates import (
     DATA,
@@ -28,16 +31,15 @@ from qbackup.writer.candidates import (
     incremental_candidates,
 )
 from qbackup.writer.channel import SpooledBitmap
+from qbackup.writer.compressed import CompressedImage, make_packer
 from qbackup.writer.image import Buffer, SequentialImage
 from qbackup.writer.nbd import MAX_REQUESTS, NbdConnection, NbdProtocolError
 from qbackup.writer.rate import RateLimit
+from qbackup.writer.slots import SLOT_BYTES, SLOTS, Slot, Work
+from qbackup.writer.syncing import Syncing
 
-SLOT_CLUSTERS = 32
-SLOT_BYTES = SLOT_CLUSTERS * CLUSTER_BYTES
-SLOTS = 6
 READ_BYTES = 512 * 1024
-_MAX_REGION_ENDS = 16
-_SYNC_STEP_BYTES = 64 * 1024 * 1024
+_MOST_PACKERS = 8
 _CONNECT_TIMEOUT_S = 30.0
 
 
@@ -94,27 +96,6 @@ class Stored:
         self.file_size_bytes, self.blake3 = file_size, digest
 
 
-class _Slot:
-    """A buffer, and what is in it, in the order in which it goes into the file."""
-
-    __slots__ = ("buffer", "clusters", "reading", "steps", "view")
-
-    def __init__(self) -> None:
-        self.buffer = bytearray(SLOT_BYTES)
-        self.view = memoryview(self.buffer)
-        self.clusters = self.reading = 0
-        self.steps: list[_Step] = []
-
-
-class _Step:
-    """A run of a region's clusters (`kind`, `first`, `count`), or the region's end (count 0)."""
-
-    __slots__ = ("count", "first", "kind", "start")
-
-    def __init__(self, kind: int, first: int, count: int, start: int) -> None:
-        self.kind, self.first, self.count, self.start = kind, first, count, start
-
-
 class DiskCopy:
     """One disk on its way. `run` in a thread; `stop` and what tells progress from any other."""
 
@@ -125,12 +106,12 @@ class DiskCopy:
         self.beats = 0
         """Changes with every step forward, also with those that no byte count shows."""
         self._nbd: NbdConnection | None = None
-        self._stopped = False
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
-        self._empty: SimpleQueue[_Slot | None] = SimpleQueue()
-        self._filled: SimpleQueue[_Slot | None] = SimpleQueue()
-        self._written: SimpleQueue[_Slot | Buffer | None] = SimpleQueue()
+        self._empty: SimpleQueue[Slot | None] = SimpleQueue()
+        self._filled: SimpleQueue[Slot | None] = SimpleQueue()
+        self._to_pack: SimpleQueue[Slot | None] = SimpleQueue()
+        self._written: SimpleQueue[Slot | Buffer | None] = SimpleQueue()
         self._hash = blake3()
 
     def stop(self) -> None:
@@ -177,35 +158,46 @@ class DiskCopy:
         return incremental_candidates(nbd, task.virtual_size_bytes, dirty)
 
     def _copy(self, nbd: NbdConnection, candidates: Candidates, fd: int) -> Stored:
-        image = SequentialImage(
-            fd,
-            Layout(self.task.virtual_size_bytes, candidates.places()),
-            backing_file=self.task.backing_file,
-            on_bytes=self._written.put,
-        )
-        syncing = _Syncing(fd, self._fail)
+        layout = Layout(self.task.virtual_size_bytes, candidates.places())
+        backing_file = self.task.backing_file
+        image: SequentialImage | CompressedImage
+        if self.task.compress:
+            image = CompressedImage(fd, layout, backing_file=backing_file)
+            packers = min(_MOST_PACKERS, os.cpu_count() or 1)
+        else:
+            on_bytes = self._written.put
+            image = SequentialImage(fd, layout, backing_file=backing_file, on_bytes=on_bytes)
+            packers = 0
+        syncing = Syncing(fd, self._fail)
+        steps = [
+            lambda: self._read_all(nbd, candidates),
+            self._hash_all,
+            syncing.run,
+            *([self._pack_all] * packers),
+        ]
         threads = [
-            threading.Thread(target=self._guarded, args=(step,), daemon=True)
-            for step in (lambda: self._read_all(nbd, candidates), self._hash_all, syncing.run)
+            threading.Thread(target=self._guarded, args=(step,), daemon=True) for step in steps
         ]
         for _ in range(SLOTS):
-            self._empty.put(_Slot())
+            self._empty.put(Slot())
         for thread in threads:
             thread.start()
         try:
-            image.begin()
             self._write_all(image, syncing)
-            image.end()
         except BaseException as err:
             self._fail(err)
             raise
         finally:
             self._written.put(None)
+            for _ in range(packers):
+                self._to_pack.put(None)
             syncing.finish()
             for thread in threads:
                 thread.join()
         self._check()
         durable.sync_data_now(fd)
+        if self.task.compress:
+            self._hash_file(fd)
         facts = os.fstat(fd)
         if facts.st_size != image.file_size_bytes:
             raise OSError(f"the image has {facts.st_size} bytes, not {image.file_size_bytes}")
@@ -219,9 +211,9 @@ class DiskCopy:
     # The reader's thread
 
     def _read_all(self, nbd: NbdConnection, candidates: Candidates) -> None:
-        work = _Work(candidates)
-        under_way: deque[_Slot] = deque()
-        by_number: dict[int, _Slot] = {}
+        work = Work(candidates)
+        under_way: deque[Slot] = deque()
+        by_number: dict[int, Slot] = {}
         while True:
             self._check()
             slot = None
@@ -240,10 +232,13 @@ class DiskCopy:
             elif work.exhausted:
                 break
             while under_way and not under_way[0].reading:
-                self._filled.put(under_way.popleft())
+                full = under_way.popleft()
+                if self.task.compress:
+                    self._to_pack.put(full)
+                self._filled.put(full)
         self._filled.put(None)
 
-    def _empty_slot(self, *, wait: bool) -> _Slot | None:
+    def _empty_slot(self, *, wait: bool) -> Slot | None:
         try:
             return self._empty.get(block=wait)
         except Empty:
@@ -252,8 +247,8 @@ class DiskCopy:
     def _submit(
         self,
         nbd: NbdConnection,
-        slot: _Slot,
-        by_number: dict[int, _Slot],
+        slot: Slot,
+        by_number: dict[int, Slot],
         *,
         offset: int,
         start: int,
@@ -271,33 +266,57 @@ class DiskCopy:
 
     # The writer's thread
 
-    def _write_all(self, image: SequentialImage, syncing: "_Syncing") -> None:
+    def _write_all(self, image: SequentialImage | CompressedImage, syncing: Syncing) -> None:
         size_bytes = self.task.virtual_size_bytes
         done_clusters = 0
+        image.begin()
         while (slot := self._filled.get()) is not None:
             self._check()
-            for step in slot.steps:
-                if not step.count:
-                    image.end_region()
-                elif step.kind == DATA:
-                    _store(image, slot, step)
-                else:
-                    image.zero(step.first, step.count)
-                done_clusters += step.count
+            if isinstance(image, CompressedImage):
+                slot.ready.get()
+                self._check()
+                _store_packed(image, slot)
+            else:
+                _store(image, slot)
+            done_clusters += sum(step.count for step in slot.steps)
             self.done_bytes = min(self.total_bytes, _disk_bytes(done_clusters, size_bytes))
             self.beats += 1
             syncing.wrote(slot.clusters * CLUSTER_BYTES)
             self._written.put(slot)
         self._check()
+        image.end()
+
+    # The threads that compress
+
+    def _pack_all(self) -> None:
+        pack = make_packer()
+        while (slot := self._to_pack.get()) is not None:
+            try:
+                slot.packed = [
+                    pack(slot.buffer, at)
+                    for at in range(0, slot.clusters * CLUSTER_BYTES, CLUSTER_BYTES)
+                ]
+            finally:
+                slot.ready.put(True)  # who waits looks for a failure
 
     # The hasher's thread
 
     def _hash_all(self) -> None:
         while (item := self._written.get()) is not None:
-            if isinstance(item, _Slot):
+            if isinstance(item, Slot):
                 self._empty.put(item)
             else:
                 self._hash.update(item)
+
+    def _hash_file(self, fd: int) -> None:
+        """Hash what is complete, of an image whose front was written last."""
+        block = bytearray(SLOT_BYTES)
+        view, at = memoryview(block), 0
+        while length := os.preadv(fd, [block], at):
+            self._check()
+            self._hash.update(view[:length])
+            at += length
+            self.beats += 1
 
     # All threads
 
@@ -323,105 +342,37 @@ class DiskCopy:
             raise self._failure
 
 
-class _Work:
-    """Hands out the steps of all regions, so that each goes into a slot."""
-
-    def __init__(self, candidates: Candidates) -> None:
-        self._steps = self._each(candidates)
-        self.exhausted = False
-        self._next: tuple[int, int, int, int] | None = None
-        self._advance()
-
-    def fill(self, slot: _Slot, most_clusters: int) -> list[tuple[int, int, int]]:
-        """Put the next steps into a slot; return what to read: (offset, place in it, bytes)."""
-        slot.steps.clear()
-        slot.clusters = ends = 0
-        reads: list[tuple[int, int, int]] = []
-        while self._next is not None and ends < _MAX_REGION_ENDS:
-            region, first, count, kind = self._next
-            if kind == DATA and count:
-                count = min(count, most_clusters - slot.clusters)
-                if not count:
-                    break
-                offset = (region * REGION_CLUSTERS + first) * CLUSTER_BYTES
-                start = slot.clusters * CLUSTER_BYTES
-                _add_read(reads, offset, start, count * CLUSTER_BYTES)
-                slot.steps.append(_Step(kind, first, count, start))
-                slot.clusters += count
-                if count < self._next[2]:
-                    self._next = region, first + count, self._next[2] - count, kind
-                    continue
-            else:
-                slot.steps.append(_Step(kind, first, count, 0))
-                ends += not count
-            self._advance()
-        return reads
-
-    def _advance(self) -> None:
-        self._next = next(self._steps, None)
-        self.exhausted = self._next is None
-
-    @staticmethod
-    def _each(candidates: Candidates) -> Iterator[tuple[int, int, int, int]]:
-        for region in candidates.regions():
-            for first, count, kind in candidates.runs(region):
-                yield region, first, count, kind
-            candidates.release(region)
-            yield region, 0, 0, DATA
-
-
-class _Syncing:
-    """Has a file's data written to the disk, step by step, while more is written."""
-
-    def __init__(self, fd: int, on_failure: Callable[[BaseException], None]) -> None:
-        self._fd, self._on_failure = fd, on_failure
-        self._written_bytes = 0
-        self._wanted: SimpleQueue[bool] = SimpleQueue()
-        self._idle = threading.Semaphore(1)
-
-    def wrote(self, size_bytes: int) -> None:
-        """Note that so much was written; wait while a whole step is not on the disk yet."""
-        self._written_bytes += size_bytes
-        if self._written_bytes >= _SYNC_STEP_BYTES:
-            self._written_bytes = 0
-            self._idle.acquire()
-            self._wanted.put(True)
-
-    def finish(self) -> None:
-        """Let `run` end."""
-        self._wanted.put(False)
-
-    def run(self) -> None:
-        """Sync whenever a step was written. In a thread of its own."""
-        while self._wanted.get():
-            try:
-                durable.sync_data_now(self._fd)
-            except BaseException as err:
-                self._on_failure(err)
-            self._idle.release()
-
-
 def _check_size(nbd: NbdConnection, virtual_size_bytes: int) -> None:
     if nbd.size_bytes != virtual_size_bytes:
         raise NbdProtocolError(f"the export has {nbd.size_bytes} bytes, not {virtual_size_bytes}")
 
 
-def _store(image: SequentialImage, slot: _Slot, step: _Step) -> None:
-    done = 0
-    while done < step.count:
-        count = min(step.count - done, image.room())
-        image.data(step.first + done, slot.buffer, step.start + done * CLUSTER_BYTES, count)
-        done += count
+def _store(image: SequentialImage, slot: Slot) -> None:
+    for step in slot.steps:
+        if not step.count:
+            image.end_region()
+        elif step.kind != DATA:
+            image.zero(step.first, step.count)
+        else:
+            done = 0
+            while done < step.count:
+                count = min(step.count - done, image.room())
+                start = step.start + done * CLUSTER_BYTES
+                image.data(step.first + done, slot.buffer, start, count)
+                done += count
 
 
-def _add_read(reads: list[tuple[int, int, int]], offset: int, start: int, length: int) -> None:
-    """Add a read, to the one before if it goes on where that ends."""
-    if reads:
-        before, at, size = reads[-1]
-        if before + size == offset:
-            reads[-1] = before, at, size + length
-            return
-    reads.append((offset, start, length))
+def _store_packed(image: CompressedImage, slot: Slot) -> None:
+    for step in slot.steps:
+        if not step.count:
+            image.end_region(step.region)
+        elif step.kind != DATA:
+            image.zero(step.first, step.count)
+        else:
+            start = step.start // CLUSTER_BYTES
+            for place, packed in enumerate(slot.packed[start : start + step.count], step.first):
+                image.cluster(place, packed)
+    slot.packed.clear()
 
 
 def _disk_bytes(clusters: int, virtual_size_bytes: int) -> int:
