@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from qbackup.bitmaps.files import NotTrustedError, distrust_all, read_saved, remember
+from qbackup.bitmaps.files import (
+    NotTrustedError,
+    StillTrustedError,
+    distrust_all,
+    read_saved,
+    remember,
+)
 from qbackup.formats import qbm
 from qbackup.formats.qbm import BitmapFile
 from qbackup.model.backup import Refusal
@@ -77,7 +83,7 @@ async def test_a_file_that_stays_clean_is_told_and_all_others_are_done(
     stubborn, other = (state.bitmap_file("a", name) for name in NAMES[:2])
     for path in (stubborn, other):
         path.write_bytes(bitmap())
-    with immutable(stubborn), pytest.raises(OSError):
+    with immutable(stubborn), pytest.raises(StillTrustedError, match="may still look trusted"):
         await distrust_all(state)
     assert not qbm.decode(other.read_bytes()).clean
 
