@@ -21,7 +21,6 @@ from qbackup.host.files import open_regular
 LOCK_NAME = ".lock"
 _POLL_S = 0.2
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
-_HINT = "qbackup makes it anew: if no backup is running, remove what is there"
 _WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 """`struct flock`: an exclusive lock from the first byte to the end."""
 
@@ -60,12 +59,20 @@ def _open(path: Path) -> int:
     try:
         fd = os.open(path, _FLAGS | os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, FILE_MODE)
     except OSError as err:
-        hint = _HINT if path.is_symlink() or path.is_dir() else None
-        raise RepositoryError(f"{path}: cannot be opened: {err.strerror}", hint=hint) from err
+        if path.is_symlink() or path.is_dir():
+            raise _not_a_lock(path) from err
+        raise
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise RepositoryError(f"{path}: the lock is not a regular file", hint=_HINT)
+        raise _not_a_lock(path)
     return fd
+
+
+def _not_a_lock(path: Path) -> RepositoryError:
+    return RepositoryError(
+        f"{path}: the lock is not a regular file",
+        hint="qbackup makes it anew: if no backup is running, remove what is there",
+    )
 
 
 async def _acquire(fd: int, *, vm: str, wait_s: float) -> None:
