@@ -178,6 +178,18 @@ async def test_asking_for_the_lock_never_disturbs_a_run(tmp_path: Path) -> None:
             over.set()
 
 
+async def test_the_lock_file_is_not_followed_elsewhere(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "vm1").mkdir()
+    (tmp_path / "vm1" / ".lock").symlink_to(victim)
+    with pytest.raises(RepositoryError, match="not a regular file"):
+        async with locked(tmp_path / "vm1", vm="vm1", wait_s=0):
+            pass
+    assert victim.read_text() == "precious"
+    assert os.path.getsize(victim) > 0  # noqa: PTH202 - not emptied either
+
+
 KINDS = {"locked": locked, "locked_alone": locked_alone, "locked_for_reading": locked_for_reading}
 TOGETHER = {
     ("locked", "locked_for_reading"),

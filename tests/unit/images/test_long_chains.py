@@ -70,7 +70,7 @@ async def test_a_chain_that_is_too_long_is_copied_whole(
     chain = images(tmp_path, made)
     assert not alone(chain[-1], tmp_path / "alone")
     seen: list[float] = []
-    target = tmp_path / "a target: with, odd %s{name}"
+    target = tmp_path / "a target: with, odd %s{n\u00e4me}"
     before = {path: path.read_bytes() for path in chain}
     await convert(
         chain,
