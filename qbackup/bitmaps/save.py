@@ -130,6 +130,19 @@ async def save_bitmaps(
     return SavedVm(files=tuple(saved), disks=present)
 
 
+async def remember_migrated(monitor: Monitor, state: StateDirectory) -> None:
+    """Remember of every bitmap of ours that it is not kept, since the guest went elsewhere.
+
+    The files that stand for the disks go: what they say is older, and not clean.
+    """
+    inventory = await query_inventory(monitor)
+    disks = (*inventory.disks, *inventory.busy)
+    why = Refusal(reason="migrated")
+    refused = {(disk.name, bitmap.name): why for disk in disks for bitmap in our_bitmaps(disk)}
+    await state.remove_others(set(), disks={disk.name for disk in disks if our_bitmaps(disk)})
+    await remember(state, refused, settled=())
+
+
 class _NotKeptError(Exception):
     """A bitmap is not saved, because nobody could trust it. The message is a fact."""
 
