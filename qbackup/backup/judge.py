@@ -82,9 +82,8 @@ def judge(
     bitmap = disk.bitmap(name)
     if bitmap is None:
         reason = _why_absent(disk, prefix, not_loaded)
-        if reason == "missing" and disk.source.is_other_than(base.disk.source):
-            reason = "image-changed"
-        return Verdict(disk=disk, base=base, bitmap=None, reason=reason)
+        problem = _moved(disk, base) if reason == "missing" else None
+        return Verdict(disk=disk, base=base, bitmap=None, reason=reason, problem=problem)
     return Verdict(
         disk=disk,
         base=base,
@@ -113,6 +112,16 @@ def _why_absent(disk: Disk, prefix: str, not_loaded: Mapping[tuple[str, str], Re
         if name == disk.name and checkpoint_of_bitmap(prefix, bitmap)
     )
     return next(refused, "missing")
+
+
+def _moved(disk: Disk, base: Base) -> str | None:
+    """Say it if a disk has another image than at its backup, where a bitmap cannot follow it."""
+    if not disk.source.is_other_than(base.disk.source):
+        return None
+    return (
+        f"it is on {disk.source.filename} now and was on {base.disk.source.filename}, "
+        "as after a snapshot, a pivot or a change of the medium"
+    )
 
 
 def _distrust(
