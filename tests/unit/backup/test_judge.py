@@ -203,8 +203,19 @@ def test_a_node_that_was_given_another_file_is_another_image() -> None:
     assert other.files is not None
     moved = replace(other, files=[replace(other.files[0], inode=3)])
     assert reason_for(make_disk("system", GOOD, source=moved), bases=bases) == "image-changed"
-    assert reason_for(make_disk("system", source=moved), bases=bases) == "image-changed"
-    assert reason_for(make_disk("system", source=on_file("/a")), bases=bases) == "missing"
+
+
+def test_a_bitmap_that_stayed_behind_on_another_image_is_missing_for_that_reason() -> None:
+    facts: dict[str, Any] = {
+        "bases": based_on(on_file("/a", filename="/a")),
+        "prefix": PREFIX,
+        "not_loaded": {},
+        "granularity_bytes": GRANULARITY,
+    }
+    moved = judge(make_disk("system", source=on_file("/o", "/a", filename="/o")), **facts)
+    assert moved.reason == "missing" and "on /o now and was on /a" in (moved.problem or "")
+    there = judge(make_disk("system", source=on_file("/a")), **facts)
+    assert (there.reason, there.problem) == ("missing", None)
 
 
 @pytest.mark.parametrize("bases", [BASES, {}], ids=["a base", "no base"])
