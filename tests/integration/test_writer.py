@@ -258,11 +258,11 @@ def is_dying(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("faults", "kind", "operation"),
     [
-        ({"fail": {"write": "EIO"}, "after": {"write": 20}}, "target", "Input/output error"),
+        ({"fail": {"write": "EIO"}, "after": {"write": 20}}, "target", "qcow2: Input/output error"),
         ({"fail": {"fsync": "EIO"}}, "target", "Input/output error"),
         ({"fail": {"create": "EROFS"}}, "target", "Read-only"),
         ({"fail": {"write": "EDQUOT"}, "after": {"write": 5}}, "space", "quota"),
-        ({"room_bytes": 5 * MIB}, "space", "No space"),
+        ({"room_bytes": 5 * MIB}, "space", "qcow2: No space"),
     ],
 )
 async def test_what_the_repository_refuses_is_told_and_nothing_is_left(
@@ -320,6 +320,18 @@ async def test_a_publication_that_fails_says_what_is_known_of_the_backup(
                 await writer.publish(b"{}", timeout_s=1.0)
     assert writer.outcome == outcome
     assert sorted(path.name for path in repository.backing.iterdir()) == left
+
+
+async def test_a_directory_whose_name_cannot_be_synced_is_removed_again(
+    repository: FaultyFs,
+) -> None:
+    await repository.set(fail={"fsyncdir": "EIO"}, after={})
+    with pytest.raises(WriterError, match="Input/output error"):
+        async with writer_process(
+            partial=repository.path / "b.partial", final=repository.path / "b"
+        ):
+            raise AssertionError("it must not begin")
+    assert not list(repository.backing.iterdir())
 
 
 async def test_a_repository_that_dies_for_good_is_an_error(
