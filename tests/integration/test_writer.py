@@ -154,19 +154,19 @@ async def test_a_full_of_a_sparse_disk_of_4_tib_is_quick_and_small(tmp_path: Pat
 
 
 async def test_memory_is_bounded_for_a_huge_disk_with_many_dirty_places(tmp_path: Path) -> None:
-    """16 TiB, of which a cluster in every 32 is dirty: 8 million runs, and all of it is zero."""
+    """16 TiB; of the first one, a cluster in every 32 is dirty: half a million runs, all zero."""
     size, granularity = 16 << 40, CLUSTER
     disk = tmp_path / "disk.qcow2"
     qemu_img("create", "-f", "qcow2", str(disk), str(size))
     bits = Bits.from_bytes(
-        b"\1\0\0\0" * (size // granularity // 32),
+        b"\1\0\0\0" * ((1 << 40) // granularity // 32),
         virtual_size_bytes=size,
         granularity_bytes=granularity,
     )
     going_on = asyncio.Event()
 
     def on_progress(_disk: str, done: int, _total: int) -> None:
-        # All places are known by then, and copying goes on; not to the end of 512 GiB.
+        # All places are known by then, and copying goes on; not to the end of 32 GiB.
         if done >= 64 * MIB:
             going_on.set()
 
@@ -258,11 +258,11 @@ def is_dying(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("faults", "kind", "operation"),
     [
-        ({"fail": {"write": "EIO"}, "after": {"write": 20}}, "target", "Input/output error"),
+        ({"fail": {"write": "EIO"}, "after": {"write": 20}}, "target", "qcow2: Input/output error"),
         ({"fail": {"fsync": "EIO"}}, "target", "Input/output error"),
         ({"fail": {"create": "EROFS"}}, "target", "Read-only"),
         ({"fail": {"write": "EDQUOT"}, "after": {"write": 5}}, "space", "quota"),
-        ({"room_bytes": 5 * MIB}, "space", "No space"),
+        ({"room_bytes": 5 * MIB}, "space", "qcow2: No space"),
     ],
 )
 async def test_what_the_repository_refuses_is_told_and_nothing_is_left(
@@ -320,6 +320,18 @@ async def test_a_publication_that_fails_says_what_is_known_of_the_backup(
                 await writer.publish(b"{}", timeout_s=1.0)
     assert writer.outcome == outcome
     assert sorted(path.name for path in repository.backing.iterdir()) == left
+
+
+async def test_a_directory_whose_name_cannot_be_synced_is_removed_again(
+    repository: FaultyFs,
+) -> None:
+    await repository.set(fail={"fsyncdir": "EIO"}, after={})
+    with pytest.raises(WriterError, match="Input/output error"):
+        async with writer_process(
+            partial=repository.path / "b.partial", final=repository.path / "b"
+        ):
+            raise AssertionError("it must not begin")
+    assert not list(repository.backing.iterdir())
 
 
 async def test_a_repository_that_dies_for_good_is_an_error(

@@ -115,7 +115,7 @@ def nonsense(cookie: int, offset: int, length: int) -> bytes:
         ({"cut_bytes": 3_000_000}, {}, "source", "connection ended"),
         ({}, {"virtual_size_bytes": SIZE + 512}, "protocol", f"{SIZE} bytes, not {SIZE + 512}"),
         ({}, {"socket": Path("/nowhere/nbd.sock")}, "source", "cannot connect"),
-        ({}, {"file": "no/such/folder"}, "target", "No such file"),
+        ({}, {"file": "no/such/folder"}, "target", "no/such/folder: No such file"),
     ],
 )
 async def test_what_goes_wrong_is_told_and_nothing_is_left(
