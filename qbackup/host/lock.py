@@ -103,8 +103,10 @@ async def _held_by_writer(
     fd = _open(directory / LOCK_NAME)
     try:
         await _acquire(fd, lock, vm=vm, wait_s=wait_s, required=True)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        with suppress(OSError):
+            # Only people read it, and a prune must be able to make room where there is none.
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(fd)
