@@ -23,6 +23,7 @@ EXIT_CODES = {
     "QmpCommandError": 1,
     "DiskError": 1,
     "JobFailedError": 1,
+    "WriterError": 1,
     "NoSpaceError": 1,
     "ManifestDamagedError": 1,
     "ChainBrokenError": 1,
