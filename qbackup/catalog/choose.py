@@ -85,7 +85,7 @@ def _refused(damaged: DamagedBackup) -> ManifestDamagedError:
     return ManifestDamagedError(
         damaged.error.path,
         damaged.error.fact,
-        hint="restore an earlier backup with --at ID, and run qbackup verify",
+        hint="restore an earlier backup with --at, and run qbackup verify",
     )
 
 
