@@ -105,7 +105,6 @@ async def back_up(
         engine = await choose_engine(
             monitor,
             vm=vm,
-            options=options,
             state=state,
             scratch=state.scratch_file(),
             qemu_version=version,

@@ -283,6 +283,8 @@ def _judge_files(
     After a crash there may be older files only, and what is wrong with them is the reason that
     the next backup will tell.
     """
+    if disk.virtual_size_bytes == 0:
+        return None, 0
     if not files:
         return Refusal(reason="missing"), None
     path = files.get(wanted) or files[max(files)]

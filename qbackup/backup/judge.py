@@ -141,8 +141,6 @@ def judge(
     bitmap = disk.bitmap(name)
     if bitmap is None:
         why = _why_absent(disk, base, prefix, not_loaded)
-        if why.reason == "missing" and disk.source.is_other_than(base.disk.source):
-            why = Refusal(reason="image-changed")
         return Verdict(disk=disk, base=base, bitmap=None, reason=why.reason, problem=why.detail)
     return Verdict(
         disk=disk,
@@ -179,14 +177,19 @@ def _why_absent(
     older = [name for name, why in refused.items() if why.reason != "missing"]
     if older:
         return refused[max(older)]
-    before, now = base.disk.source.node, disk.node
-    if before == now or before.startswith("#") or now.startswith("#"):
-        return Refusal(reason="missing")  # a name that QEMU made up may be another at each start
-    return Refusal(
-        reason="missing",
-        detail=f"the guest's disk was node {before} at the last backup and is node {now} now: "
-        "a snapshot, a pivot or another medium; its bitmap stayed behind",
-    )
+    return Refusal(reason="missing", detail=_moved(disk, base))
+
+
+def _moved(disk: Disk, base: Base) -> str | None:
+    """Say it if a disk is elsewhere than at its backup, where a bitmap cannot follow it."""
+    before, now = base.disk.source, disk.source
+    why = "as after a snapshot, a pivot or a change of the medium; its bitmap stayed behind"
+    if now.is_other_than(before):
+        return f"it is on {now.filename} now and was on {before.filename}, {why}"
+    # A name that QEMU made up may be another at each start.
+    if before.node == disk.node or before.node.startswith("#") or disk.node.startswith("#"):
+        return None
+    return f"it is node {disk.node} now and was node {before.node}, {why}"
 
 
 def _distrust(

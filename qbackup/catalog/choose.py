@@ -50,7 +50,7 @@ def _newest_not_after(history: History, moment: datetime, at: str) -> Backup:
             return backup
     _require_known_times(None, unknown, moment)
     raise BackupNotFoundError(
-        f"{history.vm}: every backup is later than {at}; the oldest is {history.ids[0]}",
+        f"{history.vm}: the oldest backup, {history.ids[0]}, is later than {at}",
         hint=f"see the times with: qbackup list {history.vm}",
     )
 
@@ -85,7 +85,7 @@ def _refused(damaged: DamagedBackup) -> ManifestDamagedError:
     return ManifestDamagedError(
         damaged.error.path,
         damaged.error.fact,
-        hint="restore an earlier backup with --at ID, and run qbackup verify",
+        hint="restore an earlier backup with --at, and run qbackup verify",
     )
 
 

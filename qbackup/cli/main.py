@@ -114,7 +114,10 @@ def _run_interruptible(command: Coroutine[Any, Any, int]) -> int:
         try:
             return await task
         except asyncio.CancelledError as err:
-            raise InterruptedByUserError("interrupted, and cleaned up") from err
+            interruption = InterruptedByUserError("interrupted, and cleaned up")
+            for note in getattr(err, "__notes__", ()):  # what could not be cleaned up
+                interruption.add_note(note)
+            raise interruption from err
 
     return asyncio.run(cancellable())
 

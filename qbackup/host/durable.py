@@ -115,10 +115,12 @@ async def write_new_file(path: Path, data: bytes) -> None:
 
 async def replace_file(path: Path, data: bytes) -> None:
     """Write a file so that readers see either the old content or the whole new one."""
+    import aiofiles.os  # noqa: PLC0415 - the writer process starts without asyncio
+
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
     await write_new_file(temporary, data)
-    await _run(os.replace, temporary, path)
+    await aiofiles.os.replace(temporary, path)
     await sync_directory(path.parent)
 
 

@@ -28,7 +28,6 @@ from qbackup.host.durable import FILE_MODE
 LOCK_NAME = ".lock"
 _POLL_S = 0.2
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-_HINT = "qbackup makes it anew: if no backup is running, remove what is there"
 
 
 def _lock(kind: int, *, first: int, length: int) -> bytes:
@@ -104,8 +103,10 @@ async def _held_by_writer(
     fd = _open(directory / LOCK_NAME)
     try:
         await _acquire(fd, lock, vm=vm, wait_s=wait_s, required=True)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        with suppress(OSError):
+            # Only people read it, and a prune must be able to make room where there is none.
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(fd)
@@ -116,12 +117,20 @@ def _open(path: Path) -> int:
     try:
         fd = os.open(path, _FLAGS | os.O_RDWR | os.O_CREAT, FILE_MODE)
     except OSError as err:
-        hint = _HINT if path.is_symlink() or path.is_dir() else None
-        raise RepositoryError(f"{path}: cannot be opened: {err.strerror}", hint=hint) from err
+        if path.is_symlink() or path.is_dir():
+            raise _not_a_lock(path) from err
+        raise
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise RepositoryError(f"{path}: the lock is not a regular file", hint=_HINT)
+        raise _not_a_lock(path)
     return fd
+
+
+def _not_a_lock(path: Path) -> RepositoryError:
+    return RepositoryError(
+        f"{path}: the lock is not a regular file",
+        hint="qbackup makes it anew: if no backup is running, remove what is there",
+    )
 
 
 def _open_for_reading(path: Path) -> int | None:

@@ -83,6 +83,12 @@ class ProcessFiles:
         Raises:
             OSError: there is no such file, or it is not one that the process has open.
         """
+        try:
+            os.fsencode(name)
+        except UnicodeEncodeError:
+            raise FileNotFoundError(name) from None
+        if "\0" in name:
+            raise FileNotFoundError(name)
         for candidate in self._candidates(name):
             with suppress(OSError):
                 identity = identity_of(candidate.stat())

@@ -25,6 +25,7 @@ from qbackup.images.write_counters import (
     combine,
     count_writes,
     exclusively,
+    sync_device,
 )
 from qbackup.model.bitmap import DeviceStamp, FileStamp, ImageStamp
 
@@ -120,9 +121,10 @@ def _stamp_device(path: Path, fd: int, device: int) -> DeviceStamp:
     size = os.lseek(fd, 0, os.SEEK_END)
     try:
         with exclusively(path):
-            before = count_writes(device)
+            before = count_writes(device, sync=sync_device)
             fingerprint = _fingerprint_of_medium(fd, size)
-            after = count_writes(device)
+            # What reaches the cache from now on will be written, and counted, later.
+            after = count_writes(device, sync=None)
         uncounted = after.unknown
         if not after.has_read:
             uncounted = f"{path}: the kernel does not count what is read or written"

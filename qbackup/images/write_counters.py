@@ -88,23 +88,24 @@ def combine(records: list[WriteRecord]) -> WriteRecord:
 def count_writes(
     device: int,
     *,
+    sync: Callable[[str, str], None] | None,
     root: Path = Path("/"),
-    sync: Callable[[str, str], None] | None = None,
 ) -> Counts:
     """Return what the kernel has counted of a block device (`st_rdev`) and what it lies on.
 
-    Whatever waits in a page cache of any of them is written first, and counts. `root` is where
-    /sys and /proc are, `sync` writes the cache of a device, given its name under /dev and its
-    number.
+    With `sync` (see `sync_device`) whatever waits in a page cache of any of them is written first,
+    and counts. `root` is where /sys and /proc are.
 
     Raises:
         NotCountedError: it cannot be known what was written to the device itself.
     """
-    return _Kernel(root, sync or sync_device).count(device)
+    return _Kernel(root, sync).count(device)
 
 
 def sync_device(name: str, number: str) -> None:
-    """Write what is in a device's page cache; it is the same one for all who opened it.
+    """Write what is in the page cache of a device, given its name under /dev and its number.
+
+    The cache is the same one for all who have the device open.
 
     Raises:
         NotCountedError: the device cannot be opened under its name.
@@ -147,7 +148,7 @@ def exclusively(path: Path) -> Iterator[None]:
 class _Kernel:
     """Reads /sys. A device is named by its folder there."""
 
-    def __init__(self, root: Path, sync: Callable[[str, str], None]) -> None:
+    def __init__(self, root: Path, sync: Callable[[str, str], None] | None) -> None:
         self._root, self._sync_device = root, sync
         self._looked_at = 0
         self._above: list[Path] = []
@@ -256,6 +257,8 @@ class _Kernel:
         return ("written", written, discarded)
 
     def _sync(self, folder: Path) -> None:
+        if self._sync_device is None:
+            return
         lines = _text(folder / "uevent").split("\n")
         names = [line.removeprefix("DEVNAME=") for line in lines if line.startswith("DEVNAME=")]
         if len(names) != 1 or not _DEVICE_NAME.fullmatch(names[0]):

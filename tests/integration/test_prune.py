@@ -19,7 +19,17 @@ from signal import SIGKILL
 
 import pytest
 from support.cli import Qbackup
-from support.lab import VM, Lab, Point, difference, disk_specs, ended, lab
+from support.lab import (
+    VM,
+    Lab,
+    Point,
+    difference,
+    disk_specs,
+    ended,
+    fill_file_system,
+    lab,
+    small_file_system,
+)
 from support.qemu import raw_bytes, run_tool
 
 from qbackup.actions.prune import PruneOptions, prune
@@ -204,6 +214,21 @@ async def test_a_read_only_repository_is_restored_and_verified(tmp_path: Path) -
             assert refused.code == 1 and "Read-only file system" in refused.last["message"]
         finally:
             await run_tool("umount", str(it.repository))
+
+
+async def test_a_prune_makes_room_where_there_is_none(tmp_path: Path) -> None:
+    async with small_file_system(tmp_path / "small", 32 * MIB):
+        repository = await Repository.create(tmp_path / "small" / "repo")
+        await repository.ensure_vm_directory(VM)
+        for number in range(2):
+            backup_id = f"20261123-09000{number}.000-000{number}"
+            (repository.vm_directory(VM) / f"{backup_id}.removed").mkdir()
+            (repository.vm_directory(VM) / f"{backup_id}.removed" / "a.qcow2").write_bytes(b"x")
+        (repository.vm_directory(VM) / ".lock").touch()
+        fill_file_system(tmp_path / "small")
+        options = PruneOptions(rules=Rules(last=1))
+        await prune(repository, VM, options, QUIET, now=datetime.now(UTC))
+        assert [path.name for path in repository.vm_directory(VM).iterdir()] == [".lock"]
 
 
 # Killed anywhere

@@ -219,10 +219,21 @@ async def test_a_monitor_that_a_running_vm_has_is_not_taken_away(tmp_path: Path)
         await it.back_up("full")
 
 
+class DriveWithoutDevice(DiskSpec):
+    """A drive that no device uses."""
+
+    def arguments(self) -> list[str]:
+        """Return the QEMU arguments for the drive."""
+        return [
+            "-drive",
+            f"if=none,id=drive-{self.name},node-name={self.name},format=raw,file={self.path}",
+        ]
+
+
 async def test_what_a_client_of_an_export_writes_until_the_end_is_saved(tmp_path: Path) -> None:
-    shared = ("-global", "virtio-blk-device.share-rw=on")
-    spec = disk_specs(tmp_path, "a")[0]
-    async with kept_lab(tmp_path, [spec], size_bytes=64 * MIB, qemu_arguments=shared) as it:
+    # No device: one would have to let others write (share-rw), and then no bitmap is trusted.
+    spec = DriveWithoutDevice(name="a", path=tmp_path / "a.raw")
+    async with kept_lab(tmp_path, [spec], size_bytes=64 * MIB) as it:
         await it.run()
         await it.back_up("full")
         nbd = tmp_path / "nbd.sock"

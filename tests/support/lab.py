@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import signal
 import socket
@@ -56,6 +57,8 @@ class Backup:
     process: Process
     instants: dict[str, Instant]
     first: dict[str, Any]
+    writer: int | None = None
+    """Its writer process, which stands still."""
 
 
 @dataclass(kw_only=True)
@@ -196,10 +199,13 @@ class Lab:
         return summary
 
     async def begin(self, command: str = "incremental", *arguments: str) -> Backup:
-        """Start a slow backup; the instant is behind it and little is copied yet."""
+        """Start a slow backup; the instant is behind it and little is copied yet.
+
+        By the direct engine: its jobs' speed limit can be lifted over QMP. See `begin_snapshot`.
+        """
         names = _names_in(arguments, list(self.models))
         instants = {name: self.models[name].checkpoint() for name in names}
-        process = await self.qbackup.start("--json", command, VM, *SLOW, *arguments)
+        process = await self._direct().start("--json", command, VM, *SLOW, *arguments)
         self._processes.append(process)
         assert process.stdout is not None
         async with asyncio.timeout(WAIT_S):
@@ -209,6 +215,39 @@ class Lab:
             rest, stderr = await process.communicate()
             raise AssertionError(f"no progress: {line!r} {rest!r} {stderr.decode()}")
         return Backup(process=process, instants=instants, first=first)
+
+    def _direct(self) -> Qbackup:
+        """Return the command with the direct engine, unless the test has chosen one."""
+        text = self.qbackup.configuration.read_text()
+        if "engine" in text:
+            return self.qbackup
+        path = self.qbackup.configuration.with_name("direct.toml")
+        path.write_text(f'{text}engine = "direct"\n')
+        return Qbackup(configuration=path)
+
+    async def begin_snapshot(self, command: str = "incremental", *arguments: str) -> Backup:
+        """Start a backup by the snapshot engine whose writer stands still after the instant.
+
+        `finish` lets it go on. To QEMU and to qbackup it is a repository that hangs.
+        """
+        names = _names_in(arguments, list(self.models))
+        instants = {name: self.models[name].checkpoint() for name in names}
+        process = await self.qbackup.start("--json", command, VM, *arguments)
+        self._processes.append(process)
+        async with asyncio.timeout(WAIT_S):
+            writer = await _writer_of(process)
+            while len(await self._exports()) < len(names):
+                assert process.returncode is None, (await process.communicate())[1].decode()
+                # It may have been stopped before it said that the directory is there.
+                os.kill(writer, signal.SIGCONT)
+                await asyncio.sleep(0.005)
+                os.kill(writer, signal.SIGSTOP)
+                await asyncio.sleep(0.1)
+        return Backup(process=process, instants=instants, first={}, writer=writer)
+
+    async def _exports(self) -> list[str]:
+        exports = await self.qemu.qmp("query-block-exports")
+        return [export["id"] for export in exports if export["id"].startswith(OURS)]
 
     async def lift_speed_limit(self) -> None:
         """Let the running jobs finish quickly."""
@@ -230,6 +269,8 @@ class Lab:
     async def finish(self, backup: Backup) -> dict[str, Any]:
         """Let a slow backup finish; check it and return the summary."""
         await self.lift_speed_limit()
+        if backup.writer is not None:
+            os.kill(backup.writer, signal.SIGCONT)
         result = await ended(backup.process)
         assert result.code == 0, result
         summary = result.last
@@ -293,6 +334,7 @@ class Lab:
         assert [job["id"] for job in jobs if job["id"].startswith(OURS)] == []
         nodes = await self.qemu.qmp("query-named-block-nodes", flat=True)
         assert [n["node-name"] for n in nodes if n["node-name"].startswith(OURS)] == []
+        assert await self._exports() == []
         bitmaps = [bitmap for node in nodes for bitmap in node.get("dirty-bitmaps", [])]
         ours = [b for b in bitmaps if b.get("name", "").startswith(OURS) and not is_guard(b)]
         assert all(bitmap["recording"] and not bitmap["busy"] for bitmap in ours)
@@ -445,6 +487,18 @@ def disk_specs(folder: Path, *names: str, **options: Any) -> list[DiskSpec]:
     """Return disks of these names, alike in everything else."""
     suffix = options.get("image_format", "raw")
     return [DiskSpec(name=name, path=folder / f"{name}.{suffix}", **options) for name in names]
+
+
+async def _writer_of(process: Process) -> int:
+    """Return a backup's writer process as soon as it is there."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while True:
+        assert process.returncode is None, (await process.communicate())[1].decode()
+        for pid in map(int, children.read_text().split()):
+            with contextlib.suppress(OSError):
+                if b"qbackup.writer" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return pid
+        await asyncio.sleep(0.002)  # there is no event for "a process is there"
 
 
 async def ended(process: Process) -> Result:

@@ -5,7 +5,6 @@ from pathlib import Path
 from qbackup.backup.engines import Engine
 from qbackup.backup.engines.direct import DirectEngine
 from qbackup.backup.engines.snapshot import SnapshotEngine
-from qbackup.backup.plan import BackupOptions
 from qbackup.errors import SnapshotError
 from qbackup.formats.configuration import Vm
 from qbackup.model.progress import Reporter
@@ -21,7 +20,6 @@ async def choose_engine(
     monitor: Monitor,
     *,
     vm: Vm,
-    options: BackupOptions,
     state: StateDirectory,
     scratch: Path,
     qemu_version: QemuVersion,
@@ -46,6 +44,4 @@ async def choose_engine(
             "backed up over a UNIX socket only",
             hint="give QEMU a -qmp unix:PATH,server=on,wait=off for qbackup",
         )
-    if options.compress and not iothreads:
-        return DirectEngine(monitor, scratch=scratch, qemu_version=qemu_version)
     return SnapshotEngine(monitor, state=state)

@@ -187,8 +187,7 @@ class SnapshotSession:
     async def _start(self, disks: Sequence[_Disk]) -> Instant:
         # The snapshots first: each holds its disk still until the transaction ends. Before that,
         # disks in iothreads go on (QEMU 7.2 to 11.1), and a write between the change of bitmaps and
-        # the snapshot would be in the snapshot, but in the next bitmap only: an image of no
-        # instant.
+        # the snapshot would be in the snapshot, but only in the next bitmap: no instant at all.
         actions: list[Command] = [
             commands.snapshot(job=disk.job, node=disk.verdict.disk.node, scratch=disk.scratch.node)
             for disk in disks

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qbackup.backup.judge import Base, checkpoints, judge, newest_bases
-from qbackup.model.backup import Reason, Refusal
+from qbackup.model.backup import Reason, Refusal, SourceFile, SourceImage
 from qbackup.model.names import bitmap_name
 from qbackup.qmp.disks import Disk
 
@@ -22,6 +22,7 @@ from ..values import (
     make_disk,
     make_disk_backup,
     make_guard,
+    make_source,
 )
 
 BACKUP = make_backup(ID2)
@@ -180,3 +181,52 @@ def test_no_more_backups_are_read_than_are_needed() -> None:
 
     assert checkpoints(newest_bases(history(), [make_disk("system")])) == {"system": ID3}
     assert read == [ID3]
+
+
+def on_file(*names: str, **changes: Any) -> SourceImage:
+    """Return the facts of an image in these files."""
+    files = [SourceFile(driver="file", name=name, device=1, inode=2) for name in names]
+    return make_source(files=files, **changes)
+
+
+def based_on(source: SourceImage, **changes: Any) -> dict[str, Base]:
+    """Return a newest backup of this source."""
+    backup = make_backup(ID2, disks=[make_disk_backup(ID2, source=source, **changes)])
+    return {"system": Base(backup=backup, disk=backup.disks[0])}
+
+
+def test_a_node_that_was_given_another_file_is_another_image() -> None:
+    bases = based_on(on_file("/a"))
+    same = make_disk("system", GOOD, source=on_file("/a"))
+    assert reason_for(same, bases=bases) is None
+    other = on_file("/b")
+    assert other.files is not None
+    moved = replace(other, files=[replace(other.files[0], inode=3)])
+    assert reason_for(make_disk("system", GOOD, source=moved), bases=bases) == "image-changed"
+
+
+def test_a_bitmap_that_stayed_behind_on_another_image_is_missing_for_that_reason() -> None:
+    facts: dict[str, Any] = {
+        "bases": based_on(on_file("/a", filename="/a")),
+        "prefix": PREFIX,
+        "not_loaded": {},
+        "granularity_bytes": GRANULARITY,
+    }
+    moved = judge(make_disk("system", source=on_file("/o", "/a", filename="/o")), **facts)
+    assert moved.reason == "missing" and "on /o now and was on /a" in (moved.problem or "")
+    there = judge(make_disk("system", source=on_file("/a")), **facts)
+    assert (there.reason, there.problem) == ("missing", None)
+
+
+@pytest.mark.parametrize("bases", [BASES, {}], ids=["a base", "no base"])
+def test_shared_and_throw_away_disks_are_never_incremental(bases: dict[str, Base]) -> None:
+    assert reason_for(make_disk("system", GOOD, shared=True), bases=bases) == "shared"
+    assert reason_for(make_disk("system", GOOD, throw_away=True), bases=bases) == "throw-away"
+
+
+def test_an_empty_disk_that_was_empty_has_nothing_to_record() -> None:
+    disk = make_disk("system", guarded=False, virtual_size_bytes=0)
+    bases = based_on(make_source(), virtual_size_bytes=0)
+    assert reason_for(disk, bases=bases) is None
+    assert reason_for(make_disk("system", GOOD, virtual_size_bytes=0)) == "size-changed"
+    assert reason_for(make_disk("system", GOOD), bases=bases) == "size-changed"

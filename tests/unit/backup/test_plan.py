@@ -1,14 +1,22 @@
 """Before a backup starts: which disks, full or incremental, and is there room."""
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from qbackup.backup.judge import newest_bases
-from qbackup.backup.plan import BackupOptions, Plan, choose_disks, make_plan, readable_backups
+from qbackup.backup.plan import (
+    BackupOptions,
+    Plan,
+    choose_disks,
+    disks_to_look_up,
+    make_plan,
+    readable_backups,
+)
 from qbackup.catalog.history import History
-from qbackup.errors import DiskError, NoSpaceError, RefusedError, UsageError
+from qbackup.errors import DiskError, NoSpaceError, RefusedError, RepositoryError, UsageError
 from qbackup.model.backup import MAX_DISK_BYTES, Backup
 from qbackup.qmp.disks import Inventory
 from qbackup.repository.repository import Repository
@@ -254,3 +262,93 @@ async def test_an_incremental_needs_room_for_what_changed_only(
     assert reasons(plan_for(make_inventory(small))) == {"system": None}
     with pytest.raises(NoSpaceError):
         plan_for(make_inventory(large))
+
+
+async def test_a_chain_that_is_full_is_a_notice_and_a_full_backup(
+    publish: Publish, plan_for: Callable[..., Plan], reporter: RecordingReporter
+) -> None:
+    await publish(make_backup(ID1))
+    await publish(make_backup(ID2, parent=ID1))
+    inventory = make_inventory(make_disk("system", make_bitmap(ID2)))
+    assert reasons(plan_for(inventory, vm={"max_chain": 3})) == {"system": None}
+    plan = plan_for(inventory, vm={"max_chain": 2})
+    assert reasons(plan) == {"system": "chain-full"}
+    assert [(v.method, v.parent) for v in plan.verdicts] == [("full", None)]
+    assert reporter.warnings == []
+    assert ["(chain-full)" in notice for notice in reporter.notices] == [True]
+    with pytest.raises(RefusedError):
+        plan_for(inventory, vm={"max_chain": 2}, fallback=False)
+
+
+async def test_what_is_dated_at_the_end_of_time_is_passed_over_unless_it_is_a_backup(
+    repository: Repository, publish: Publish, plan_for: Callable[..., Plan]
+) -> None:
+    last = "99981231-235959.999-0000"
+    await publish(make_backup(ID1))
+    (repository.path / VM / last).mkdir()
+    inventory = make_inventory(make_disk("system", make_bitmap(ID1)))
+    plan = plan_for(inventory)
+    assert (reasons(plan), plan.newest_id) == ({"system": None}, ID1)
+    (repository.path / VM / last).rmdir()
+    await publish(make_backup(last))
+    with pytest.raises(RepositoryError, match="at the end of time"):
+        plan_for(inventory)
+
+
+def test_a_disk_that_is_left_out_for_ever_is_not_looked_up() -> None:
+    inventory = make_inventory(
+        make_disk("system", guarded=False),
+        make_disk("data", make_bitmap(ID1)),
+        make_disk("swap", guarded=False),
+    )
+    options = BackupOptions(kind="full")
+    found = disks_to_look_up(inventory, vm=make_vm(disks=("system",)), options=options)
+    assert [disk.name for disk in found] == ["system", "data"]
+
+
+CLASH = "/lun.raw is written by disk data, too"
+
+
+def test_a_disk_without_an_instant_is_left_out_with_the_reason() -> None:
+    inventory = replace(THREE, refused={"swap": CLASH})
+    found, why = choose_disks(inventory, vm=make_vm(), options=BackupOptions(kind="full"))
+    assert [disk.name for disk in found] == ["system", "data"]
+    assert why["swap"] == CLASH
+
+
+@pytest.mark.parametrize("configured", [("swap", "data"), None], ids=["configured", "--disk"])
+def test_a_disk_without_an_instant_that_was_asked_for_is_an_error(
+    configured: tuple[str, ...] | None,
+) -> None:
+    inventory = replace(THREE, refused={"swap": CLASH})
+    options = BackupOptions(kind="full", disks=() if configured else ("swap",))
+    with pytest.raises(DiskError, match=r"disk swap cannot be backed up: /lun\.raw is written"):
+        choose_disks(inventory, vm=make_vm(disks=configured), options=options)
+
+
+def test_a_throw_away_overlay_is_left_out_unless_it_is_asked_for() -> None:
+    inventory = make_inventory(make_disk("system"), make_disk("temp", throw_away=True))
+    found, why = choose_disks(inventory, vm=make_vm(), options=BackupOptions(kind="full"))
+    assert [disk.name for disk in found] == ["system"]
+    assert why["temp"].startswith("throw-away")
+    for vm, disks in ((make_vm(disks=("temp",)), ()), (make_vm(), ("temp",))):
+        options = BackupOptions(kind="full", disks=disks)
+        found, _ = choose_disks(inventory, vm=vm, options=options)
+        assert [disk.name for disk in found] == ["temp"]
+
+
+def test_where_nothing_remains_it_is_said_why() -> None:
+    inventory = make_inventory(make_disk("temp", throw_away=True))
+    with pytest.raises(DiskError, match="no disk to back up") as caught:
+        choose_disks(inventory, vm=make_vm(), options=BackupOptions(kind="full"))
+    assert caught.value.hint is not None and "snapshot=on" in caught.value.hint
+
+
+def test_a_job_of_somebody_else_is_named_and_matters_only_for_its_disk() -> None:
+    busy = make_disk("data", jobs=("'theirs' (mirror)",))
+    inventory = make_inventory(make_disk("system"), busy=(busy,))
+    with pytest.raises(DiskError, match=r"block job 'theirs' \(mirror\) is using data"):
+        choose_disks(inventory, vm=make_vm(), options=BackupOptions(kind="full"))
+    options = BackupOptions(kind="full", exclude=("data",))
+    found, _ = choose_disks(inventory, vm=make_vm(), options=options)
+    assert [disk.name for disk in found] == ["system"]

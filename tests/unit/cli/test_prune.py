@@ -65,7 +65,7 @@ async def test_programs_get_one_document(qbackup: Qbackup) -> None:
     ]
     assert summary["backups"][2] == {
         "id": ID3,
-        "time": "2026-11-23T09:00:00.123Z",
+        "time": "2026-11-23T09:00:03.000Z",
         "stored_bytes": 8192,
         "keep": True,
         "reason": "keep-daily",

@@ -308,3 +308,29 @@ def test_the_example_in_the_file_that_init_writes_is_a_configuration() -> None:
     lines = [line.removeprefix("# ") for line in example.splitlines()]
     vm = parse("\n".join([before, "[vm.vm1]", *lines])).vm("vm1")
     assert vm.disks == ("system", "data") and vm.agent == Path("/run/vm1/qga.sock")
+
+
+@pytest.mark.parametrize(
+    ("top", "table", "found"),
+    [("", "", 100), ("max_chain = 7", "", 7), ("max_chain = 7", "max_chain = 9", 9)],
+)
+def test_max_chain_is_for_all_vms_or_for_one(top: str, table: str, found: int) -> None:
+    text = f'repository = "r"\nstate = "s"\n{top}\n[vm.a]\nqmp = "q"\n{table}\n'
+    configuration = parse_configuration(text, path=Path("/etc/c.toml"))
+    assert configuration.vm("a").max_chain == found
+
+
+@pytest.mark.parametrize(
+    "value", ["0", "-1", "1001", "10000000000000000000000", "true", '"5"', "5.0"]
+)
+@pytest.mark.parametrize("where", ["max_chain", "vm.a.max_chain"])
+def test_a_max_chain_that_makes_no_sense_is_refused_with_what_is_allowed(
+    value: str, where: str
+) -> None:
+    top, table = (
+        (f"max_chain = {value}", "") if where == "max_chain" else ("", f"max_chain = {value}")
+    )
+    text = f'repository = "r"\nstate = "s"\n{top}\n[vm.a]\nqmp = "q"\n{table}\n'
+    with pytest.raises(ConfigurationError, match=where) as caught:
+        parse_configuration(text, path=Path("/etc/c.toml"))
+    assert caught.value.hint is not None and "from 1 to 1000" in caught.value.hint

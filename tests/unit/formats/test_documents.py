@@ -155,3 +155,13 @@ class _Target:
 def test_a_conversion_is_strict_and_names_the_key(value: object, said: str) -> None:
     with pytest.raises(DocumentError, match=said):
         convert(value, _Target)
+
+
+@pytest.mark.parametrize("depth", [100, 900, 980, 995, 5000, 100_000])
+@pytest.mark.parametrize("around", ["[%s]", '{"a":%s}'])
+def test_no_depth_is_more_than_a_document_error(depth: int, around: str) -> None:
+    before, after = around.split("%s")
+    nested = before * depth + "1" + after * depth
+    data = f'{{"format":"x","version":1,"a":{nested},"checksum":"no"}}'.encode()
+    with pytest.raises(DocumentError):
+        decode_document(data, format_name="x", version=1)

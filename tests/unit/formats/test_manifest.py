@@ -219,3 +219,12 @@ def test_a_backing_file_is_named_relative_to_its_image() -> None:
     # Design, section 5: qemu-img alone can follow the chain, wherever the repository stands.
     assert disk_file(VM, ID2, "system") == f"vm1/{ID2}/system.qcow2"
     assert backing_file(ID1, "system") == f"../{ID1}/system.qcow2"
+
+
+@pytest.mark.parametrize(
+    "time",
+    ["", "yesterday", "2026-11-23T09:00:00", "9999-12-31T23:59:59Z", "0001-01-01T00:00:00Z"],
+)
+def test_a_time_that_no_clock_can_have_said_is_refused(time: str) -> None:
+    with pytest.raises(DocumentError, match="is not a time"):
+        decode(forge(changed("time", to=time)))

@@ -14,7 +14,7 @@ from threading import Event
 
 import pytest
 
-from qbackup.errors import LockedError
+from qbackup.errors import LockedError, RepositoryError
 from qbackup.host.lock import is_locked, locked, locked_alone, locked_for_reading
 
 from ..conftest import Clock
@@ -183,7 +183,7 @@ async def test_the_lock_file_is_not_followed_elsewhere(tmp_path: Path) -> None:
     victim.write_text("precious")
     (tmp_path / "vm1").mkdir()
     (tmp_path / "vm1" / ".lock").symlink_to(victim)
-    with pytest.raises(OSError, match="symbolic link"):
+    with pytest.raises(RepositoryError, match="not a regular file"):
         async with locked(tmp_path / "vm1", vm="vm1", wait_s=0):
             pass
     assert victim.read_text() == "precious"
@@ -293,3 +293,29 @@ async def test_what_cannot_be_locked_can_still_be_read(tmp_path: Path, there: st
     async with locked_for_reading(directory, vm="vm1", wait_s=0):
         entered = True
     assert entered and not (directory / "elsewhere").exists()
+
+
+def _fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _folder(path: Path) -> None:
+    path.mkdir()
+
+
+def _link(path: Path) -> None:
+    path.with_name("victim").write_text("precious")
+    path.symlink_to("victim")
+
+
+@pytest.mark.parametrize("put", [_fifo, _folder, _link])
+async def test_a_lock_that_is_no_regular_file_is_told_and_hangs_nobody(
+    tmp_path: Path, put: Callable[[Path], None]
+) -> None:
+    put(tmp_path / ".lock")
+    assert not is_locked(tmp_path)
+    with pytest.raises(RepositoryError, match=r"\.lock: ") as caught:
+        async with locked(tmp_path, vm="vm1", wait_s=0):
+            pass
+    assert caught.value.hint is not None
+    assert not (tmp_path / "victim").exists() or (tmp_path / "victim").read_text() == "precious"

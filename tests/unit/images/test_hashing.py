@@ -51,7 +51,7 @@ async def test_a_fifo_is_refused_at_once(tmp_path: Path) -> None:
 async def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         await hash_file(tmp_path / "nowhere")
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(NotRegularError):
         await hash_file(tmp_path)
 
 

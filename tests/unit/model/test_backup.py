@@ -1,13 +1,16 @@
 """A backup as a value, and the document that `--json` prints of it."""
 
 import json
-from typing import get_args
+from dataclasses import asdict, replace
+from typing import Any, get_args
 
+import pytest
 from hypothesis import given
 
-from qbackup.model.backup import REASON_TEXT, Backup, Reason
+from qbackup.formats.documents import convert
+from qbackup.model.backup import REASON_TEXT, Backup, Reason, SourceFile, SourceImage
 
-from ..values import ID1, ID2, backups, make_backup, make_disk_backup
+from ..values import ID1, ID2, backups, make_backup, make_disk_backup, make_source
 
 # Design, section 4. `label` is beside them for `list`; a disk's `parent` for its own chain.
 SUMMARY_KEYS = {"vm", "id", "time", "chain", "parent", "consistency", "disks", "seconds"}
@@ -55,3 +58,73 @@ def test_a_disk_is_found_by_its_name() -> None:
 
 def test_every_reason_is_said_to_people() -> None:
     assert set(REASON_TEXT) == set(get_args(Reason))
+
+
+def source_of(*files: SourceFile, process: str | None = "p1", **changes: Any) -> SourceImage:
+    """Return the facts of a disk in these files."""
+    return make_source(files=list(files), process=process, **changes)
+
+
+ONE = SourceFile(driver="file", name="/a", device=1, inode=2)
+DEVICE = SourceFile(driver="host_device", name="/dev/by-id/x", device=5)
+REMOTE = SourceFile(driver="rbd", name="pool/image")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "other"),
+    [
+        (ONE, ONE, False),
+        (ONE, replace(ONE, name="/link"), False),
+        (ONE, replace(ONE, inode=3), True),
+        (ONE, replace(ONE, device=9), True),
+        (ONE, replace(ONE, offset_bytes=512), True),
+        (ONE, replace(ONE, device=None, inode=None), False),
+        (ONE, replace(ONE, device=None, inode=None, name="/b"), True),
+        (DEVICE, replace(DEVICE, device=6), True),
+        (DEVICE, replace(DEVICE, name="/dev/dm-0"), False),
+        (DEVICE, ONE, True),
+        (REMOTE, REMOTE, False),
+        (REMOTE, replace(REMOTE, name="pool/other"), True),
+    ],
+)
+def test_while_one_qemu_lives_a_file_keeps_its_numbers(
+    before: SourceFile, now: SourceFile, *, other: bool
+) -> None:
+    assert source_of(now).is_other_than(source_of(before)) is other
+    assert source_of(ONE, now).is_other_than(source_of(ONE, before)) is other
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "other"),
+    [
+        (ONE, replace(ONE, device=9), False),
+        (ONE, replace(ONE, name="/link"), False),
+        (ONE, replace(ONE, device=9, name="/b"), True),
+        (ONE, replace(ONE, inode=3), True),
+        (DEVICE, replace(DEVICE, device=6), False),
+        (DEVICE, replace(DEVICE, name="/dev/dm-0"), False),
+        (DEVICE, replace(DEVICE, name="/dev/dm-0", device=6), True),
+    ],
+)
+@pytest.mark.parametrize("process", ["p2", None])
+def test_over_a_restart_devices_may_be_numbered_anew(
+    before: SourceFile, now: SourceFile, process: str | None, *, other: bool
+) -> None:
+    found = source_of(now, process=process)
+    assert found.is_other_than(source_of(before)) is other
+
+
+def test_a_file_more_or_less_or_another_format_is_another_image() -> None:
+    assert source_of(ONE).is_other_than(source_of(ONE, DEVICE))
+    assert source_of(ONE, DEVICE).is_other_than(source_of(ONE))
+    assert source_of(ONE, format="qcow2").is_other_than(source_of(ONE))
+
+
+def test_what_an_older_manifest_does_not_say_is_no_difference() -> None:
+    old = asdict(make_source())
+    for key in ("files", "process", "encrypted"):
+        del old[key]
+    before = convert(old, SourceImage)
+    assert (before.files, before.process, before.encrypted) == (None, None, False)
+    assert not source_of(ONE, format="qcow2").is_other_than(before)
+    assert not before.is_other_than(source_of(ONE))

@@ -1,12 +1,18 @@
 """Which backups a restore of one disk needs."""
 
 from collections.abc import Sequence
+from pathlib import PurePath
 
 import pytest
 
 from qbackup.errors import ChainBrokenError
 from qbackup.model.backup import Backup
-from qbackup.model.chain import disk_chain
+from qbackup.model.chain import (
+    DEFAULT_MAX_CHAIN,
+    ChainLengths,
+    disk_chain,
+    images_openable_alone,
+)
 
 from ..values import ID1, ID2, ID3, UNKNOWN_ID, make_backup, make_disk_backup
 
@@ -92,3 +98,44 @@ def test_a_broken_chain_names_the_backup_where_it_breaks(
 def test_a_disk_that_the_backup_does_not_hold_has_no_chain() -> None:
     with pytest.raises(ChainBrokenError, match="does not hold this disk"):
         chain_of([FULL], FULL, "data")
+
+
+def test_each_link_is_looked_up_once_however_many_ask() -> None:
+    looked_up: list[str] = []
+    by_id = {backup.id: backup for backup in (FULL, SECOND, THIRD)}
+
+    def look_up(backup_id: str) -> Backup | None:
+        looked_up.append(backup_id)
+        return by_id.get(backup_id)
+
+    lengths = ChainLengths(look_up)
+    found = [lengths.of(backup, "system") for backup in (SECOND, THIRD, FULL, THIRD)]
+    assert found == [2, 3, 1, 3]
+    assert looked_up == [ID1, ID2]
+
+
+def test_a_gap_is_told_the_same_way_from_every_backup_above_it() -> None:
+    lengths = ChainLengths({ID2: SECOND, ID3: THIRD}.get)
+    for backup in (THIRD, SECOND, THIRD):
+        with pytest.raises(ChainBrokenError) as caught:
+            lengths.of(backup, "system")
+        assert caught.value.message == f"backup {ID2}, disk system: its parent {ID1} is missing"
+
+
+@pytest.mark.parametrize(
+    ("path_bytes", "openable"),
+    [(40, 145), (4095 - 28, 2), (4095 - 27, 1), (4095, 1), (4096, 0), (5000, 0)],
+)
+def test_the_longest_path_bounds_what_qemu_img_opens_alone(path_bytes: int, openable: int) -> None:
+    assert images_openable_alone(PurePath("/" + "x" * (path_bytes - 1))) == openable
+
+
+def test_names_are_counted_in_bytes() -> None:
+    assert images_openable_alone(PurePath("/" + "\u00fc" * 1000)) == images_openable_alone(
+        PurePath("/" + "x" * 2000)
+    )
+
+
+def test_the_default_fits_any_sensible_path() -> None:
+    path = PurePath("/" + "x" * 1000, "vm1", ID1, "system.qcow2")
+    assert images_openable_alone(path) >= DEFAULT_MAX_CHAIN

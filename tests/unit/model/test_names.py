@@ -12,6 +12,7 @@ from qbackup.model.names import (
     bitmap_name,
     check_name,
     checkpoint_of_bitmap,
+    has_successor,
     is_backup_id,
     is_safe_name,
     new_backup_id,
@@ -55,6 +56,7 @@ moments = st.datetimes(min_value=datetime(2000, 1, 1), max_value=datetime(9000, 
     lambda moment: moment.replace(tzinfo=UTC)
 )
 bits = st.integers(0, 2**20)
+NOW = datetime(2026, 11, 23, 9, 0, tzinfo=UTC)
 
 
 @pytest.mark.parametrize("name", UNSAFE, ids=ascii)
@@ -107,7 +109,7 @@ def test_a_clock_that_was_set_back_does_not_change_the_order(
 
 def test_the_time_zone_of_the_clock_does_not_matter() -> None:
     now = datetime(2026, 11, 23, 10, 0, tzinfo=timezone(timedelta(hours=1)))
-    assert new_backup_id(now=now, newest=None, random_bits=1)[0] == "20261123-090000.000-0001"
+    assert new_backup_id(now=now, newest=None, random_bits=1) == "20261123-090000.000-0001"
 
 
 @pytest.mark.parametrize(
@@ -163,3 +165,15 @@ def test_a_bitmap_name_tells_its_checkpoint(checkpoint: str) -> None:
 )
 def test_a_bitmap_that_is_not_ours_has_no_checkpoint(name: str) -> None:
     assert checkpoint_of_bitmap(PREFIX, name) is None
+
+
+@pytest.mark.parametrize("backup_id", ["99991231-235959.999-ffff", "99990101-000000.000-0000"])
+def test_the_end_of_time_is_no_backup_id(backup_id: str) -> None:
+    assert not is_backup_id(backup_id)
+
+
+def test_every_id_but_the_last_has_a_successor() -> None:
+    assert has_successor("99981231-235959.998-ffff")
+    assert not has_successor("99981231-235959.999-0000")
+    after = new_backup_id(now=NOW, newest="99981231-235959.998-ffff", random_bits=1)
+    assert is_backup_id(after) and after > "99981231-235959.998-ffff"

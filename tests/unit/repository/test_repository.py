@@ -98,12 +98,13 @@ def _pipe(file: Path) -> None:
         (_newer, f"the repository is of version {VERSION + 1}"),
         (lambda file: file.write_bytes(b""), "damaged"),
         (lambda file: file.write_bytes(file.read_bytes()[:-9]), "damaged"),
-        (lambda file: file.write_bytes(b" " * 10**6), "damaged: larger than"),
-        (_symlink, "cannot be read"),
-        (_folder, "cannot be read"),
-        (_pipe, "damaged"),
+        (lambda file: file.write_bytes(b" " * 10**6), "cannot be read: larger than"),
+        (lambda file: file.write_bytes(b'{"a":' * 900 + b"1" + b"}" * 900), "damaged"),
+        (_symlink, "a symbolic link, not a regular file"),
+        (_folder, "a directory, not a regular file"),
+        (_pipe, "a FIFO, not a regular file"),
     ],
-    ids=["missing", "newer", "empty", "truncated", "huge", "symlink", "folder", "pipe"],
+    ids=["missing", "newer", "empty", "truncated", "huge", "deep", "symlink", "folder", "pipe"],
 )
 async def test_what_is_no_repository_of_ours_is_refused_with_the_fact(
     repository: Repository, damage: Callable[[Path], object], said: str
@@ -251,9 +252,9 @@ def _grow(file: Path) -> None:
         (lambda file: file.write_bytes(b"{}"), "not a qbackup-manifest document"),
         (lambda file: file.write_bytes(file.read_bytes()[:-9]), "not JSON"),
         (_grow, f"larger than {MAX_MANIFEST_BYTES} bytes"),
-        (_symlink, "cannot be read"),
-        (_folder, "cannot be read"),
-        (_pipe, "not JSON"),
+        (_symlink, "a symbolic link, not a regular file"),
+        (_folder, "a directory, not a regular file"),
+        (_pipe, "a FIFO, not a regular file"),
     ],
     ids=["missing", "other", "truncated", "huge", "symlink", "folder", "pipe"],
 )
@@ -324,3 +325,52 @@ async def test_partials_of_killed_runs_are_found_and_removed(repository: Reposit
 async def test_free_space_is_that_of_the_file_system(repository: Repository) -> None:
     facts = os.statvfs(repository.path)
     assert 0 < repository.free_bytes() <= facts.f_blocks * facts.f_frsize
+
+
+async def test_what_is_named_like_a_backup_and_is_no_directory_is_none(
+    repository: Repository, publish: Publish, tmp_path: Path
+) -> None:
+    await publish(make_backup(ID2))
+    folder = repository.vm_directory(VM)
+    (folder / ID1).touch()
+    os.mkfifo(folder / UNKNOWN_ID)
+    (folder / "99991231-235959.999-ffff").mkdir()
+    assert repository.backup_ids(VM) == [ID2]
+    assert repository.find(VM, ID1) is None
+
+
+async def test_a_backup_behind_a_link_is_told_and_not_followed(
+    repository: Repository, publish: Publish, tmp_path: Path
+) -> None:
+    await publish(make_backup(ID1))
+    folder = repository.vm_directory(VM)
+    (folder / ID1).rename(tmp_path / "elsewhere")
+    (folder / ID1).symlink_to(tmp_path / "elsewhere")
+    (damaged,) = repository.newest_first(VM)
+    assert isinstance(damaged, DamagedBackup) and "a symbolic link" in damaged.error.fact
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "broken link", "fifo", "deep"])
+async def test_whatever_is_where_an_unfinished_backup_would_be_is_removed(
+    repository: Repository, tmp_path: Path, kind: str
+) -> None:
+    await repository.ensure_vm_directory(VM)
+    left = repository.vm_directory(VM) / f"{ID1}.partial"
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "photo.jpg").touch()
+    match kind:
+        case "file":
+            left.touch()
+        case "link":
+            left.symlink_to(victim)
+        case "broken link":
+            left.symlink_to("nowhere")
+        case "fifo":
+            os.mkfifo(left)
+        case "deep":
+            (left / "a" / "b").mkdir(parents=True)
+            (left / "a" / "link").symlink_to(victim)
+    assert repository.partials(VM) == [left]
+    await repository.remove_partial(left)
+    assert repository.partials(VM) == [] and (victim / "photo.jpg").exists()

@@ -1,0 +1,247 @@
+"""The snapshot engine: whatever becomes of repository, scratch or qbackup, the guest goes on.
+
+A writer process that was stopped (SIGSTOP) is what a repository that hangs is to the rest.
+"""
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from support.lab import OURS, VM, Lab, disk_specs, free_port, kinds, lab, small_file_system
+
+KIB, MIB = 1024, 1024 * 1024
+INTERRUPT_S = 5.0
+ANSWER_S = 1.0
+
+
+async def overwrite(it: Lab, value: int) -> None:
+    """Touch what is copied, what is not, and every kind of content, on every disk."""
+    for name, model in it.models.items():
+        await it.write(name, 0, 70 * KIB, value)
+        await it.write(name, 2 * MIB + 512, 200 * KIB, value + 1)
+        await it.write(name, model.size_bytes - 512, 512, value + 2)
+        if not it.specs[0].iothread:  # QEMU 7.2's qemu-io cannot do that from its main thread
+            await it.write_zeroes(name, 3 * MIB, 64 * KIB, unmap=True)
+            await it.write_zeroes(name, 3 * MIB + 128 * KIB, 5 * KIB, unmap=False)
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+@pytest.mark.parametrize("iothread", [False, True])
+@pytest.mark.parametrize("command", ["full", "incremental"])
+async def test_a_backup_holds_its_instant_and_the_next_one_the_writes_since(
+    tmp_path: Path, command: str, image_format: str, iothread: bool
+) -> None:
+    specs = disk_specs(tmp_path, "a", "b", image_format=image_format, iothread=iothread)
+    async with lab(tmp_path, specs) as it:
+        await it.back_up("full")
+        for name in it.models:
+            await it.write(name, 0, 4 * MIB, 0x11)
+        backup = await it.begin_snapshot(command)
+        await overwrite(it, 0x21)
+        summary = await it.finish(backup)
+        assert set(kinds(summary).values()) == {command}
+        await it.check_sources()
+        await it.incremental()
+        await it.check_restores()
+
+
+async def test_qemu_opens_nothing_in_the_repository_and_the_scratch_has_no_name(
+    tmp_path: Path,
+) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a")) as it:
+        backup = await it.begin_snapshot("full")
+        files = [
+            str(entry.readlink()) for entry in Path(f"/proc/{it.qemu.process.pid}/fd").iterdir()
+        ]
+        assert not [file for file in files if file.startswith(str(it.repository))]
+        assert [file for file in files if file.endswith("(deleted)") and "state" in file]
+        assert not [
+            path
+            for path in (tmp_path / "state").rglob("*")
+            if path.name[0] == "." and path.is_file() and path.stat().st_size > MIB
+        ]
+        await it.finish(backup)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_an_interrupted_backup_to_a_repository_that_hangs_ends_soon(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a", "b")) as it:
+        await it.back_up("full")
+        await overwrite(it, 0x31)
+        backup = await it.begin_snapshot()
+        await overwrite(it, 0x41)
+        before = time.monotonic()
+        result = await it.interrupt(backup, number)
+        assert (result.code, result.last["class"]) == (130, "InterruptedByUserError")
+        assert time.monotonic() - before < INTERRUPT_S
+        assert "removes it" in " ".join(result.last["notes"])
+        await assert_nothing_in_qemu(it)
+        await it.incremental()
+        await it.check_restores()
+
+
+@pytest.mark.parametrize("iothread", [False, True])
+async def test_what_a_killed_backup_left_is_removed_by_the_next(
+    tmp_path: Path, iothread: bool
+) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a", "b", iothread=iothread)) as it:
+        await it.back_up("full")
+        await overwrite(it, 0x31)
+        backup = await it.begin_snapshot()
+        assert backup.writer is not None
+        await it.interrupt(backup, signal.SIGKILL)
+        os.kill(backup.writer, signal.SIGKILL)
+        await overwrite(it, 0x41)
+        assert await it._exports()
+        await it.incremental()
+        await it.check_restores()
+
+
+@pytest.mark.parametrize("iothread", [False, True])
+async def test_a_writer_that_is_killed_fails_the_backup_and_nothing_else(
+    tmp_path: Path, iothread: bool
+) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a", iothread=iothread)) as it:
+        await it.back_up("full")
+        await overwrite(it, 0x31)
+        backup = await it.begin_snapshot()
+        assert backup.writer is not None
+        os.kill(backup.writer, signal.SIGKILL)
+        result = await it.failed(backup)
+        assert (result.code, result.last["class"]) == (1, "WriterError")
+        await assert_nothing_in_qemu(it)
+        await overwrite(it, 0x41)
+        await it.incremental()
+        await it.check_restores()
+
+
+async def test_a_repository_that_hangs_is_given_up_after_the_stall_timeout(tmp_path: Path) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a")) as it:
+        await it.back_up("full")
+        path = it.qbackup.configuration
+        path.write_text("stall_timeout = 1\n" + path.read_text())
+        await overwrite(it, 0x31)
+        result = await it.failed(await it.begin_snapshot())
+        assert (result.code, result.last["class"]) == (1, "WriterError")
+        assert "stall_timeout" in result.last["hint"]
+        await assert_nothing_in_qemu(it)
+        await it.incremental()
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+@pytest.mark.parametrize("iothread", [False, True])
+async def test_a_full_scratch_fails_the_backup_and_no_write_of_the_guest(
+    tmp_path: Path, image_format: str, iothread: bool
+) -> None:
+    specs = disk_specs(tmp_path, "a", image_format=image_format, iothread=iothread)
+    async with small_file_system(tmp_path / "small", MIB), lab(tmp_path, specs) as it:
+        path = it.qbackup.configuration
+        path.write_text('scratch = "small"\n' + path.read_text())
+        await it.back_up("full")
+        await it.write("a", 0, 4 * MIB, 0x11)
+        backup = await it.begin_snapshot()
+        await it.write("a", 0, 3 * MIB, 0x21)  # every one of these is checked
+        await it.write("a", 3 * MIB, 1 * MIB, 0x22)
+        assert backup.writer is not None
+        os.kill(backup.writer, signal.SIGCONT)
+        result = await it.failed(backup)
+        assert (result.code, result.last["class"]) == (1, "SnapshotError")
+        assert "No space left" in result.last["message"] and "scratch" in result.last["hint"]
+        assert "disk a" in result.last["message"]
+        await it.check_sources()
+        await assert_nothing_in_qemu(it)
+        await it.incremental()
+        await it.check_restores()
+
+
+async def test_more_than_the_scratch_limit_fails_the_backup(tmp_path: Path) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a")) as it:
+        path = it.qbackup.configuration
+        path.write_text('scratch_limit = "1M"\n' + path.read_text())
+        await it.back_up("full")
+        await it.write("a", 0, 4 * MIB, 0x11)
+        backup = await it.begin_snapshot()
+        await it.write("a", 0, 3 * MIB, 0x21)
+        result = await it.failed(backup)
+        assert (result.code, result.last["class"]) == (1, "SnapshotError")
+        assert "scratch_limit" in result.last["message"]
+        await it.incremental()
+        await it.check_restores()
+
+
+async def test_a_snapshot_whose_job_somebody_ended_is_no_backup(tmp_path: Path) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a")) as it:
+        await it.back_up("full")
+        await it.write("a", 0, 2 * MIB, 0x11)
+        backup = await it.begin_snapshot()
+        (job,) = await it.qemu.qmp("query-jobs")
+        await it.qemu.qmp("job-cancel", id=job["id"])
+        assert backup.writer is not None
+        os.kill(backup.writer, signal.SIGCONT)
+        result = await it.failed(backup)
+        assert (result.code, result.last["class"]) == (1, "SnapshotError")
+        await it.incremental()
+        await it.check_restores()
+
+
+async def test_an_nbd_server_of_the_users_is_left_alone(tmp_path: Path) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a")) as it:
+        address = {"type": "unix", "data": {"path": str(tmp_path / "users")}}
+        await it.qemu.qmp("nbd-server-start", addr=address)
+        result = await it.fail("full")
+        assert (result.code, result.last["class"]) == (1, "SnapshotError")
+        assert "nbd-server-stop" in result.last["hint"]
+        await assert_nothing_in_qemu(it)
+        _, writer = await asyncio.open_unix_connection(str(tmp_path / "users"))
+        writer.close()
+        await it.qemu.qmp("nbd-server-stop")
+        await it.back_up("full")
+
+
+async def test_over_tcp_the_snapshot_works_by_name(tmp_path: Path) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a", "b"), tcp_port=free_port()) as it:
+        await it.back_up("full")
+        await overwrite(it, 0x31)
+        backup = await it.begin_snapshot()
+        await overwrite(it, 0x41)
+        await it.finish(backup)
+        await it.incremental()
+        await it.check_restores()
+        left = [path for path in (tmp_path / "state").rglob(".*") if path.name != ".scratch"]
+        assert left == []
+
+
+async def test_qemu_answers_at_once_while_the_repository_hangs(tmp_path: Path) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a", iothread=True)) as it:
+        await it.back_up("full")
+        backup = await it.begin_snapshot("full")
+        for value in range(1, 20):
+            async with asyncio.timeout(ANSWER_S):
+                await it.write("a", value * 64 * KIB, 64 * KIB, value)
+            async with asyncio.timeout(ANSWER_S):
+                await it.qemu.qmp("query-block")
+        await it.finish(backup)
+        await it.check_restores()
+
+
+async def test_disks_in_an_iothread_are_never_backed_up_by_the_direct_engine(
+    tmp_path: Path,
+) -> None:
+    specs = disk_specs(tmp_path, "a", iothread=True)
+    async with lab(tmp_path, specs, extra='engine = "direct"') as it:
+        await it.back_up("full")
+        result = await it.qbackup.ok("incremental", VM)
+        assert "using snapshot" in result.stderr
+
+
+async def assert_nothing_in_qemu(it: Lab) -> None:
+    """No job, export or node of ours is there, and no NBD server."""
+    assert await it.qemu.qmp("query-jobs") == []
+    assert await it.qemu.qmp("query-block-exports") == []
+    nodes = await it.qemu.qmp("query-named-block-nodes", flat=True)
+    assert [node for node in nodes if node["node-name"].startswith(OURS)] == []
