@@ -256,13 +256,13 @@ async def test_qemu_below_a_root_of_its_own(tmp_path: Path) -> None:
     (jail / "link").symlink_to("/images/d.raw")
     async with kept(tmp_path) as it:
         take(it, shaped(tmp_path, raw(Path("/link"))))
+        # All else is where it is for us, wherever QEMU may be installed.
         binds = " && ".join(
             f"mkdir -p {jail}{there} && mount --rbind {there} {jail}{there}"
-            for there in ("/usr", "/lib", "/lib64", "/etc", "/dev", "/proc", "/bin", tmp_path)
-            if Path(there).exists() and str(there) != str(tmp_path)
+            for there in Path("/").iterdir()
+            if there.is_dir()
         )
-        sockets = f"mkdir -p {jail}{tmp_path} && mount --bind {tmp_path} {jail}{tmp_path}"
-        inner = f"{binds} && {sockets} && exec chroot {jail} {shlex.join(it.machine())}"
+        inner = f"{binds} && exec chroot {jail} {shlex.join(it.machine())}"
         command = ["unshare", "-m", "sh", "-c", f'{inner} "$@"', "sh"]
         await survives_a_power_cycle(it, command=command)
 
