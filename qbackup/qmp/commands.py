@@ -229,7 +229,7 @@ def scratch_add(*, node: str, filename: str, backing: str, file_bytes: int) -> C
     takes everything and keeps nothing. So a write into the image never fails: if the file is full,
     the guest goes on, and QEMU tells with `QUORUM_REPORT_BAD` that the snapshot is lost. Without
     it, every QEMU would give the scratch file's error to the guest, or with `on-cbw-error` lose
-    the snapshot without a word (docs/decisions/0005-snapshot-on-scratch.md).
+    the snapshot without a word (docs/decisions/0006-snapshot-on-scratch.md).
 
     Both children must have the same size: the file is as long as the image can become.
     """

@@ -388,6 +388,7 @@ async def lab(
     tcp_port: int | None = None,
     qemu_arguments: Sequence[str] = (),
     compat: str = "1.1",
+    empty: bool = False,
 ) -> AsyncIterator[Lab]:
     """Make disks with content, a VM and a repository for the duration of a block.
 
@@ -396,7 +397,7 @@ async def lab(
     models = {
         spec.name: DiskModel(
             name=spec.name,
-            content=patchwork(size_bytes, seed=spec.name),
+            content=bytearray(size_bytes) if empty else patchwork(size_bytes, seed=spec.name),
             granularity_bytes=granularity_bytes,
         )
         for spec in specs

@@ -5,7 +5,7 @@ yet waits until it is in the repository, and a repository that hangs holds up QE
 is the same with an older job. If anything fails, the jobs are ended before the error goes on.
 
 Not for disks in an iothread: a job from a bitmap prepares its work after the guest may write again
-(docs/decisions/0005-snapshot-on-scratch.md). `backup/engines/choose.py` sees to it.
+(docs/decisions/0006-snapshot-on-scratch.md). `backup/engines/choose.py` sees to it.
 """
 
 import asyncio
