@@ -125,7 +125,7 @@ async def test_a_repository_that_hangs_holds_up_neither_guest_nor_qemu(
     ("faults", "error", "said"),
     [
         ({"room_bytes": MIB}, "NoSpaceError", "No space left"),
-        ({"fail": {"write": "EIO"}, "after": {"write": 2}}, "WriterError", "Input/output error"),
+        ({"fail": {"write": "EIO"}}, "WriterError", "Input/output error"),
         ({"fail": {"fsync": "EIO"}}, "WriterError", "Input/output error"),
     ],
     ids=["full", "write fails", "fsync fails"],
@@ -134,8 +134,11 @@ async def test_a_repository_that_fails_costs_the_backup_and_nothing_else(
     tmp_path: Path, faults: dict[str, object], error: str, said: str
 ) -> None:
     async with lab_on(tmp_path) as (it, fs):
+        # Not before the instant: a backup for which there is no room is not even begun.
+        await fs.set(bytes_per_s=MIB)
+        backup = await begin(it)
         await fs.set(**faults)  # type: ignore[arg-type]
-        result = await it.fail()
+        result = await it.failed(backup)
         assert (result.code, result.last["class"]) == (1, error)
         assert said in result.last["message"] and "disk a" in result.last["message"]
         await assert_nothing_in_qemu(it)
