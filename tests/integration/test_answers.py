@@ -74,9 +74,8 @@ async def test_progress_comes_as_lines_before_the_summary(tmp_path: Path) -> Non
             done = [line["done_bytes"] for line in of_disk]
             assert done == sorted(done)
             assert of_disk[-1]["done_bytes"] == of_disk[-1]["total_bytes"]
-            assert (
-                of_disk[-1]["total_bytes"] == -(-model.size_bytes // CLUSTER_BYTES) * CLUSTER_BYTES
-            )
+            whole = -(-model.size_bytes // CLUSTER_BYTES) * CLUSTER_BYTES
+            assert 0 < of_disk[-1]["total_bytes"] <= whole  # what is known to be zero is left out
 
 
 async def test_an_error_is_the_only_document(tmp_path: Path) -> None:

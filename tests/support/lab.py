@@ -302,7 +302,7 @@ class Lab:
             self.models[name].roll_back(instant)
 
     async def fail_with(self, disk: str, reason: str, *, command: str = "incremental") -> None:
-        """Run a backup whose job must fail; the error must say which disk, and why."""
+        """Run a backup that must fail at a disk; the error must say which one, and why."""
         result = await self.fail(command)
         assert (result.code, result.last["class"]) == (1, "JobFailedError")
         assert f"disk {disk}" in result.last["message"]
@@ -388,6 +388,7 @@ async def lab(
     tcp_port: int | None = None,
     qemu_arguments: Sequence[str] = (),
     compat: str = "1.1",
+    empty: bool = False,
 ) -> AsyncIterator[Lab]:
     """Make disks with content, a VM and a repository for the duration of a block.
 
@@ -396,7 +397,7 @@ async def lab(
     models = {
         spec.name: DiskModel(
             name=spec.name,
-            content=patchwork(size_bytes, seed=spec.name),
+            content=bytearray(size_bytes) if empty else patchwork(size_bytes, seed=spec.name),
             granularity_bytes=granularity_bytes,
         )
         for spec in specs

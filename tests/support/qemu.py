@@ -41,6 +41,7 @@ class DiskSpec:
     blockdev_file: dict[str, Any] | None = None
     iothread: bool = False
     bus: str | None = None
+    share_rw: bool = False
 
     @property
     def device_id(self) -> str:
@@ -55,7 +56,11 @@ class DiskSpec:
 
     def arguments(self) -> list[str]:
         """Return the QEMU arguments for the disk and its device."""
-        device = {"driver": "virtio-blk-pci", "drive": self.name, "id": self.device_id}
+        device: dict[str, Any] = {
+            "driver": "virtio-blk-pci",
+            "drive": self.name,
+            "id": self.device_id,
+        }
         before: list[str] = []
         if self.iothread:
             # A SCSI disk moves into its controller's thread at once; virtio-blk waits for a guest.
@@ -63,6 +68,8 @@ class DiskSpec:
             before = ["-object", f"iothread,id={thread}", "-device"]
             before += [f"virtio-scsi-pci,id={controller},iothread={thread}"]
             device |= {"driver": "scsi-hd", "bus": f"{controller}.0"}
+        if self.share_rw:
+            device["share-rw"] = True
         if self.style == "drive":
             read_only = "on" if self.read_only else "off"
             drive = (

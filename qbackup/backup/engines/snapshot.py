@@ -12,6 +12,7 @@ and no scratch file may ever have failed; else there is no backup, and no harm.
 """
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from qbackup.backup.instant import (
     take_instant,
 )
 from qbackup.backup.judge import Verdict
-from qbackup.errors import SnapshotError, WriterError
+from qbackup.errors import JobFailedError, SnapshotError, WriterError
 from qbackup.formats.manifest import backing_file, disk_file, encode_manifest
 from qbackup.host.tasks import task_group
 from qbackup.model.backup import Backup, DiskBackup
@@ -91,6 +92,8 @@ class _Progress:
         self._work = work
 
     def tell(self, disk: str, done_bytes: int, total_bytes: int) -> None:
+        if total_bytes == 0:
+            return  # it is not known yet
         self._work.reporter.progress(
             vm=self._work.vm.name, disk=disk, done_bytes=done_bytes, total_bytes=total_bytes
         )
@@ -216,7 +219,7 @@ class SnapshotSession:
             copies = []
             for disk in disks:
                 request = await self._request(disk, server, running=len(disks))
-                copies.append(group.create_task(self._writer.copy(request)))
+                copies.append(group.create_task(self._copy(disk, request)))
             running = set(copies)
             while running:
                 done, running = await asyncio.wait(
@@ -230,6 +233,25 @@ class SnapshotSession:
                 if done and running:
                     await self._share_speed(disks, copies)
         return [copy.result() for copy in copies]
+
+    async def _copy(self, disk: _Disk, request: CopyRequest) -> CopyResult:
+        try:
+            result = await self._writer.copy(request)
+        except WriterError as err:
+            if err.kind != "source":
+                raise
+            raise JobFailedError(
+                disk.name,
+                os.strerror(err.errno) if err.errno else err.message,
+                hint=f"QEMU could not read {disk.verdict.disk.source.filename}",
+            ) from err
+        self._work.reporter.progress(
+            vm=self._work.vm.name,
+            disk=disk.name,
+            done_bytes=result.copied_bytes,
+            total_bytes=result.copied_bytes,
+        )
+        return result
 
     async def _request(self, disk: _Disk, server: NbdServer, *, running: int) -> CopyRequest:
         parent = disk.verdict.parent
