@@ -55,7 +55,8 @@ class CopyRequest:
     `socket` is where the export is served; or `connection` is the descriptor of a connection to
     there, which is only lent: the process never ends it, and only forgets it.
     `file` is the image's name in the directory. `bits` is what is dirty; None: everything, a full.
-    `backing_file` is the name to write into the image; it must be there if and only if `bits` is.
+    `backing_file` is the name to write into the image; it must be there if and only if `bits` is
+    (or may be, of an empty disk).
     `allocation` False: the export is not asked what is zero, for servers that would not survive it.
     """
 
@@ -121,7 +122,11 @@ class Writer:
             NoSpaceError: the repository is full.
             WriterError: anything else.
         """
-        if (request.bits is None) != (request.backing_file is None):
+        # An empty disk has no bits at all, whatever it builds on.
+        has_bits = request.bits is not None or request.virtual_size_bytes == 0
+        if has_bits < (request.backing_file is not None) or (
+            request.bits is not None and request.backing_file is None
+        ):
             raise ValueError("an incremental has bits and a backing file, a full has neither")
         if (request.socket is None) == (request.connection is None):
             raise ValueError("either a socket or a connection")

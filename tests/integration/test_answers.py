@@ -48,11 +48,13 @@ async def test_a_backup_is_told_the_same_way_by_summary_list_and_show(tmp_path: 
         told = [{k: v for k, v in d.items() if k != "type"} for d in (full, incremental)]
         for arguments in (("list",), ("list", VM)):
             listed = (await it.qbackup.ok("--json", *arguments)).document
-            assert without_seconds(listed) == without_seconds(told)
+            assert without_seconds(listed) == without_seconds(
+                [document | {"protected": False} for document in told]
+            )
         for document in told:
             shown = (await it.qbackup.ok("--json", "show", VM, document["id"])).document
             assert without_seconds([shown | {"manifest": 0}]) == without_seconds(
-                [document | {"manifest": 0}]
+                [document | {"protected": False, "manifest": 0}]
             )
             manifest = shown["manifest"]
             assert "-S" in manifest["vm_configuration"]["command_line"]
