@@ -20,6 +20,7 @@ import bitmaps
 from fingerprint import fingerprint
 from measure import TMPFS, TOP, Failed, Row, print_table
 from run_overhead import run_overhead
+from writer import writer
 
 Benchmark = Callable[[], Awaitable[list[Row]]]
 
@@ -29,6 +30,7 @@ def all_benchmarks(rounds: int, disk: Path) -> dict[str, Benchmark]:
     return {
         "full": lambda: backups.full(rounds, TMPFS, "tmpfs"),
         "full-disk": lambda: backups.full(rounds, disk, "disk"),
+        "writer": lambda: writer(rounds),
         "nothing": lambda: backups.nothing(rounds),
         "dirty": lambda: backups.dirty(rounds),
         "restore": lambda: backups.restore(rounds),

@@ -40,7 +40,8 @@ from qbackup.writer.channel import Message
 
 START_TIMEOUT_S = 30.0
 COMMAND_TIMEOUT_S = 60.0
-DISCARD_TIMEOUT_S = 5.0
+DISCARD_TIMEOUT_S = 3.0
+"""With `KILL_WAIT_S`, what a Ctrl-C waits for a repository that does not answer."""
 KILL_WAIT_S = 1.0
 _STDERR_BYTES = 4096
 

@@ -93,7 +93,13 @@ class Process:
     # In threads
 
     def _begin(self) -> None:
-        durable.make_directory_now(self._partial)
+        try:
+            durable.make_directory_now(self._partial)
+        except FileExistsError:
+            raise  # it is somebody else's
+        except OSError:
+            self._begun = True  # it may be there: not synced, but ours
+            raise
         self._begun = True
         self._tell({"is": "begun"})
 
@@ -121,8 +127,13 @@ class Process:
         self._start("copy", lambda: self._copy(copy), disk=disk)
 
     def _copy(self, copy: DiskCopy) -> None:
-        with self._copying:
-            stored = copy.run()
+        try:
+            with self._copying:
+                stored = copy.run()
+        except OSError as err:
+            if err.filename is None:
+                err.filename = str(copy.task.path)
+            raise
         self._tell(
             {
                 "is": "copied",

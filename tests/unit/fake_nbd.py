@@ -26,6 +26,7 @@ class FakeNbd:
 
     `extents` answers every block status, cut to fit. `answers` replaces the answer to a read:
     it gets cookie, offset and length, and returns everything that is sent for it.
+    At the read `hang_at_read`, it stops and sets `hangs`.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class FakeNbd:
     reads: list[tuple[int, int]] = field(default_factory=list)
     status_requests: list[tuple[int, int]] = field(default_factory=list)
     hang_at_read: int | None = None
+    hangs: threading.Event = field(default_factory=threading.Event)
     sent_bytes: int = 0
 
     def __enter__(self) -> "FakeNbd":
@@ -118,6 +120,7 @@ class _Session:
         if command == 0:
             self._fake.reads.append((offset, length))
             if self._fake.hang_at_read == len(self._fake.reads):
+                self._fake.hangs.set()
                 self._receive(1 << 30)
             self._read(cookie, offset, length)
         elif command == 7:
