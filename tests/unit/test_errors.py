@@ -23,10 +23,7 @@ EXIT_CODES = {
     "QmpCommandError": 1,
     "DiskError": 1,
     "JobFailedError": 1,
-<<<<<<< HEAD
     "SnapshotError": 1,
-=======
->>>>>>> writer
     "WriterError": 1,
     "NoSpaceError": 1,
     "ManifestDamagedError": 1,
