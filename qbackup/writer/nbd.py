@@ -40,6 +40,12 @@ _ALLOCATION = b"base:allocation"
 _REQUEST_MAGIC = 0x25609513
 _REPLY_MAGIC = 0x668E33EF
 _CMD_READ, _CMD_DISCONNECT, _CMD_BLOCK_STATUS = 0, 2, 7
+_CAN_READ_WHOLE, _READ_WHOLE = 1 << 7, 1 << 2
+"""`NBD_FLAG_SEND_DF`, `NBD_CMD_FLAG_DF`: answer in one piece.
+
+Else, for a place that it cannot read, QEMU 7.2 hangs up instead of saying so, and if the disk is in
+an iothread, it aborts by that.
+"""
 _CHUNK_DONE = 1 << 0
 _CHUNK_NONE, _CHUNK_DATA, _CHUNK_HOLE, _CHUNK_STATUS = 0, 1, 2, 5
 _CHUNK_ERROR, _CHUNK_ERROR_OFFSET = 0x8001, 0x8002
@@ -131,6 +137,7 @@ class NbdConnection:
         self._cookie = 0
         self._in = bytearray(_CHUNK.size)
         self._context: int | None = None
+        self._read_flags = 0
         self.size_bytes = -1
         self.min_block_bytes = 1
         self.max_read_bytes = _MAX_BLOCK_BYTES
@@ -166,7 +173,7 @@ class NbdConnection:
         At most `MAX_REQUESTS` are under way, none longer than `max_read_bytes`.
         """
         self._cookie += 1
-        self._send(_request(_CMD_READ, self._cookie, offset, len(view)))
+        self._send(_request(_CMD_READ, self._cookie, offset, len(view), self._read_flags))
         self._reads[self._cookie] = _Read(offset, view)
         return self._cookie
 
@@ -278,7 +285,8 @@ class NbdConnection:
         elif kind == _REP_INFO and len(reply) >= 2:
             (info,) = struct.unpack_from(">H", reply)
             if info == _INFO_EXPORT and len(reply) == _EXPORT.size:
-                _, self.size_bytes, _ = _EXPORT.unpack(reply)
+                _, self.size_bytes, flags = _EXPORT.unpack(reply)
+                self._read_flags = _READ_WHOLE if flags & _CAN_READ_WHOLE else 0
                 if self.size_bytes >= 1 << 63:
                     raise NbdProtocolError(f"an export of {self.size_bytes} bytes")
             elif info == _INFO_BLOCK_SIZE and len(reply) == _BLOCK_SIZE.size:
@@ -364,8 +372,8 @@ class NbdConnection:
             at += count
 
 
-def _request(command: int, cookie: int, offset: int, length: int) -> bytes:
-    return _REQUEST.pack(_REQUEST_MAGIC, 0, command, cookie, offset, length)
+def _request(command: int, cookie: int, offset: int, length: int, flags: int = 0) -> bytes:
+    return _REQUEST.pack(_REQUEST_MAGIC, flags, command, cookie, offset, length)
 
 
 def _name(export: bytes) -> bytes:

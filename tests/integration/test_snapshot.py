@@ -245,3 +245,26 @@ async def assert_nothing_in_qemu(it: Lab) -> None:
     assert await it.qemu.qmp("query-block-exports") == []
     nodes = await it.qemu.qmp("query-named-block-nodes", flat=True)
     assert [node for node in nodes if node["node-name"].startswith(OURS)] == []
+
+
+@pytest.mark.parametrize("command", ["full", "incremental"])
+async def test_a_disk_in_an_iothread_that_cannot_be_read_fails_the_backup_and_not_the_guest(
+    tmp_path: Path, command: str
+) -> None:
+    blkdebug = {
+        "driver": "blkdebug",
+        "image": {"driver": "file", "filename": str(tmp_path / "a.raw")},
+        "set-state": [{"event": "flush_to_os", "state": 1, "new_state": 2}],
+        "inject-error": [
+            {"event": "read_aio", "state": 2, "errno": 5, "once": True, "sector": 3 * MIB // 512}
+        ],
+    }
+    (spec,) = disk_specs(tmp_path, "a", iothread=True, blockdev_file=blkdebug)
+    async with lab(tmp_path, [spec]) as it:
+        await it.back_up("full")
+        await it.write("a", 0, 4 * MIB, 0x11)
+        await it.qemu.io("a", "flush")
+        await it.fail_with("a", "Input/output error", command=command)
+        await assert_nothing_in_qemu(it)
+        await it.incremental()
+        await it.check_restores()

@@ -304,9 +304,9 @@ class Lab:
     async def fail_with(self, disk: str, reason: str, *, command: str = "incremental") -> None:
         """Run a backup that must fail at a disk; the error must say which one, and why."""
         result = await self.fail(command)
-        assert (result.code, result.last["class"]) == (1, "JobFailedError")
+        assert (result.code, result.last["class"]) == (1, "JobFailedError"), result.last
         assert f"disk {disk}" in result.last["message"]
-        assert reason in result.last["message"]
+        assert reason in result.last["message"], result.last
 
     async def committed(self, summary: dict[str, Any], instants: dict[str, Instant]) -> None:
         """Check a finished backup against the models, remember its point, look for leftovers."""
