@@ -23,6 +23,8 @@ Buffer = bytes | bytearray | memoryview
 
 ZERO_CLUSTER = bytes(CLUSTER_BYTES)
 _ONE = b"\0\1"
+_BLOCK_BYTES = 4096
+"""What a file system keeps at least; writing from the middle of it on would read it first."""
 
 
 class SequentialImage:
@@ -105,6 +107,7 @@ class SequentialImage:
             self._write_refcount_block()
         if self._cluster != self._layout.cluster_count:
             raise AssertionError("the image is not as it was laid out")
+        os.ftruncate(self._fd, self.file_size_bytes)  # its end may be a hole
 
     def _store(self, first: int, count: int, view: memoryview, start: int) -> None:
         offset = self._cluster * CLUSTER_BYTES
@@ -122,7 +125,11 @@ class SequentialImage:
         self._cluster += 1
 
     def _write(self, data: bytes) -> None:
-        write_all(self._fd, memoryview(data), self._cluster * CLUSTER_BYTES)
+        """Write metadata; its zeroes before and after what it says take no room."""
+        start = (len(data) - len(data.lstrip(b"\0"))) // _BLOCK_BYTES * _BLOCK_BYTES
+        end = len(data.rstrip(b"\0"))
+        if start < end:
+            write_all(self._fd, memoryview(data)[start:end], self._cluster * CLUSTER_BYTES + start)
         self._on_bytes(data)
 
     def _count(self, count: int) -> None:

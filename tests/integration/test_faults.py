@@ -16,7 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from signal import SIGKILL
 from typing import Literal
@@ -35,6 +35,7 @@ from qbackup.cli.context import read_configuration
 from qbackup.errors import MonitorError
 from qbackup.formats import qbm
 from qbackup.formats.configuration import Vm
+from qbackup.formats.manifest import MANIFEST_FILE, encode_manifest
 from qbackup.images.stamp import take_stamp
 from qbackup.repository.repository import Repository
 from qbackup.repository.state import StateDirectory
@@ -97,8 +98,18 @@ async def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
             await it.write("a", 9 * CLUSTER, 512, 2)
             await it.power_off()
             content, backup = bytes(it.models["a"].content), it.points[-1].id
+        forget_image_files(it.repository, backup)
         _starts.append(Start(folder=folder, content=content, backup=backup))
     return _starts[0]
+
+
+def forget_image_files(repository: Path, backup_id: str) -> None:
+    """Let a manifest not say which files held its disks: each life has copies of them."""
+    opened = Repository.open(repository)
+    backup = opened.backup(VM, backup_id)
+    disks = [replace(disk, source=replace(disk.source, files=None)) for disk in backup.disks]
+    data = encode_manifest(replace(backup, disks=disks), repository_id=opened.id)
+    (repository / VM / backup_id / MANIFEST_FILE).write_bytes(data)
 
 
 @pytest.mark.parametrize("shard", SHARDS)

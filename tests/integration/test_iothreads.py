@@ -26,13 +26,16 @@ async def busy_lab(
 ) -> AsyncIterator[tuple[Lab, OrderedWrites]]:
     """Make a VM with one disk that is written to all the time."""
     specs = disk_specs(folder, "a", image_format=image_format, iothread=True)
-    specs = [replace(spec, share_rw=True) for spec in specs]
+    # A device beside the export would need share-rw=on, and such a disk is always backed up in full.
+    specs = [replace(spec, style="drive", attached=False) for spec in specs]
     async with lab(folder, specs, size_bytes=SIZE, empty=True, extra=extra) as it:
         mount = folder / "export"
         mount.touch()
+        (drive,) = await it.qemu.qmp("query-block")
         await it.qemu.qmp(
             "block-export-add",
-            type="fuse", id="load", node_name="a", mountpoint=str(mount), writable=True,
+            type="fuse", id="load", node_name=drive["inserted"]["node-name"],
+            mountpoint=str(mount), writable=True, iothread="io-a", fixed_iothread=True,
         )  # fmt: skip
         try:
             with writing(mount, size_bytes=SIZE) as writes:

@@ -183,5 +183,7 @@ def comparable_manifest(it: Lab, number: int) -> dict[str, Any]:
         # compression the length, too; what it takes depends on how the file system was asked.
         for key in ("blake3", "stored_bytes", "file_size_bytes"):
             del disk[key]
-        del disk["source"]["actual_size_bytes"]
+        del disk["source"]["actual_size_bytes"], disk["source"]["process"]
+        for file in disk["source"]["files"]:
+            del file["inode"]
     return manifest

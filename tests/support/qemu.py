@@ -29,7 +29,8 @@ class DiskSpec:
     """One disk of the VM under test.
 
     `style` is how the command line names it; `blockdev_file` replaces the protocol node, for
-    blkdebug and throttling; `bus` is a SCSI bus that is there already.
+    blkdebug and throttling; not `attached` means a drive that no device uses; `bus` is a SCSI
+    bus that is there already.
     """
 
     name: str
@@ -40,8 +41,8 @@ class DiskSpec:
     driver: str = "file"
     blockdev_file: dict[str, Any] | None = None
     iothread: bool = False
+    attached: bool = True
     bus: str | None = None
-    share_rw: bool = False
 
     @property
     def device_id(self) -> str:
@@ -68,14 +69,14 @@ class DiskSpec:
             before = ["-object", f"iothread,id={thread}", "-device"]
             before += [f"virtio-scsi-pci,id={controller},iothread={thread}"]
             device |= {"driver": "scsi-hd", "bus": f"{controller}.0"}
-        if self.share_rw:
-            device["share-rw"] = True
         if self.style == "drive":
             read_only = "on" if self.read_only else "off"
             drive = (
                 f"file={self.path},format={self.image_format},if=none,id={self.name},"
                 f"readonly={read_only}"
             )
+            if not self.attached:
+                return [*before[:2], "-drive", drive]
             return [*before, "-drive", drive, "-device", json.dumps(device)]
         file = self.blockdev_file or {"driver": self.driver, "filename": str(self.path)}
         node = {
