@@ -207,10 +207,10 @@ def _without_qemu(
     had = {disk.name for disk in newest.disks} if newest else set()
     reasons = {disk.bitmap.reason for disk in disks if disk.name in had}
     if "unclean" in reasons:
-        return "crashed", f"QEMU ended without its bitmaps being saved, or unwatched ({detail})"
+        return "crashed", f"QEMU ended without its bitmaps being saved, or unwatched; {detail}"
     files = [path for (name, _), path in state.bitmap_files().items() if name in had]
     if None in reasons or (files and all(is_clean(path) for path in files)):
-        return "off", f"bitmaps saved ({detail})"
+        return "off", f"bitmaps saved; {detail}"
     return "unreachable", detail
 
 

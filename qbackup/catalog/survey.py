@@ -8,7 +8,7 @@ once: a chain of a thousand backups costs a thousand looks.
 import os
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC
 from pathlib import Path
 
 from qbackup.catalog.image_check import check_size
@@ -47,7 +47,7 @@ def survey(repository: Repository, vm: str) -> Survey:
         candidates.append(
             Candidate(
                 id=found.id,
-                time=_time(found),
+                time=found.moment.astimezone(UTC),
                 parents={disk.name: disk.parent for disk in found.disks},
                 protected=repository.is_protected(vm, found.id),
                 problem=next(filter(None, wrong), None),
@@ -74,15 +74,6 @@ def _problem(
         return problems[disk.parent, disk.name]
     except KeyError:
         return f"backup {backup.id}, disk {disk.name}: its parent {disk.parent} cannot be used"
-
-
-def _time(backup: Backup) -> datetime:
-    """Return what the clock said; if that makes no sense, the time in the id."""
-    try:
-        time = datetime.fromisoformat(backup.time)
-        return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
-    except (ValueError, OverflowError):
-        return backup_time(backup.id)
 
 
 def _damaged(repository: Repository, damaged: DamagedBackup) -> Candidate:

@@ -68,8 +68,8 @@ async def locked_alone(directory: Path, *, vm: str, wait_s: float) -> AsyncItera
 async def locked_for_reading(directory: Path, *, vm: str, wait_s: float) -> AsyncIterator[None]:
     """Keep everything in `directory` that is there now, waiting at most `wait_s` seconds.
 
-    Where no lock can be had (a read-only repository, a file system without locks, somebody
-    else's directory), the block runs without: what cannot be locked must still be restorable.
+    Where no lock can be had (the file is missing, a file system without locks, somebody else's
+    directory), the block runs without: what cannot be locked must still be restorable.
 
     Raises:
         LockedError: another process removes.
@@ -134,22 +134,15 @@ def _not_a_lock(path: Path) -> RepositoryError:
 
 
 def _open_for_reading(path: Path) -> int | None:
-    """Open the lock file without needing the right to write; make it only if it is missing."""
+    """Open the lock file without needing the right to write, and without making it.
+
+    Whoever only reads leaves nothing behind. The first backup makes the file, so it is missing only
+    where a repository was copied without it.
+    """
     try:
         return os.open(path, _FLAGS | os.O_RDONLY)
-    except FileNotFoundError:
-        pass
     except OSError:
         return None
-    try:
-        fd = os.open(path, _FLAGS | os.O_RDONLY | os.O_CREAT, FILE_MODE)
-        owner = path.parent.stat()
-    except OSError:
-        return None
-    with suppress(PermissionError):
-        # A restore by root must not leave a file that the owner's next backup cannot open.
-        os.fchown(fd, owner.st_uid, owner.st_gid)
-    return fd
 
 
 async def _acquire(fd: int, lock: bytes, *, vm: str, wait_s: float, required: bool) -> None:

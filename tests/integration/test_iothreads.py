@@ -26,7 +26,7 @@ async def busy_lab(
 ) -> AsyncIterator[tuple[Lab, OrderedWrites]]:
     """Make a VM with one disk that is written to all the time."""
     specs = disk_specs(folder, "a", image_format=image_format, iothread=True)
-    # A device beside the export would need share-rw=on, and such a disk is always backed up in full.
+    # A device beside the export needs share-rw=on, and such a disk is always backed up in full.
     specs = [replace(spec, style="drive", attached=False) for spec in specs]
     async with lab(folder, specs, size_bytes=SIZE, empty=True, extra=extra) as it:
         mount = folder / "export"
