@@ -139,9 +139,10 @@ async def remember(
     is `settled`: saved, or loaded. It is only for people: if it cannot be kept, nothing is.
     """
     fresh = {(disk, owner_of(name)) for disk, name in (*refusals, *settled)}
+    known = await in_thread(state.read_verdicts)
     earlier = {
         (disk, name): why
-        for (disk, name), why in state.read_verdicts().items()
+        for (disk, name), why in known.items()
         if (disk, owner_of(name)) not in fresh
     }
     try:

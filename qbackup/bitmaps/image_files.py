@@ -5,7 +5,6 @@ process has open. From what they are follows which disks share an image: a backu
 not see what is written through another, so of such a disk there is no image of an instant.
 """
 
-import asyncio
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,6 +20,7 @@ from qbackup.host.process_files import (
     extent_on_medium,
     identity_of,
 )
+from qbackup.host.tasks import in_thread
 from qbackup.model.backup import Reason, SourceFile
 from qbackup.model.secrets import redacted
 from qbackup.qmp.disks import Disk, Inventory, query_inventory
@@ -90,7 +90,7 @@ async def query_disks(monitor: Looker, pid: int | None) -> Inventory:
         DiskError, MonitorError: as `query_inventory` does.
     """
     inventory = await query_inventory(monitor)
-    return await asyncio.to_thread(look_up, inventory, pid)
+    return await in_thread(look_up, inventory, pid)
 
 
 def look_up(inventory: Inventory, pid: int | None) -> Inventory:

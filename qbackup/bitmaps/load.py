@@ -186,7 +186,7 @@ async def _load_one(monitor: Monitor, candidate: _Candidate) -> None:
         disk_node=candidate.disk.node,
         name=candidate.recorder,
         bits=candidate.bits,
-        path=sidecar_path(candidate.path),
+        path=await in_thread(sidecar_path, candidate.path),
         prefix=RESERVED_PREFIX,
         into_existing=True,
     )
@@ -219,7 +219,7 @@ async def _guard_size(monitor: Monitor, candidate: _Candidate) -> None:
         candidate.disk,
         prefix=owner_of(candidate.name),
         granularity_bytes=candidate.bits.granularity_bytes,
-        scratch=sidecar_path(candidate.path),
+        scratch=await in_thread(sidecar_path, candidate.path),
     )
 
 

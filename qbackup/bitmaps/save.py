@@ -6,8 +6,9 @@ It takes every bitmap of ours, of whichever repository: whether a bitmap's check
 newest one is asked by the backup that wants to use it.
 """
 
+import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,8 @@ from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.sidecar import save_bitmap
 from qbackup.repository.repository import Repository
 from qbackup.repository.state import StateDirectory
+
+_REPOSITORY_TIMEOUT_S = 5.0
 
 UNKNOWN_CHAIN = "unknown"
 """In a file of a bitmap whose backup is in a repository that we do not see."""
@@ -87,45 +90,49 @@ async def save_bitmaps(
     saved: list[Saved] = []
     refused: dict[tuple[str, str], Refusal] = {}
     inventory = await query_disks(monitor, pid)
-    for disk in (*inventory.disks, *inventory.busy):
-        ours = our_bitmaps(disk)
-        if not ours or disk.virtual_size_bytes == 0:
-            continue
-        never = no_bitmap_reason(inventory, disk)
-        images = None if never else await in_thread(open_images, disk, pid)
-        kept = len(saved)
-        told: set[str] = set()
-        for bitmap in ours:
-            try:
-                if never is not None:
-                    why = inventory.refused.get(disk.name, REASON_TEXT[never])
-                    raise _NotKeptError(why, reason=never)  # noqa: TRY301 - all refusals end below
-                saved.append(
-                    await _save_one(
-                        monitor,
-                        state,
-                        identity=_identify(repository, vm=vm, disk=disk, bitmap=bitmap),
-                        disk=disk,
-                        bitmap=bitmap,
-                        images=_require_savable(disk, bitmap, images),
-                    )
-                )
-            except MonitorLostError:
-                raise
-            except _NotKeptError as err:
-                refusal = Refusal(reason=err.reason, detail=f"{err}, so its bitmap cannot be kept")
-            except (QbackupError, OSError, ValueError) as err:
-                # The other disks are not to suffer from it.
-                refusal = Refusal(reason="missing", detail=f"its bitmap could not be saved: {err}")
-            else:
+    with ExitStack() as opened:
+        for disk in (*inventory.disks, *inventory.busy):
+            ours = our_bitmaps(disk)
+            if not ours or disk.virtual_size_bytes == 0:
                 continue
-            refused[disk.name, bitmap.name] = refusal
-            if refusal.detail not in told:
-                reporter.warning(f"{vm}: disk {disk.name}: {refusal.detail}")
-                told.add(refusal.detail or "")
-        if images is not None and len(saved) == kept:
-            images.close()
-    await remember(state, refused, settled=[(one.disk, one.bitmap) for one in saved])
+            never = no_bitmap_reason(inventory, disk)
+            images = None if never else await in_thread(open_images, disk, pid)
+            if images is not None:
+                opened.callback(images.close)
+            kept = len(saved)
+            told: set[str] = set()
+            for bitmap in ours:
+                try:
+                    if never is not None:
+                        why = inventory.refused.get(disk.name, REASON_TEXT[never])
+                        raise _NotKeptError(why, reason=never)  # noqa: TRY301 - all refusals end below
+                    saved.append(
+                        await _save_one(
+                            monitor,
+                            state,
+                            identity=await _identify(repository, vm=vm, disk=disk, bitmap=bitmap),
+                            disk=disk,
+                            bitmap=bitmap,
+                            images=_require_savable(disk, bitmap, images),
+                        )
+                    )
+                except MonitorLostError:
+                    raise
+                except _NotKeptError as err:
+                    reason, detail = err.reason, f"{err}, so its bitmap cannot be kept"
+                except (QbackupError, OSError, ValueError) as err:
+                    # The other disks are not to suffer from it.
+                    reason, detail = "missing", f"its bitmap could not be saved: {err}"
+                else:
+                    continue
+                refused[disk.name, bitmap.name] = Refusal(reason=reason, detail=detail)
+                if detail not in told:
+                    reporter.warning(f"{vm}: disk {disk.name}: {detail}")
+                    told.add(detail)
+            if images is not None and len(saved) == kept:
+                images.close()
+        await remember(state, refused, settled=[(one.disk, one.bitmap) for one in saved])
+        opened.pop_all()  # from now on whoever has what was saved closes them
     present = frozenset(disk.name for disk in (*inventory.disks, *inventory.busy))
     return SavedVm(files=tuple(saved), disks=present)
 
@@ -249,13 +256,15 @@ async def _save_one(
 ) -> Saved:
     path = state.bitmap_file(disk.name, bitmap.name)
     await state.ensure_disk(disk.name)
+    # Before the bits: what is written in between is in none of them, and shows at the end.
+    stamp = await in_thread(take_stamp, images.paths)
     bits = await save_bitmap(
         monitor,
         disk_node=disk.node,
         bitmap=bitmap.name,
         virtual_size_bytes=disk.virtual_size_bytes,
         granularity_bytes=bitmap.granularity_bytes,
-        path=sidecar_path(path),
+        path=await in_thread(sidecar_path, path),
         prefix=RESERVED_PREFIX,
     )
     data = await in_thread(
@@ -273,18 +282,24 @@ async def _save_one(
         bitmap=bitmap.name,
         path=await state.write_new(path, data),
         images=images,
-        stamp=await in_thread(take_stamp, images.paths),
+        stamp=stamp,
     )
 
 
-def _identify(repository: Repository | None, *, vm: str, disk: Disk, bitmap: Bitmap) -> Identity:
-    """Say what a bitmap belongs to; of another repository only its mark and checkpoint show."""
+async def _identify(
+    repository: Repository | None, *, vm: str, disk: Disk, bitmap: Bitmap
+) -> Identity:
+    """Say what a bitmap belongs to; of another repository only its mark and checkpoint show.
+
+    The chain is for people: a repository that does not answer keeps no bitmap from being saved.
+    """
     owner, checkpoint = split_bitmap_name(bitmap.name) or ("", "")
     chain = None
     if repository and bitmap.name.startswith(owner_prefix(repository.id, vm)):
         owner = repository.id
-        with suppress(ManifestDamagedError):
-            backup = repository.find(vm, checkpoint)
+        with suppress(ManifestDamagedError, OSError):
+            async with asyncio.timeout(_REPOSITORY_TIMEOUT_S):
+                backup = await in_thread(repository.find, vm, checkpoint)
             chain = backup.chain if backup else None
     return Identity(
         repository=owner,

@@ -118,7 +118,7 @@ async def replace_file(path: Path, data: bytes) -> None:
     import aiofiles.os  # noqa: PLC0415 - the writer process starts without asyncio
 
     temporary = path.with_name(f".{path.name}.new")
-    temporary.unlink(missing_ok=True)
+    await _run(_unlink, temporary)
     await write_new_file(temporary, data)
     await aiofiles.os.replace(temporary, path)
     await sync_directory(path.parent)
@@ -169,6 +169,10 @@ def _sync_path(path: Path, flags: int) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _unlink(path: Path) -> None:
+    path.unlink(missing_ok=True)
 
 
 def _private(path: str, flags: int) -> int:

@@ -9,12 +9,12 @@ not be written, and what QEMU loads is compared with what was written, before it
 This module knows no bitmap file and no repository.
 """
 
-import asyncio
 import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -22,6 +22,7 @@ import msgspec
 from qbackup.errors import QbackupError, QmpCommandError
 from qbackup.formats.qcow2 import Qcow2Error, write_empty_image
 from qbackup.formats.qcow2_bitmap import fits_qcow2, read_sidecar, write_sidecar
+from qbackup.host.tasks import in_thread
 from qbackup.model.bitmap import Bits
 from qbackup.qmp import commands
 from qbackup.qmp.lending import named_for_qemu, undone_by
@@ -79,9 +80,9 @@ async def save_bitmap(
         MonitorLostError: QEMU went away.
     """
     node = _node_name(prefix)
-    with _scratch(path, named=not monitor.can_send_descriptors) as scratch:
+    async with _scratch(path, named=not monitor.can_send_descriptors) as scratch:
         with _told(path, "cannot write"):
-            write_empty_image(scratch.fd, virtual_size_bytes=virtual_size_bytes, compression="zlib")
+            await in_thread(_write_empty, scratch.fd, virtual_size_bytes)
         async with _attached(monitor, scratch, node=node, read_only=False):
             await monitor.execute(
                 commands.transaction(
@@ -97,7 +98,7 @@ async def save_bitmap(
             )
             expected = await _query_bitmap(monitor, node)
         with _told(path, f"QEMU did not write bitmap {bitmap} of {disk_node} completely"):
-            bits = await asyncio.to_thread(read_sidecar, scratch.fd, name=_BITMAP)
+            bits = await in_thread(partial(read_sidecar, scratch.fd, name=_BITMAP))
     if (bits.virtual_size_bytes, bits.granularity_bytes) != (virtual_size_bytes, granularity_bytes):
         raise SidecarError(f"{path}: QEMU wrote a bitmap of another size or granularity")
     await _check_count(bits, expected, path)
@@ -139,9 +140,9 @@ async def load_bitmap(
     merge = commands.bitmap_merge_from(
         node=disk_node, target=name, source_node=node, source=_BITMAP
     )
-    with _scratch(path, named=not monitor.can_send_descriptors) as scratch:
+    async with _scratch(path, named=not monitor.can_send_descriptors) as scratch:
         with _told(path, "cannot write"):
-            await asyncio.to_thread(write_sidecar, scratch.fd, bits, name=_BITMAP)
+            await in_thread(partial(write_sidecar, scratch.fd, bits, name=_BITMAP))
         async with _attached(monitor, scratch, node=node, read_only=True):
             await _check_count(bits, await _query_bitmap(monitor, node), path)
             await monitor.execute(commands.transaction([merge] if into_existing else [add, merge]))
@@ -187,7 +188,7 @@ async def _check_count(bits: Bits, shown: _DirtyBitmap | None, path: Path) -> No
     """Compare what QEMU has with what the file has; QEMU counts whole granules."""
     if shown is None or shown.inconsistent:
         raise SidecarError(f"{path}: QEMU did not take the bitmap in it")
-    count_bytes = await asyncio.to_thread(bits.count) * bits.granularity_bytes
+    count_bytes = await in_thread(bits.count) * bits.granularity_bytes
     if (shown.count, shown.granularity) != (count_bytes, bits.granularity_bytes):
         raise SidecarError(f"{path}: QEMU's bitmap has {shown.count} bytes dirty, not as written")
 
@@ -203,24 +204,39 @@ def _told(path: Path, what: str) -> Iterator[None]:
         ) from err
 
 
-@contextmanager
-def _scratch(path: Path, *, named: bool) -> Iterator[_Scratch]:
+@asynccontextmanager
+async def _scratch(path: Path, *, named: bool) -> AsyncIterator[_Scratch]:
     """Make an empty temporary file; it keeps its name only if it is `named`."""
-    flags = os.O_CLOEXEC | os.O_NOFOLLOW
     with _told(path, "cannot create a temporary file"):
-        path.unlink(missing_ok=True)
-        fd = os.open(path, flags | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        scratch = await in_thread(partial(_open_scratch, path, named=named))
+    try:
+        yield scratch
+    finally:
+        await in_thread(_close_scratch, scratch)
+
+
+def _open_scratch(path: Path, *, named: bool) -> _Scratch:
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    path.unlink(missing_ok=True)
+    fd = os.open(path, flags | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         read_only_fd = os.open(path, flags | os.O_RDONLY)
-        if not named:
-            path.unlink()
-        try:
-            yield _Scratch(path=path, fd=fd, read_only_fd=read_only_fd)
-        finally:
-            os.close(read_only_fd)
-    finally:
-        # QEMU 7.2 keeps descriptors of a removed fd set while the guest is paused: let them
-        # hold no space.
-        os.ftruncate(fd, 0)
+    except OSError:
         os.close(fd)
-        path.unlink(missing_ok=True)
+        raise
+    if not named:
+        path.unlink()
+    return _Scratch(path=path, fd=fd, read_only_fd=read_only_fd)
+
+
+def _close_scratch(scratch: _Scratch) -> None:
+    os.close(scratch.read_only_fd)
+    # QEMU 7.2 keeps descriptors of a removed fd set while the guest is paused: let them
+    # hold no space.
+    os.ftruncate(scratch.fd, 0)
+    os.close(scratch.fd)
+    scratch.path.unlink(missing_ok=True)
+
+
+def _write_empty(fd: int, virtual_size_bytes: int) -> None:
+    write_empty_image(fd, virtual_size_bytes=virtual_size_bytes, compression="zlib")

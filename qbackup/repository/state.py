@@ -112,10 +112,10 @@ class StateDirectory:
         Raises:
             OSError: it cannot be made, or something else has its name.
         """
-        self.create()
+        await in_thread(self.create)
         folder = self.path / disk
         try:
-            facts = folder.lstat()
+            facts = await in_thread(folder.lstat)
         except FileNotFoundError:
             await durable.make_directory(folder)
             return
@@ -124,8 +124,8 @@ class StateDirectory:
 
     async def write_new(self, target: Path, data: bytes) -> Path:
         """Write what will become `target`, durably but not in place; return where it is."""
-        path = free_name(target.with_name(f".{target.name}{_NEW_SUFFIX}"))
-        path.unlink(missing_ok=True)
+        path = await in_thread(free_name, target.with_name(f".{target.name}{_NEW_SUFFIX}"))
+        await in_thread(_unlink, path)
         await durable.write_new_file(path, data)
         return path
 
@@ -142,7 +142,7 @@ class StateDirectory:
 
     async def remove(self, path: Path) -> None:
         """Remove one bitmap file, durably."""
-        path.unlink(missing_ok=True)
+        await in_thread(_unlink, path)
         await durable.sync_directory(path.parent)
 
     async def remove_others(self, keep: set[Path], *, disks: Collection[str] | None = None) -> None:
@@ -150,17 +150,17 @@ class StateDirectory:
 
         Unfinished ones go, of whatever disk. What cannot be removed stays; it is not clean.
         """
-        for folder in self._disk_directories():
+        for folder in await in_thread(self._disk_directories):
             stale = [
                 path
-                for path in _content_of(folder)
+                for path in await in_thread(_content_of, folder)
                 if path not in keep
                 and BITMAP_SUFFIX in path.suffixes
                 and (disks is None or folder.name in disks or path.name.startswith("."))
             ]
             for path in stale:
                 with suppress(OSError):
-                    path.unlink()
+                    await in_thread(path.unlink)
             if stale:
                 await durable.sync_directory(folder)
 
@@ -235,6 +235,10 @@ def free_name(path: Path) -> Path:
         if not candidate.is_dir() or candidate.is_symlink():
             return candidate
     return path
+
+
+def _unlink(path: Path) -> None:
+    path.unlink(missing_ok=True)
 
 
 def _content_of(folder: Path) -> list[Path]:

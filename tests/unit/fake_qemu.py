@@ -137,15 +137,16 @@ class FakeQmp(_Server):
         self, path: Path, replies: dict[str, Any], *, greeting: bytes | None = b"default"
     ) -> None:
         super().__init__(path, {"qmp_capabilities": {}, **replies})
+        self._negotiated: list[asyncio.StreamWriter] = []
         self._greeting = (
             json.dumps(GREETING).encode() + b"\r\n" if greeting == b"default" else greeting
         )
 
     def emit(self, event: str, **data: Any) -> None:
-        """Send an event to every client."""
+        """Send an event to every client that has negotiated; QEMU sends none before."""
         stamp = {"seconds": 1, "microseconds": 0}
         line = json.dumps({"event": event, "data": data, "timestamp": stamp}).encode() + b"\r\n"
-        for writer in self._writers:
+        for writer in self._negotiated:
             writer.write(line)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -156,6 +157,8 @@ class FakeQmp(_Server):
         async for message in _messages(reader):
             self.received.append(message)
             self._reply(message, writer)
+            if message["execute"] == "qmp_capabilities":
+                self._negotiated.append(writer)
             await writer.drain()
 
 

@@ -150,3 +150,18 @@ async def test_what_cannot_be_remembered_does_no_harm(state: StateDirectory) -> 
     (state.path / "verdicts.json").mkdir()
     await remember(state, {("a", NAMES[0]): Refusal(reason="unclean")}, settled=())
     assert state.read_verdicts() == {}
+
+
+async def test_a_state_directory_that_hangs_does_not_hold_up_who_waits_for_it(
+    state: StateDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write = os.pipe()
+
+    def hang(*_: object) -> None:
+        os.read(read, 1)
+
+    monkeypatch.setattr(StateDirectory, "read_verdicts", hang)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await remember(state, {}, settled=())
+    os.close(write)  # the thread that was left behind ends
