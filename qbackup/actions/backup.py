@@ -75,7 +75,7 @@ async def back_up(
     await repository.ensure_vm_directory(vm.name)
     prefix = owner_prefix(repository.id, vm.name)
     async with (
-        repository.lock(vm.name, wait_s=options.lock_wait_s),
+        repository.lock(vm.name, wait_s=options.lock_wait_s) as lock,
         vm_monitor(vm, state.control_socket) as (monitor, watched),
     ):
         condition = await query_condition(monitor)
@@ -117,6 +117,7 @@ async def back_up(
             prefix=prefix,
             backup_id=backup_id,
             repository=repository,
+            lock=lock,
             reporter=reporter,
         )
         async with (

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from qbackup.errors import LockedError, RepositoryError
 from qbackup.host.durable import FILE_MODE
+from qbackup.host.tasks import in_thread
 
 LOCK_NAME = ".lock"
 _POLL_S = 0.2
@@ -40,16 +41,38 @@ _READING = _lock(fcntl.F_RDLCK, first=1, length=1)
 _ALONE = _lock(fcntl.F_WRLCK, first=0, length=2)
 
 
+class HeldLock:
+    """A lock that is held. It ends when the last process ends, or closes, that has it open."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    async def hand_over(self) -> None:
+        """Leave the lock to a process that has inherited `fd`: it lasts as long as that one does.
+
+        So whoever may still change the directory has the lock, also when we are killed; and we
+        have nothing open there that we would have to wait for.
+        """
+        fd, self.fd = self.fd, -1
+        await in_thread(os.close, fd)
+
+    def close(self) -> None:
+        """Give the lock back, unless it was handed over."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
 @asynccontextmanager
-async def locked(directory: Path, *, vm: str, wait_s: float) -> AsyncIterator[None]:
+async def locked(directory: Path, *, vm: str, wait_s: float) -> AsyncIterator[HeldLock]:
     """Be the only one who adds to `directory`, waiting at most `wait_s` seconds for that.
 
     Raises:
         LockedError: another process adds or removes.
         RepositoryError: the lock is not a regular file.
     """
-    async with _held_by_writer(directory, _CHANGES, vm=vm, wait_s=wait_s):
-        yield
+    async with _held_by_writer(directory, _CHANGES, vm=vm, wait_s=wait_s) as lock:
+        yield lock
 
 
 @asynccontextmanager
@@ -99,17 +122,17 @@ def is_locked(directory: Path) -> bool:
 @asynccontextmanager
 async def _held_by_writer(
     directory: Path, lock: bytes, *, vm: str, wait_s: float
-) -> AsyncIterator[None]:
-    fd = _open(directory / LOCK_NAME)
+) -> AsyncIterator[HeldLock]:
+    held = HeldLock(_open(directory / LOCK_NAME))
     try:
-        await _acquire(fd, lock, vm=vm, wait_s=wait_s, required=True)
+        await _acquire(held.fd, lock, vm=vm, wait_s=wait_s, required=True)
         with suppress(OSError):
             # Only people read it, and a prune must be able to make room where there is none.
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        yield
+            os.ftruncate(held.fd, 0)
+            os.pwrite(held.fd, f"{os.getpid()}\n".encode(), 0)
+        yield held
     finally:
-        os.close(fd)
+        held.close()
 
 
 def _open(path: Path) -> int:

@@ -17,8 +17,11 @@ from qbackup.qmp.monitor import Events, Monitor
 END_TIMEOUT_S = 10.0
 
 
-class _Export(msgspec.Struct):
+class Export(msgspec.Struct, frozen=True):
+    """An export as QEMU shows it (QAPI block-export, `BlockExportInfo`); `type` is its protocol."""
+
     id: str
+    type: str = "nbd"
 
 
 async def end_exports(monitor: Monitor, *, prefix: str = "") -> int:
@@ -30,7 +33,7 @@ async def end_exports(monitor: Monitor, *, prefix: str = "") -> int:
         MonitorError: one did not end in time, or QEMU went away.
     """
     with monitor.listen(("BLOCK_EXPORT_DELETED",), lambda _: True) as events:
-        exports = [e for e in await query_exports(monitor) if e.startswith(prefix)]
+        exports = [e.id for e in await query_exports(monitor) if e.id.startswith(prefix)]
         for export in exports:
             await delete_export(monitor, export)
         await until_deleted(monitor, events, prefix=prefix)
@@ -54,14 +57,13 @@ async def until_deleted(monitor: Monitor, events: Events, *, prefix: str) -> Non
         MonitorError: one did not end in time, or QEMU went away.
     """
     deadline = asyncio.get_running_loop().time() + END_TIMEOUT_S
-    while left := [e for e in await query_exports(monitor) if e.startswith(prefix)]:
+    while left := [e.id for e in await query_exports(monitor) if e.id.startswith(prefix)]:
         if asyncio.get_running_loop().time() > deadline:
             names = ", ".join(left)
             raise MonitorError(f"exports did not end within {END_TIMEOUT_S:.0f} s: {names}")
         await events.next(timeout_s=1.0)
 
 
-async def query_exports(monitor: Monitor) -> list[str]:
-    """Return the ids of all exports."""
-    exports = await monitor.query(commands.query("block-exports"), list[_Export])
-    return [export.id for export in exports]
+async def query_exports(monitor: Monitor) -> list[Export]:
+    """Return all exports, whoever made them."""
+    return await monitor.query(commands.query("block-exports"), list[Export])

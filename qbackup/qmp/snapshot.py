@@ -161,11 +161,18 @@ async def nbd_server(monitor: Monitor, *, path: Path, prefix: str) -> AsyncItera
         SnapshotError: QEMU serves somebody else already.
     """
     marker = f"{prefix}{SERVER_MARKER}"
-    await monitor.execute(commands.null_add(marker))
+    try:
+        await monitor.execute(commands.null_add(marker))
+    except QmpCommandError as err:
+        raise SnapshotError(
+            f"QEMU cannot mark its NBD server as ours: {err.description}",
+            hint="somebody's export may use the server that an interrupted backup left: end it "
+            '(block-export-del), or set engine = "direct"',
+        ) from err
     async with undone_by(monitor, commands.node_delete(marker)):
-        path.unlink(missing_ok=True)
         try:
             try:
+                path.unlink(missing_ok=True)
                 await _start_server(monitor, path, name=marker)
             except QmpCommandError as err:
                 raise SnapshotError(
@@ -178,7 +185,8 @@ async def nbd_server(monitor: Monitor, *, path: Path, prefix: str) -> AsyncItera
             async with undone_by(monitor, commands.nbd_server_stop()):
                 yield NbdServer(monitor, path)
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 async def _start_server(monitor: Monitor, path: Path, *, name: str) -> None:

@@ -76,8 +76,10 @@ async def remove_leftovers(monitor: Monitor, *, prefix: str) -> int:
         for node in inventory.nodes
         if node.startswith(prefix) and not node.endswith(_GO_WITH_ANOTHER)
     ]
-    if any(node.endswith(f"-{SERVER_MARKER}") for node in nodes):
-        await _stop_server(monitor)
+    markers = [node for node in nodes if node.endswith(f"-{SERVER_MARKER}")]
+    if markers and not await _stop_server(monitor):
+        # The server is still ours, and a later run must know that.
+        nodes = [node for node in nodes if node not in markers]
     for node in nodes:
         await monitor.execute(commands.node_delete(node))
     fdsets = [
@@ -90,12 +92,16 @@ async def remove_leftovers(monitor: Monitor, *, prefix: str) -> int:
     return len(nodes)
 
 
-async def _stop_server(monitor: Monitor) -> None:
-    """Stop the NBD server, which is ours, unless somebody else has taken to using it."""
-    if await query_exports(monitor):
-        return
+async def _stop_server(monitor: Monitor) -> bool:
+    """Stop the NBD server, which is ours; False if somebody else has taken to using it.
+
+    Exports that are not NBD (FUSE, vhost-user) do without the server.
+    """
+    if any(export.type == "nbd" for export in await query_exports(monitor)):
+        return False
     with suppress(QmpCommandError):  # we were killed before it had started
         await monitor.execute(commands.nbd_server_stop())
+    return True
 
 
 async def _add_node(monitor: Monitor, *, node: str, filename: str) -> None:

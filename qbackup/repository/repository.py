@@ -32,7 +32,7 @@ from qbackup.formats.repository_file import (
 )
 from qbackup.host import durable
 from qbackup.host.files import read_bounded
-from qbackup.host.lock import is_locked, locked, locked_alone, locked_for_reading
+from qbackup.host.lock import HeldLock, is_locked, locked, locked_alone, locked_for_reading
 from qbackup.model.backup import Backup
 from qbackup.model.names import PARTIAL_SUFFIX, is_backup_id, is_safe_name
 from qbackup.repository.removal import PROTECTED_FILE
@@ -148,7 +148,7 @@ class Repository:
         """Return the directory of a VM's backups."""
         return self.path / vm
 
-    def lock(self, vm: str, *, wait_s: float) -> AbstractAsyncContextManager[None]:
+    def lock(self, vm: str, *, wait_s: float) -> AbstractAsyncContextManager[HeldLock]:
         """Be the only one who makes a backup of the VM; see `lock.locked`."""
         return locked(self.vm_directory(vm), vm=vm, wait_s=wait_s)
 

@@ -371,7 +371,7 @@ async def _writable(loop: asyncio.AbstractEventLoop, link: socket.socket) -> Non
 class _Child:
     """The process, and the socket to it. Never waits for it without a limit."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, inherited: tuple[int, ...]) -> None:
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.link.setblocking(False)
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
@@ -386,7 +386,7 @@ class _Child:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=self._stderr,
-                    pass_fds=(theirs.fileno(),),
+                    pass_fds=(theirs.fileno(), *inherited),
                     # A terminal's Ctrl-C is for the parent, which decides what becomes of us.
                     process_group=0,
                 )
@@ -448,18 +448,21 @@ async def writer_process(
     *,
     partial: Path,
     final: Path,
+    lock: int | None = None,
     on_progress: ProgressListener = _ignore_progress,
     discard_timeout_s: float = DISCARD_TIMEOUT_S,
 ) -> AsyncIterator[Writer]:
     """Start a writer for one backup: it makes the directory `partial`, to be renamed to `final`.
 
-    Both are in one directory, which exists. See the module for how the block ends.
+    Both are in one directory, which exists. See the module for how the block ends. The process
+    inherits the descriptor `lock`: what it locks stays locked as long as the process may change
+    anything, also if we are killed.
 
     Raises:
         NoSpaceError: there is no room for the directory.
         WriterError: it does not start, or cannot make the directory.
     """
-    child = _Child()
+    child = _Child(inherited=() if lock is None else (lock,))
     writer = Writer(process=child, on_progress=on_progress)
     listening = asyncio.create_task(writer.listen())
     try:

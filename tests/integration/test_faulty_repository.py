@@ -68,6 +68,18 @@ def assert_guest_did_not_notice(idle: list[float], during: list[float]) -> None:
     assert max(during) <= max(SLOWEST_S, 3 * max(idle))
 
 
+async def interrupted_in_time(it: Lab, backup: Backup) -> None:
+    """Ctrl-C ends the backup, its process too, although the repository does not answer."""
+    before = time.monotonic()
+    backup.process.send_signal(signal.SIGINT)
+    async with asyncio.timeout(2 * INTERRUPT_S):
+        result = await ended(backup.process)
+    assert time.monotonic() - before < INTERRUPT_S
+    assert (result.code, result.last["class"]) == (130, "InterruptedByUserError")
+    await assert_nothing_in_qemu(it)
+    it.roll_back(backup.instants)
+
+
 async def assert_nothing_in_qemu(it: Lab) -> None:
     assert await it.qemu.qmp("query-jobs") == []
     assert await it.qemu.qmp("query-block-exports") == []
@@ -103,21 +115,39 @@ async def test_a_repository_that_hangs_holds_up_neither_guest_nor_qemu(
         await fs.wait_for(operations[0])
         during = await guest_writes(it, 0x31)
         assert backup.process.returncode is None
-        before = time.monotonic()
-        backup.process.send_signal(signal.SIGINT)
-        async with asyncio.timeout(INTERRUPT_S):
-            with it.qemu.control.listener(["JOB_STATUS_CHANGE"]) as events:
-                while await it.qemu.qmp("query-jobs"):
-                    await events.get()
-        assert time.monotonic() - before < INTERRUPT_S
-        it.roll_back(backup.instants)
+        await interrupted_in_time(it, backup)
         assert_guest_did_not_notice(idle, during)
         await fs.set()
-        # The process itself had to wait: closing the lock's file is an operation on the repository.
-        result = await ended(backup.process)
-        assert (result.code, result.last["class"]) == (130, "InterruptedByUserError")
-        await assert_nothing_in_qemu(it)
-        await it.incremental()
+        await it.incremental("--lock-wait", "30s")
+        await it.check_restores()
+
+
+async def test_ctrl_c_ends_a_backup_to_a_repository_that_answers_nothing_at_all(
+    tmp_path: Path,
+) -> None:
+    async with lab_on(tmp_path) as (it, fs):
+        await fs.set(bytes_per_s=MIB)
+        backup = await begin(it)
+        await fs.set(hang=["*"])
+        await interrupted_in_time(it, backup)
+        await fs.set()
+        await it.incremental("--lock-wait", "30s")
+        await it.check_restores()
+
+
+async def test_the_writer_of_a_backup_that_was_killed_keeps_the_lock(tmp_path: Path) -> None:
+    async with lab_on(tmp_path) as (it, fs):
+        await fs.set(hang=["fsync"])
+        backup = await begin(it)
+        await fs.wait_for("fsync")
+        backup.process.kill()
+        await backup.process.wait()
+        # It is told to die, and cannot yet: when the repository answers, it may still write.
+        refused = await it.qbackup.run("--json", "incremental", VM)
+        assert (refused.code, refused.last["class"]) == (11, "LockedError")
+        it.roll_back(backup.instants)
+        await fs.set()
+        await it.incremental("--lock-wait", "30s")
         await it.check_restores()
 
 

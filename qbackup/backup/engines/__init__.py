@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 
 from qbackup.backup.plan import BackupOptions, Plan
 from qbackup.formats.configuration import Vm
+from qbackup.host.lock import HeldLock
 from qbackup.model.backup import Backup, Consistency, DiskBackup
 from qbackup.model.progress import Reporter
 from qbackup.repository.repository import Repository
@@ -24,7 +25,10 @@ Existence = Literal["no", "yes", "unknown"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What is to be backed up, and where to; `prefix` marks what we leave in QEMU."""
+    """What is to be backed up, and where to; `prefix` marks what we leave in QEMU.
+
+    `lock` is the VM's, for an engine whose own process changes the repository.
+    """
 
     vm: Vm
     plan: Plan
@@ -32,6 +36,7 @@ class Work:
     prefix: str
     backup_id: str
     repository: Repository
+    lock: HeldLock
     reporter: Reporter
 
     def speed_bytes_per_s(self, running: int) -> int:

@@ -79,9 +79,12 @@ class SnapshotEngine:
         async with writer_process(
             partial=directory / f"{work.backup_id}{PARTIAL_SUFFIX}",
             final=directory / work.backup_id,
+            lock=work.lock.fd,
             on_progress=progress.tell,
             discard_timeout_s=DISCARD_TIMEOUT_S,
         ) as writer:
+            # From here on only the writer has anything open in the repository.
+            await work.lock.hand_over()
             yield SnapshotSession(self._monitor, work=work, state=self._state, writer=writer)
 
 

@@ -196,6 +196,8 @@ async def test_who_reads_waits_for_a_prune(
 async def test_a_prune_waits_for_whoever_reads_or_backs_up(
     qbackup: Qbackup, three: Repository, kind: str
 ) -> None:
+    async with three.lock(VM, wait_s=0):
+        pass  # as a backup has done before: it makes the file
     async with getattr(three, kind)(VM, wait_s=0):
         refused = await qbackup.run("--json", *PRUNE)
         assert (refused.code, refused.last["class"]) == (11, "LockedError")

@@ -8,6 +8,7 @@ import pytest
 
 from qbackup.errors import QmpCommandError
 from qbackup.formats.configuration import Engine
+from qbackup.model.names import SERVER_MARKER
 from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.targets import attached, remove_leftovers
 
@@ -112,3 +113,32 @@ async def test_only_what_is_ours_is_removed(monitor_of: MonitorOf) -> None:
     assert await remove_leftovers(monitor, prefix="ours-") == 1
     assert fake.commands("blockdev-del") == [{"node-name": "ours-t0"}]
     assert fake.commands("remove-fd") == [{"fdset-id": 1}]
+
+
+@pytest.mark.parametrize(
+    ("exports", "stopped"),
+    [
+        ([], True),
+        ([{"id": "theirs", "type": "vhost-user-blk"}, {"id": "mount", "type": "fuse"}], True),
+        ([{"id": "theirs", "type": "nbd"}], False),
+    ],
+    ids=["nobody", "exports without NBD", "an NBD export of others"],
+)
+async def test_our_nbd_server_is_stopped_unless_others_use_it_and_never_forgotten(
+    monitor_of: MonitorOf, exports: list[dict[str, str]], stopped: bool
+) -> None:
+    marker = f"ours-{SERVER_MARKER}"
+    nodes = (block_node("system"), block_node(marker), block_node("ours-s0"))
+    monitor, fake = await monitor_of(
+        {
+            **block_replies(nodes=nodes),
+            **GOOD,
+            "query-fdsets": [],
+            "query-block-exports": exports,
+            "nbd-server-stop": {},
+        }
+    )
+    await remove_leftovers(monitor, prefix="ours-")
+    assert bool(fake.commands("nbd-server-stop")) == stopped
+    removed = [arguments["node-name"] for arguments in fake.commands("blockdev-del")]
+    assert removed == ([marker, "ours-s0"] if stopped else ["ours-s0"])
