@@ -21,7 +21,12 @@ from qbackup.bitmaps.image_files import (
 )
 from qbackup.bitmaps.roll_back import complete_stopped_bitmaps
 from qbackup.bitmaps.size_guard import is_guarded
-from qbackup.errors import ManifestDamagedError, MonitorLostError, QbackupError
+from qbackup.errors import (
+    ManifestDamagedError,
+    MonitorLostError,
+    QbackupError,
+    QmpCommandError,
+)
 from qbackup.formats import qbm
 from qbackup.host import durable
 from qbackup.host.tasks import in_thread
@@ -30,7 +35,7 @@ from qbackup.model.backup import REASON_TEXT, Reason, Refusal
 from qbackup.model.bitmap import DeviceStamp, Identity, ImageStamp, Sameness, compare_stamps
 from qbackup.model.names import RESERVED_PREFIX, owner_prefix, split_bitmap_name
 from qbackup.model.progress import Reporter
-from qbackup.qmp import jobs, targets
+from qbackup.qmp import commands, jobs, targets
 from qbackup.qmp.disks import Bitmap, Disk, query_inventory
 from qbackup.qmp.exports import end_exports
 from qbackup.qmp.monitor import Monitor
@@ -137,10 +142,11 @@ async def save_bitmaps(
     return SavedVm(files=tuple(saved), disks=present)
 
 
-async def remember_migrated(monitor: Monitor, state: StateDirectory) -> None:
-    """Remember of every bitmap of ours that it is not kept, since the guest went elsewhere.
+async def give_up_migrated(monitor: Monitor, state: StateDirectory) -> None:
+    """Give up every bitmap of ours, since the guest went elsewhere, and remember why.
 
-    The files that stand for the disks go: what they say is older, and not clean.
+    The files that stand for the disks go: what they say is older, and not clean. The bitmaps in
+    QEMU go, too: it forgets a migration as soon as another one fails, and lets the guest go on.
     """
     inventory = await query_inventory(monitor)
     disks = (*inventory.disks, *inventory.busy)
@@ -148,6 +154,10 @@ async def remember_migrated(monitor: Monitor, state: StateDirectory) -> None:
     refused = {(disk.name, bitmap.name): why for disk in disks for bitmap in our_bitmaps(disk)}
     await state.remove_others(set(), disks={disk.name for disk in disks if our_bitmaps(disk)})
     await remember(state, refused, settled=())
+    for disk in disks:
+        for bitmap in our_bitmaps(disk):
+            with suppress(QmpCommandError):  # a job or the migration still uses it
+                await monitor.execute(commands.bitmap_remove(node=disk.node, name=bitmap.name))
 
 
 class _NotKeptError(Exception):

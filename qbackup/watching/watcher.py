@@ -24,7 +24,7 @@ from enum import Enum, auto
 
 from qbackup.bitmaps.files import distrust_all
 from qbackup.bitmaps.load import are_loaded, give_up_loading, load_saved_bitmaps
-from qbackup.bitmaps.save import SavedVm, remember_migrated, save_bitmaps, set_clean
+from qbackup.bitmaps.save import SavedVm, give_up_migrated, save_bitmaps, set_clean
 from qbackup.errors import (
     MonitorBusyError,
     MonitorError,
@@ -342,7 +342,7 @@ class Watcher:
                 f"{self._vm.name}: the guest was migrated away, or written to a file: this "
                 "QEMU's bitmaps will not be kept; where the guest goes on, its next backup is full"
             )
-            await self._remember_migrated(monitor)
+            await self._give_up_migrated(monitor)
         return condition
 
     async def _begin(self, monitor: Monitor, condition: Condition) -> None:
@@ -628,11 +628,11 @@ class Watcher:
             await self._set_clean(saved)
         return Ending.SAVED
 
-    async def _remember_migrated(self, monitor: Monitor) -> None:
+    async def _give_up_migrated(self, monitor: Monitor) -> None:
         """Let the next backup know why there is no bitmap, as far as that goes."""
         with suppress(Exception):
             async with asyncio.timeout(_TIDY_S):
-                await remember_migrated(monitor, self._state)
+                await give_up_migrated(monitor, self._state)
 
     def _is_worth_saving(self, condition: Condition) -> bool:
         return condition.fitness.save and not self._given_away

@@ -55,6 +55,24 @@ async def test_nothing_of_a_source_is_clean_once_another_qemu_may_have_written(
         await it.check_restores()
 
 
+async def test_a_migration_that_qemu_has_forgotten_is_still_no_reason_to_trust(
+    tmp_path: Path,
+) -> None:
+    async with saved(tmp_path) as it:
+        await it.run()
+        await it.incremental()
+        async with destination(it) as other:
+            await migrate(it, f"unix:{it.folder}/migration.sock")
+            await write(other, "a", MIB, 4096, 7)
+            it.models["a"].write(MIB, 4096, 7)
+        await it.qemu.qmp("cont")
+        # Nobody listens there. QEMU tells of this one now, and not of the one before.
+        await it.qemu.qmp("migrate", uri=f"unix:{it.folder}/nobody.sock")
+        assert (await migration_ends(it))["status"] == "failed"
+        assert reasons(await it.back_up()) == {"a": "migrated"}
+        await it.check_restores()
+
+
 @pytest.mark.parametrize("keeper", ["run", "nobody"])
 async def test_a_source_whose_guest_has_gone_is_not_backed_up(tmp_path: Path, keeper: str) -> None:
     async with saved(tmp_path) as it:
