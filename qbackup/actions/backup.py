@@ -24,8 +24,8 @@ from qbackup.backup.plan import (
     make_plan,
     readable_backups,
 )
-from qbackup.bitmaps.files import distrust_all
 from qbackup.bitmaps.image_files import query_disks
+from qbackup.bitmaps.load import distrust_present
 from qbackup.bitmaps.roll_back import prune_bitmaps, roll_back_bitmaps
 from qbackup.catalog.history import History
 from qbackup.errors import QbackupError, VmStateError
@@ -81,7 +81,7 @@ async def back_up(
         condition = await query_condition(monitor)
         if not watched and not condition.fitness.load:
             # This VM runs unseen: whatever its files say, they must not be believed later.
-            await distrust_all(state)
+            await distrust_present(monitor, state)
         _require_fit(condition, vm.name)
         await reconcile.clear_jobs(monitor, vm=vm.name, prefix=prefix, reporter=reporter)
         await reconcile.remove_partials(repository, vm.name, reporter)

@@ -22,7 +22,7 @@ from qbackup.bitmaps.files import (
 )
 from qbackup.bitmaps.image_files import no_bitmap_reason, open_images, query_disks
 from qbackup.bitmaps.size_guard import ensure_size_guard
-from qbackup.errors import DiskError, QbackupError, QmpCommandError
+from qbackup.errors import DiskError, MonitorLostError, QbackupError, QmpCommandError
 from qbackup.host.tasks import in_thread
 from qbackup.images.stamp import take_stamp
 from qbackup.model.backup import Refusal
@@ -153,6 +153,25 @@ async def are_loaded(monitor: Monitor) -> bool:
     return any(our_bitmaps(disk) for disk in (await query_inventory(monitor)).disks)
 
 
+async def distrust_present(monitor: Monitor, state: StateDirectory) -> None:
+    """Clear the clean flag of every file of a disk that QEMU has, and may write to unseen.
+
+    Raises:
+        StillTrustedError: a file may still look trusted.
+        MonitorLostError: QEMU went away. All files are distrusted then.
+    """
+    present = None
+    try:
+        inventory = await query_inventory(monitor)
+        present = {disk.name for disk in (*inventory.disks, *inventory.busy)}
+    except MonitorLostError:
+        raise
+    except QbackupError:
+        pass  # then any disk may be there
+    finally:
+        await distrust_all(state, present=present)
+
+
 async def give_up_loading(monitor: Monitor, state: StateDirectory) -> None:
     """Clean up after a loading that failed, wherever it was, and before the guest writes.
 
@@ -160,12 +179,8 @@ async def give_up_loading(monitor: Monitor, state: StateDirectory) -> None:
         StillTrustedError: a file may still look trusted.
         MonitorLostError: QEMU went away.
     """
-    present = None
-    with suppress(QbackupError):
-        inventory = await query_inventory(monitor)
-        present = {disk.name for disk in (*inventory.disks, *inventory.busy)}
     try:
-        await distrust_all(state, present=present)
+        await distrust_present(monitor, state)
     finally:
         # No backup looks at what may remain in QEMU, and the next loading removes it.
         with suppress(QmpCommandError, DiskError):

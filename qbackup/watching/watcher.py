@@ -22,8 +22,12 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from qbackup.bitmaps.files import distrust_all
-from qbackup.bitmaps.load import are_loaded, give_up_loading, load_saved_bitmaps
+from qbackup.bitmaps.load import (
+    are_loaded,
+    distrust_present,
+    give_up_loading,
+    load_saved_bitmaps,
+)
 from qbackup.bitmaps.save import SavedVm, give_up_migrated, save_bitmaps, set_clean
 from qbackup.errors import (
     MonitorBusyError,
@@ -182,7 +186,7 @@ class Watcher:
                 try:
                     return await self._watch()
                 except MonitorLostError as err:
-                    if self._process is None or self._process.has_ended():
+                    if await self._has_gone():
                         return self._ended_without_us()
                     if self.told_to_end:
                         raise
@@ -193,6 +197,18 @@ class Watcher:
                 await asyncio.sleep(_RECONNECT_S)
         finally:
             self._let_go()
+
+    async def _has_gone(self) -> bool:
+        """Tell whether QEMU has ended; without a process to look at, whether nobody listens."""
+        if self._process is not None:
+            return self._process.has_ended()
+        try:
+            async with connected(self._vm.qmp):
+                return False
+        except MonitorBusyError:
+            return False
+        except MonitorError:
+            return True
 
     def _ended_without_us(self) -> Ending:
         if self._given_away:
@@ -354,7 +370,7 @@ class Watcher:
             else:
                 # It has run unseen by these files, for all that we know, or will at any moment
                 # (a guest that comes from elsewhere is let go by QEMU).
-                await self._in_time(distrust_all(self._state))
+                await self._in_time(distrust_present(monitor, self._state))
         except MonitorLostError:
             raise
         except asyncio.CancelledError:
@@ -555,12 +571,14 @@ class Watcher:
                     monitor, DEFAULT_STOP_TIMEOUT_S if timeout_s is None else timeout_s
                 )
             ending = await self._save_and_quit(monitor)
-        except QbackupError as err:
+        except Exception as err:
             if request is not None:
-                await request.answer(ok=False, message=err.message)
+                await request.answer(ok=False, message=_text(err))
             if isinstance(err, MonitorLostError):
                 # The guest may be paused by now. If QEMU lives, it is ended after all.
                 self._inbox.put_nowait(_Signal.END)
+            else:
+                await self._leave_to_end(monitor)
             raise
         if request is not None:
             if ending is None:
@@ -569,6 +587,14 @@ class Watcher:
                 saved = ending is Ending.SAVED
                 await request.answer(ok=True, saved=saved, message="" if saved else self._not_kept)
         return ending
+
+    async def _leave_to_end(self, monitor: Monitor) -> None:
+        """See to it that a QEMU that we could not end waits for nobody: nobody may come."""
+        with suppress(Exception):
+            async with asyncio.timeout(_TIDY_S):
+                await monitor.execute(commands.set_shutdown_action("poweroff"))
+                if not (await query_state(monitor)).running:
+                    await monitor.execute(commands.end_qemu())
 
     @property
     def _not_kept(self) -> str:

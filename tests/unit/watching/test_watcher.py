@@ -473,3 +473,44 @@ def hang(monkeypatch: pytest.MonkeyPatch, name: str) -> asyncio.Event:
 
     monkeypatch.setattr(name, wait)
     return begun
+
+
+async def test_a_connection_that_breaks_is_not_the_end_of_a_qemu_that_still_listens(
+    state: StateDirectory, reporter: RecordingReporter
+) -> None:
+    # Its process is not known here, as behind a proxy.
+    async with watched(state, reporter, Guest()) as it:
+        await it.ready.wait()
+        connections = len(it.fake.commands("qmp_capabilities"))
+        it.fake.hang_up()
+        while len(it.fake.commands("qmp_capabilities")) < connections + 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        it.guest.status = "shutdown"
+        it.fake.emit("SHUTDOWN", guest=True)
+        assert await it.task is Ending.SAVED
+
+
+async def test_a_disk_that_is_absent_keeps_its_file_when_a_watcher_comes_back(
+    state: StateDirectory, reporter: RecordingReporter
+) -> None:
+    here, absent = await put_clean_file(state), await put_clean_file(state, disk="b")
+    async with watched(state, reporter, Guest(status="running")) as it:
+        await it.ready.wait()
+        assert not qbm.decode(here.read_bytes()).clean
+        assert qbm.decode(absent.read_bytes()).clean
+
+
+async def test_a_qemu_that_could_not_be_saved_waits_for_nobody(
+    state: StateDirectory, reporter: RecordingReporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("nobody thought of this")
+
+    async with watched(state, reporter, Guest()) as it:
+        await it.ready.wait()
+        monkeypatch.setattr(it.watcher, "_save_and_quit", fail)
+        it.guest.status = "shutdown"
+        it.fake.emit("SHUTDOWN", guest=True)
+        with pytest.raises(RuntimeError):
+            await it.task
+        assert it.sent()[-1] == "quit"
