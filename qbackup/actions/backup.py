@@ -3,15 +3,16 @@
     lock → connect → reconcile → plan → copy → publish → prune bitmaps
                                                ↑ commit point
 
+A VM that is off has no monitor to connect to: `backup_stopped`.
+
 Before the commit point a failure leaves the repository and the bitmaps as they were; after
 it, the backup exists and only QEMU's old bitmaps remain to be removed.
 """
 
-import secrets
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
+from qbackup.actions.backup_stopped import back_up_stopped
 from qbackup.backup import reconcile
 from qbackup.backup.engines import Work
 from qbackup.backup.engines.choose import choose_engine
@@ -24,15 +25,17 @@ from qbackup.backup.plan import (
     make_plan,
     readable_backups,
 )
+from qbackup.backup.record import compare_clock, next_id, recorded
 from qbackup.bitmaps.image_files import query_disks
 from qbackup.bitmaps.load import distrust_present
 from qbackup.bitmaps.roll_back import prune_bitmaps, roll_back_bitmaps
 from qbackup.catalog.history import History
-from qbackup.errors import QbackupError, VmStateError
+from qbackup.errors import MonitorError, QbackupError, VmStateError
 from qbackup.formats.configuration import Vm
+from qbackup.host.lock import HeldLock
 from qbackup.host.tasks import to_its_end
 from qbackup.model.backup import Backup
-from qbackup.model.names import new_backup_id, owner_prefix
+from qbackup.model.names import owner_prefix
 from qbackup.model.progress import Reporter
 from qbackup.qmp.disks import query_inventory
 from qbackup.qmp.monitor import Monitor
@@ -50,10 +53,14 @@ from qbackup.watching.control import vm_monitor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A backup that exists. `degraded` says what is not as it was asked for."""
+    """A backup that exists. `degraded` says what is not as it was asked for.
+
+    `unchanged`: it existed before, and none was made: the VM is off, and holds what it held then.
+    """
 
     backup: Backup
-    degraded: tuple[str, ...]
+    degraded: tuple[str, ...] = ()
+    unchanged: bool = False
 
 
 async def back_up(
@@ -63,7 +70,7 @@ async def back_up(
     options: BackupOptions,
     reporter: Reporter,
 ) -> Outcome:
-    """Back up a VM.
+    """Back up a VM; one that is off, from its images.
 
     Raises:
         LockedError: another run is at work.
@@ -73,11 +80,41 @@ async def back_up(
     """
     started = time.monotonic()
     await repository.ensure_vm_directory(vm.name)
+    async with repository.lock(vm.name, wait_s=options.lock_wait_s) as lock:
+        try:
+            return await _back_up_running(
+                repository, vm, state, options, reporter, lock=lock, started=started
+            )
+        except MonitorError as err:
+            if not err.absent:
+                raise
+            absent = err
+        stopped = await back_up_stopped(
+            repository,
+            vm,
+            state,
+            options,
+            reporter,
+            lock=lock,
+            started=started,
+            absent=absent,
+        )
+        return Outcome(backup=stopped.backup, unchanged=not stopped.made)
+
+
+async def _back_up_running(
+    repository: Repository,
+    vm: Vm,
+    state: StateDirectory,
+    options: BackupOptions,
+    reporter: Reporter,
+    *,
+    lock: HeldLock,
+    started: float,
+) -> Outcome:
+    """Back up a VM by its monitor. A `MonitorError` that is `absent` comes before anything else."""
     prefix = owner_prefix(repository.id, vm.name)
-    async with (
-        repository.lock(vm.name, wait_s=options.lock_wait_s) as lock,
-        vm_monitor(vm, state.control_socket) as (monitor, watched),
-    ):
+    async with vm_monitor(vm, state.control_socket) as (monitor, watched):
         condition = await query_condition(monitor)
         if not watched and not condition.fitness.load:
             # This VM runs unseen: whatever its files say, they must not be believed later.
@@ -98,10 +135,7 @@ async def back_up(
         )
         version = await query_version(monitor)
         configuration = await query_configuration(monitor)
-        _compare_clock(history, reporter)
-        backup_id = new_backup_id(
-            now=datetime.now(UTC), newest=plan.newest_id, random_bits=secrets.randbits(16)
-        )
+        compare_clock(history, reporter)
         engine = await choose_engine(
             monitor,
             vm=vm,
@@ -115,7 +149,7 @@ async def back_up(
             plan=plan,
             options=options,
             prefix=prefix,
-            backup_id=backup_id,
+            backup_id=next_id(plan),
             repository=repository,
             lock=lock,
             reporter=reporter,
@@ -126,20 +160,12 @@ async def back_up(
         ):
             copied = await session.copy()
             await _require_not_moved(monitor, vm.name, before=condition)
-            parent, chain = _place_in_chain(plan, backup_id)
-            backup = Backup(
-                id=backup_id,
-                vm=vm.name,
-                time=_written(copied.instant),
-                chain=chain,
-                parent=parent,
-                label=options.label,
-                consistency=copied.consistency,
-                disks=copied.disks,
-                seconds=round(time.monotonic() - started, 3),
+            backup = recorded(
+                work,
+                copied,
+                started=started,
                 qemu_version=".".join(map(str, version)),
-                vm_configuration=configuration,
-                left_out=plan.left_out,
+                configuration=configuration,
             )
             # An interruption that comes now is too late: the backup is about to exist.
             await to_its_end(session.publish(backup))
@@ -206,33 +232,6 @@ async def _require_not_moved(monitor: Monitor, vm: str, *, before: Condition) ->
     _require_fit(now, vm)
     if now.migration.given_away and not before.migration.given_away:
         raise VmStateError(vm, now.state.status, "it was migrated while it was backed up")
-
-
-def _compare_clock(history: History, reporter: Reporter) -> None:
-    """Warn if the clock is behind the newest backup: it was ahead then, or it is wrong now."""
-    newest = history.newest_usable()
-    if newest is not None and datetime.now(UTC) < newest.moment:
-        reporter.warning(
-            f"{newest.vm}: the clock is behind the newest backup, {newest.id} of {newest.time}; "
-            "was it wrong then, or is it now? restore --at TIME goes by the clock"
-        )
-
-
-def _written(instant: datetime) -> str:
-    return instant.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _place_in_chain(plan: Plan, backup_id: str) -> tuple[str | None, str]:
-    """Return the newest parent of any disk and the chain that it is in."""
-    parents = [
-        verdict.base.backup
-        for verdict in plan.verdicts
-        if verdict.method == "incremental" and verdict.base is not None
-    ]
-    if not parents:
-        return None, backup_id
-    newest = max(parents, key=lambda backup: backup.id)
-    return newest.id, newest.chain
 
 
 async def _forget_old_bitmaps(

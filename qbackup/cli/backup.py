@@ -1,12 +1,12 @@
 """`qbackup full` and `qbackup incremental`."""
 
 import argparse
+from typing import Any
 
 from qbackup.actions.backup import Outcome, back_up
 from qbackup.backup.plan import BackupOptions
 from qbackup.cli.context import make_context
 from qbackup.cli.output import summary
-from qbackup.model.backup import Backup
 from qbackup.model.quantities import format_duration, format_size
 from qbackup.ui.reporters import make_reporter
 from qbackup.ui.tables import table
@@ -17,6 +17,7 @@ _CONSISTENCY_TEXT = {
     "crash": "crash-consistent, as after a power cut",
     "filesystem": "filesystem-consistent",
     "paused": "the guest was paused",
+    "off": "the VM was off",
 }
 
 
@@ -39,8 +40,8 @@ async def run(arguments: argparse.Namespace) -> int:
     with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
         outcome = await back_up(repository, vm, context.state(vm), options, reporter)
     summary(
-        outcome.backup.summary(),
-        text=_text(outcome.backup),
+        _document(outcome),
+        text=_text(outcome),
         json_output=context.json_output,
         quiet=context.quiet,
     )
@@ -48,11 +49,21 @@ async def run(arguments: argparse.Namespace) -> int:
 
 
 def _is_degraded(outcome: Outcome, arguments: argparse.Namespace, *, incremental: bool) -> bool:
-    fell_back = incremental and any(disk.kind == "full" for disk in outcome.backup.disks)
+    made = () if outcome.unchanged else outcome.backup.disks
+    fell_back = incremental and any(disk.kind == "full" for disk in made)
     return bool(outcome.degraded) or (fell_back and arguments.strict)
 
 
-def _text(backup: Backup) -> str:
+def _document(outcome: Outcome) -> dict[str, Any]:
+    """Return the summary; if no backup was made, of the one that is as good, without disks."""
+    document = outcome.backup.summary()
+    return document | {"unchanged": True, "disks": []} if outcome.unchanged else document
+
+
+def _text(outcome: Outcome) -> str:
+    backup = outcome.backup
+    if outcome.unchanged:
+        return f"{backup.vm}: off and unchanged since {backup.id}"
     rows = [
         (
             f"  {disk.name}",

@@ -7,8 +7,8 @@ open files: it is given the text, and the folder that relative paths are relativ
 import math
 import re
 import tomllib
-from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +52,18 @@ class Vm:
     keep: Rules | None = None
     """The VM's own rules of retention, in place of the global ones; None means these."""
     max_chain: int = DEFAULT_MAX_CHAIN
+    trust_block_devices: bool | None = None
+    """As `Configuration.trust_block_devices`."""
+    images: Mapping[str, "ConfiguredImage"] = field(default_factory=dict)
+    """Where disks are while the VM is off, by their names; others where the last backup says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfiguredImage:
+    """One `[vm.NAME.images.DISK]` table."""
+
+    file: Path
+    format: Literal["raw", "qcow2"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +120,13 @@ class _VmTable:
     engine: Literal["snapshot", "direct", "drive-backup", "blockdev-backup"] = "snapshot"
     max_chain: int | None = None
     keep: dict[str, Any] | None = None
+    images: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ImageTable:
+    file: str
+    format: Literal["raw", "qcow2"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +168,9 @@ _EXPECTED = {
     "scratch_limit": 'a size, such as scratch_limit = "20G"',
     "stall_timeout": 'a time, such as stall_timeout = "5m"',
     "keep": "a table, such as [keep] or [vm.vm1.keep]",
+    "images": "a table for each disk, such as [vm.vm1.images.data]",
+    "file": 'an image or device, such as file = "/var/lib/vm1/data.qcow2"',
+    "format": '"raw" or "qcow2"',
     "within": 'a time, such as within = "30d"',
 } | dict.fromkeys(KEEP_PERIODS, "how many to keep, a number from 1 on")
 """What each key takes, for the hint of every error about it."""
@@ -181,6 +203,7 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
         vms[name] = _vm(
             name, parsed, path=path, folder=folder, max_chain=max_chain, snapshot=snapshot
         )
+        vms[name] = replace(vms[name], trust_block_devices=top.trust_block_devices)
         for other in vms.values():
             if other.name != name and other.qmp == vms[name].qmp:
                 raise ConfigurationError(
@@ -249,12 +272,31 @@ def _vm(
         engine="direct" if table.engine == "blockdev-backup" else table.engine,
         snapshot=snapshot,
         keep=None if table.keep is None else _rules(table.keep, path=path, where=f"vm.{name}.keep"),
+        images=_images(table.images or {}, path=path, folder=folder, where=f"vm.{name}.images"),
         max_chain=(
             max_chain
             if table.max_chain is None
             else _max_chain(table.max_chain, where=f"{where}.max_chain")
         ),
     )
+
+
+def _images(
+    document: dict[str, Any], *, path: Path, folder: Path, where: str
+) -> dict[str, ConfiguredImage]:
+    images = {}
+    for name, content in document.items():
+        try:
+            check_name("disk", name)
+        except UsageError as err:
+            raise ConfigurationError(f"{path}: {where}: {err.message}", hint=err.hint) from err
+        if not isinstance(content, dict):
+            raise ConfigurationError(
+                f"{path}: {where}.{name}: expected a table", hint=f"expected {_EXPECTED['images']}"
+            )
+        table = _table(content, _ImageTable, path=path, where=f"{where}.{name}")
+        images[name] = ConfiguredImage(file=folder / table.file, format=table.format)
+    return images
 
 
 def _rules(document: dict[str, Any], *, path: Path, where: str) -> Rules:
@@ -397,6 +439,12 @@ state = {_quoted(state)}
 # engine = "snapshot"                 # or "direct": QEMU writes the backup itself, and a slow
 #                                     # repository slows the guest; "drive-backup" is like it
 # max_chain = {DEFAULT_MAX_CHAIN}                     # for this VM alone
+#
+# A VM that is off is backed up from its images. Where they are is known from its last backup; say
+# it here if it was never backed up while it ran, or a disk has moved:
+# [vm.vm1.images.data]
+# file = "/var/lib/vm1/data.qcow2"
+# format = "qcow2"                    # or "raw"
 """
 
 

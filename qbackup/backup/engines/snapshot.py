@@ -11,14 +11,14 @@ export shows what the disk holds now. So after the last byte was read, every job
 and no scratch file may ever have failed; else there is no backup, and no harm.
 """
 
-import asyncio
-import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from qbackup.backup.engines import Copied, Existence, Work
+from qbackup.backup.engines import Copied, Work
+from qbackup.backup.engines.writer_session import Copying, WriterSession, writer_for
 from qbackup.backup.finish import cleaned_up
 from qbackup.backup.instant import (
     Instant,
@@ -28,26 +28,16 @@ from qbackup.backup.instant import (
     take_instant,
 )
 from qbackup.backup.judge import Verdict
-from qbackup.errors import JobFailedError, SnapshotError, WriterError
-from qbackup.formats.manifest import backing_file, disk_file, encode_manifest
-from qbackup.host.tasks import task_group
-from qbackup.model.backup import Backup, DiskBackup
+from qbackup.errors import SnapshotError
 from qbackup.model.bitmap import Bits
-from qbackup.model.names import PARTIAL_SUFFIX
-from qbackup.model.quantities import format_duration, format_size
+from qbackup.model.quantities import format_size
 from qbackup.qmp import commands, jobs
 from qbackup.qmp.commands import Command
 from qbackup.qmp.monitor import Events, Monitor
 from qbackup.qmp.sidecar import save_bitmap
 from qbackup.qmp.snapshot import EVENTS, NbdServer, Scratch, nbd_server, scratch_attached
 from qbackup.repository.state import StateDirectory
-from qbackup.writer.client import CopyRequest, CopyResult, Writer, writer_process
-
-CHECK_S = 0.25
-"""How often the snapshot is looked at while it is read."""
-
-DISCARD_TIMEOUT_S = 2.0
-"""How long a failed backup's images may take to be removed; else the next run does it."""
+from qbackup.writer.client import CopyResult, Writer
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,52 +64,19 @@ class SnapshotEngine:
     @asynccontextmanager
     async def session(self, work: Work) -> AsyncIterator["SnapshotSession"]:
         """Begin a backup; see `Engine.session`."""
-        directory = work.repository.vm_directory(work.vm.name)
-        progress = _Progress(work)
-        async with writer_process(
-            partial=directory / f"{work.backup_id}{PARTIAL_SUFFIX}",
-            final=directory / work.backup_id,
-            lock=work.lock.fd,
-            on_progress=progress.tell,
-            discard_timeout_s=DISCARD_TIMEOUT_S,
-        ) as writer:
-            # From here on only the writer has anything open in the repository.
-            await work.lock.hand_over()
+        async with writer_for(work) as writer:
             yield SnapshotSession(self._monitor, work=work, state=self._state, writer=writer)
 
 
-class _Progress:
-    """Passes on what the writer tells."""
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-
-    def tell(self, disk: str, done_bytes: int, total_bytes: int) -> None:
-        if total_bytes == 0:
-            return  # it is not known yet
-        self._work.reporter.progress(
-            vm=self._work.vm.name, disk=disk, done_bytes=done_bytes, total_bytes=total_bytes
-        )
-
-
-class SnapshotSession:
+class SnapshotSession(WriterSession):
     """Copies the disks of one plan. Everything one run needs to know is here."""
 
     def __init__(
         self, monitor: Monitor, *, work: Work, state: StateDirectory, writer: Writer
     ) -> None:
-        self._monitor, self._work, self._state, self._writer = monitor, work, state, writer
+        super().__init__(work, writer)
+        self._monitor, self._state = monitor, state
         self._prefix, self._settings = work.prefix, work.vm.snapshot
-
-    @property
-    def exists(self) -> Existence:
-        """Whether the backup exists by now."""
-        return self._writer.outcome
-
-    async def publish(self, backup: Backup) -> None:
-        """Make the backup exist; see `Session.publish`."""
-        data = encode_manifest(backup, repository_id=self._work.repository.id)
-        await self._writer.publish(data, timeout_s=self._settings.stall_timeout_s)
 
     async def copy(self) -> Copied:
         """Take the instant and copy it; see `Session.copy`.
@@ -143,7 +100,10 @@ class SnapshotSession:
                     results = await self._read(disks, server, events)
                     await self._require_kept(disks, events)
         return Copied(
-            disks=[self._stored(disk, result) for disk, result in zip(disks, results, strict=True)],
+            disks=[
+                self._stored(disk.verdict, result)
+                for disk, result in zip(disks, results, strict=True)
+            ],
             consistency=instant.consistency,
             freeze_failed=instant.freeze_failed,
             instant=instant.time,
@@ -218,57 +178,19 @@ class SnapshotSession:
         self, disks: Sequence[_Disk], server: NbdServer, events: Events
     ) -> list[CopyResult]:
         """Have the writer copy every disk, and watch over the snapshot meanwhile."""
-        async with task_group() as group:
-            copies = []
-            for disk in disks:
-                request = await self._request(disk, server, running=len(disks))
-                copies.append(group.create_task(self._copy(disk, request)))
-            running = set(copies)
-            while running:
-                done, running = await asyncio.wait(
-                    running, timeout=CHECK_S, return_when=asyncio.FIRST_COMPLETED
-                )
-                for copy in done:
-                    copy.result()
-                if running:
-                    await self._require_kept(disks, events)
-                    self._require_progress()
-                if done and running:
-                    await self._share_speed(disks, copies)
-        return [copy.result() for copy in copies]
-
-    async def _copy(self, disk: _Disk, request: CopyRequest) -> CopyResult:
-        try:
-            result = await self._writer.copy(request)
-        except WriterError as err:
-            if err.kind != "source":
-                raise
-            raise JobFailedError(
-                disk.name,
-                os.strerror(err.errno) if err.errno else err.message,
-                hint=f"QEMU could not read {disk.verdict.disk.source.filename}",
-            ) from err
-        self._work.reporter.progress(
-            vm=self._work.vm.name,
-            disk=disk.name,
-            done_bytes=result.copied_bytes,
-            total_bytes=result.copied_bytes,
+        return await self._copy_all(
+            [partial(self._exported, disk, server) for disk in disks],
+            check=partial(self._require_kept, disks, events),
         )
-        return result
 
-    async def _request(self, disk: _Disk, server: NbdServer, *, running: int) -> CopyRequest:
-        parent = disk.verdict.parent
+    async def _exported(self, disk: _Disk, server: NbdServer) -> Copying:
         bits = await self._bits(disk)
-        return CopyRequest(
-            disk=disk.name,
-            file=f"{disk.name}.qcow2",
-            connection=await server.connect(node=disk.scratch.node, export=disk.export),
+        return Copying(
+            verdict=disk.verdict,
             export=disk.export,
-            virtual_size_bytes=disk.verdict.disk.virtual_size_bytes,
+            connection=await server.connect(node=disk.scratch.node, export=disk.export),
             bits=bits,
-            backing_file=None if parent is None else backing_file(parent, disk.name),
-            compress=self._work.options.compress,
-            speed_limit_bytes_per_s=self._work.speed_bytes_per_s(running),
+            unreadable=f"QEMU could not read {disk.verdict.disk.source.filename}",
         )
 
     async def _bits(self, disk: _Disk) -> Bits | None:
@@ -285,27 +207,6 @@ class SnapshotSession:
             path=self._state.scratch_file(),
             prefix=self._prefix,
         )
-
-    async def _share_speed(
-        self, disks: Sequence[_Disk], copies: Sequence["asyncio.Task[CopyResult]"]
-    ) -> None:
-        """Let the copies that still run have what the finished ones leave of the limit."""
-        if not self._work.options.speed_limit_bytes_per_s:
-            return
-        running = [disk for disk, copy in zip(disks, copies, strict=True) if not copy.done()]
-        for disk in running:
-            await self._writer.set_speed(disk.name, self._work.speed_bytes_per_s(len(running)))
-
-    def _require_progress(self) -> None:
-        limit_s = self._settings.stall_timeout_s
-        if self._writer.stalled_s > limit_s:
-            directory = self._work.repository.vm_directory(self._work.vm.name)
-            raise WriterError(
-                f"{directory}: nothing could be written for {format_duration(limit_s)}",
-                kind="stalled",
-                hint="does the repository's file system answer? (stall_timeout in the "
-                "configuration is how long a backup waits)",
-            )
 
     async def _require_kept(self, disks: Sequence[_Disk], events: Events) -> None:
         """Require that every snapshot still shows the instant.
@@ -344,21 +245,4 @@ class SnapshotSession:
             f"disk {disk.name}: the snapshot was lost: {disk.scratch.path.parent}: {why}",
             hint="what the guest overwrites during a backup is kept there; 'scratch' in the "
             "configuration can name a directory with more room",
-        )
-
-    def _stored(self, disk: _Disk, result: CopyResult) -> DiskBackup:
-        verdict = disk.verdict
-        return DiskBackup(
-            name=disk.name,
-            kind=verdict.method,
-            reason=verdict.reason,
-            parent=verdict.parent,
-            virtual_size_bytes=verdict.disk.virtual_size_bytes,
-            granularity_bytes=self._work.vm.granularity_bytes,
-            copied_bytes=result.copied_bytes,
-            stored_bytes=result.stored_bytes,
-            file=disk_file(self._work.vm.name, self._work.backup_id, disk.name),
-            file_size_bytes=result.file_size_bytes,
-            blake3=result.blake3,
-            source=verdict.disk.source,
         )

@@ -1,0 +1,103 @@
+"""The engine for a VM that is off: the writer reads its images, which nobody writes to.
+
+    image ◄── qemu-storage-daemon, read-only ◄── writer process ──► REPO/vm1/<id>.partial/disk.qcow2
+
+Nobody is kept from starting the VM. Whether somebody did is looked at while the images are read,
+and again at the end (`bitmaps/stopped.py`): then there is no backup, and no harm.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from functools import partial
+
+from qbackup.backup.engines import Copied, Work
+from qbackup.backup.engines.writer_session import Copying, WriterSession, writer_for
+from qbackup.backup.instant import source_bitmap
+from qbackup.backup.judge import Verdict
+from qbackup.backup.stopped import StoppedVm
+from qbackup.bitmaps.stopped import Successors
+from qbackup.errors import JobFailedError
+from qbackup.images.served import ServedImages, served
+from qbackup.model.backup import Consistency
+from qbackup.repository.state import StateDirectory
+from qbackup.writer.client import CopyResult, Writer
+
+
+class ImagesEngine:
+    """Has the images read as they are. See `Engine`."""
+
+    def __init__(self, stopped: StoppedVm, state: StateDirectory, successors: Successors) -> None:
+        self._stopped, self._state, self._successors = stopped, state, successors
+
+    @asynccontextmanager
+    async def session(self, work: Work) -> AsyncIterator["ImagesSession"]:
+        """Begin a backup; see `Engine.session`."""
+        async with writer_for(work) as writer:
+            yield ImagesSession(
+                work, writer, stopped=self._stopped, state=self._state, successors=self._successors
+            )
+
+
+class ImagesSession(WriterSession):
+    """Copies the images of one plan. See `Session`."""
+
+    def __init__(
+        self,
+        work: Work,
+        writer: Writer,
+        *,
+        stopped: StoppedVm,
+        state: StateDirectory,
+        successors: Successors,
+    ) -> None:
+        super().__init__(work, writer)
+        self._stopped, self._state, self._successors = stopped, state, successors
+
+    async def copy(self) -> Copied:
+        """Copy the images; see `Session.copy`.
+
+        Raises:
+            VmStartedError: somebody may have written to them.
+            ProgramError: they cannot be served.
+            NoSpaceError, WriterError: the repository could not be written.
+        """
+        instant = datetime.now(UTC)
+        verdicts = self._work.plan.verdicts
+        disks = {v.disk.name: self._stopped.disk(v.disk.name) for v in verdicts}
+        images = {name: disk.layers or () for name, disk in disks.items()}
+        async with served(images, listen=self._state.nbd_socket()) as server:
+            results = await self._read(server)
+        in_order = all(disk.ended_in_order for disk in disks.values())
+        consistency: Consistency = "off" if in_order else "crash"
+        return Copied(
+            disks=[
+                self._stored(verdict, result)
+                for verdict, result in zip(verdicts, results, strict=True)
+            ],
+            consistency=consistency,
+            freeze_failed=False,
+            instant=instant,
+        )
+
+    async def _read(self, server: ServedImages) -> list[CopyResult]:
+        try:
+            return await self._copy_all(
+                [partial(self._served, verdict, server) for verdict in self._work.plan.verdicts],
+                check=self._successors.require_stopped,
+            )
+        except JobFailedError as err:
+            if server.has_ended():
+                raise await server.why_ended() from err
+            raise
+
+    async def _served(self, verdict: Verdict, server: ServedImages) -> Copying:
+        bitmap = source_bitmap(verdict)
+        disk = self._stopped.disk(verdict.disk.name)
+        return Copying(
+            verdict=verdict,
+            export=disk.name,
+            connection=server.connection(disk.name),
+            bits=None if bitmap is None else disk.bits[bitmap],
+            unreadable=f"{verdict.disk.source.filename} could not be read",
+        )
