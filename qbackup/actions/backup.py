@@ -35,7 +35,7 @@ from qbackup.formats.configuration import Vm
 from qbackup.host.lock import HeldLock
 from qbackup.host.tasks import to_its_end
 from qbackup.model.backup import Backup
-from qbackup.model.names import owner_prefix
+from qbackup.model.names import Owner, owner_of
 from qbackup.model.progress import Reporter
 from qbackup.qmp.disks import query_inventory
 from qbackup.qmp.monitor import Monitor
@@ -113,14 +113,14 @@ async def _back_up_running(
     started: float,
 ) -> Outcome:
     """Back up a VM by its monitor. A `MonitorError` that is `absent` comes before anything else."""
-    prefix = owner_prefix(repository.id, vm.name)
+    owner = owner_of(repository.id, vm.name)
     async with vm_monitor(vm, state.control_socket) as (monitor, watched):
         condition = await query_condition(monitor)
         if not watched and not condition.fitness.load:
             # This VM runs unseen: whatever its files say, they must not be believed later.
             await distrust_present(monitor, state)
         _require_fit(condition, vm.name)
-        await reconcile.clear_jobs(monitor, vm=vm.name, prefix=prefix, reporter=reporter)
+        await reconcile.clear_jobs(monitor, vm=vm.name, owner=owner, reporter=reporter)
         await reconcile.remove_partials(repository, vm.name, reporter)
         history = History(repository, vm.name)
         plan = await _prepare(
@@ -128,7 +128,7 @@ async def _back_up_running(
             history,
             vm=vm,
             state=state,
-            prefix=prefix,
+            owner=owner,
             migration=condition.migration,
             options=options,
             reporter=reporter,
@@ -148,7 +148,7 @@ async def _back_up_running(
             vm=vm,
             plan=plan,
             options=options,
-            prefix=prefix,
+            owner=owner,
             backup_id=next_id(plan),
             repository=repository,
             lock=lock,
@@ -169,7 +169,7 @@ async def _back_up_running(
             )
             # An interruption that comes now is too late: the backup is about to exist.
             await to_its_end(session.publish(backup))
-        await to_its_end(_forget_old_bitmaps(monitor, plan, backup, prefix, reporter))
+        await to_its_end(_forget_old_bitmaps(monitor, plan, backup, owner, reporter))
     degraded = tuple(f"disk {name} was left out: {why}" for name, why in plan.refused.items())
     if copied.freeze_failed:
         degraded += ("the guest's file systems were not frozen",)
@@ -182,7 +182,7 @@ async def _prepare(
     *,
     vm: Vm,
     state: StateDirectory,
-    prefix: str,
+    owner: Owner,
     migration: Migration,
     options: BackupOptions,
     reporter: Reporter,
@@ -193,20 +193,18 @@ async def _prepare(
     written since.
     """
     if migration.given_away:
-        await prune_bitmaps(monitor, prefix=prefix, checkpoints={})
+        await prune_bitmaps(monitor, owner=owner, checkpoints={})
     inventory = await query_inventory(monitor)
     disks = disks_to_look_up(inventory, vm=vm, options=options)
     bases = newest_bases(readable_backups(history, reporter), disks)
-    await roll_back_bitmaps(
-        monitor, prefix=prefix, checkpoints=checkpoints(bases), uncommitted=None
-    )
+    await roll_back_bitmaps(monitor, owner=owner, checkpoints=checkpoints(bases), uncommitted=None)
     return make_plan(
         await query_disks(monitor, monitor.peer_pid()),
         bases,
         vm=vm,
         history=history,
-        prefix=prefix,
-        not_loaded=migrated_verdicts(migration, bases, prefix) or state.read_verdicts(),
+        owner=owner,
+        not_loaded=migrated_verdicts(migration, bases, owner) or state.read_verdicts(),
         options=options,
         reporter=reporter,
     )
@@ -235,11 +233,11 @@ async def _require_not_moved(monitor: Monitor, vm: str, *, before: Condition) ->
 
 
 async def _forget_old_bitmaps(
-    monitor: Monitor, plan: Plan, backup: Backup, prefix: str, reporter: Reporter
+    monitor: Monitor, plan: Plan, backup: Backup, owner: Owner, reporter: Reporter
 ) -> None:
     """Remove what the backup has replaced. The backup exists whatever happens here."""
     newest = plan.checkpoints | {disk.name: backup.id for disk in backup.disks}
     try:
-        await prune_bitmaps(monitor, prefix=prefix, checkpoints=newest)
+        await prune_bitmaps(monitor, owner=owner, checkpoints=newest)
     except QbackupError as err:
         reporter.warning(f"{backup.vm}: old bitmaps remain in QEMU for now: {err}")

@@ -27,7 +27,7 @@ from qbackup.host.lock import HeldLock
 from qbackup.host.process_lock import ProcessLock
 from qbackup.host.tasks import in_thread, to_its_end
 from qbackup.model.backup import Backup, VmConfiguration
-from qbackup.model.names import owner_prefix
+from qbackup.model.names import Owner, owner_of
 from qbackup.model.progress import Reporter
 from qbackup.repository.repository import Repository
 from qbackup.repository.state import StateDirectory
@@ -67,14 +67,14 @@ async def back_up_stopped(
         RefusedError: a full backup would be needed and was ruled out.
         QbackupError: anything else; nothing of the backup remains.
     """
-    prefix = owner_prefix(repository.id, vm.name)
+    owner = owner_of(repository.id, vm.name)
     history = History(repository, vm.name)
     with await in_thread(state.off_lock) as off_lock:
         await _require_unwatched(off_lock, absent)
-        stopped = await in_thread(partial(look_at_stopped_vm, state, history, vm=vm, prefix=prefix))
+        stopped = await in_thread(partial(look_at_stopped_vm, state, history, vm=vm, owner=owner))
         await _require_off(stopped, absent, vm=vm)
         await reconcile.remove_partials(repository, vm.name, reporter)
-        plan = _plan(stopped, history, absent, vm=vm, prefix=prefix, options=options, to=reporter)
+        plan = _plan(stopped, history, absent, vm=vm, owner=owner, options=options, to=reporter)
         if options.kind == "incremental" and options.label is None and _is_unchanged(plan):
             bases = [verdict.base.backup for verdict in plan.verdicts if verdict.base is not None]
             return StoppedOutcome(backup=max(bases, key=lambda backup: backup.id), made=False)
@@ -85,7 +85,7 @@ async def back_up_stopped(
             vm=vm,
             plan=plan,
             options=options,
-            prefix=prefix,
+            owner=owner,
             backup_id=next_id(plan),
             repository=repository,
             lock=lock,
@@ -101,7 +101,7 @@ async def back_up_stopped(
                     work.backup_id,
                     chain=place_in_chain(plan, work.backup_id)[1],
                     repository=repository.id,
-                    prefix=prefix,
+                    owner=owner,
                     granularity_bytes=vm.granularity_bytes,
                     trust_block_devices=vm.trust_block_devices,
                 )
@@ -130,7 +130,7 @@ def _plan(
     absent: MonitorError,
     *,
     vm: Vm,
-    prefix: str,
+    owner: Owner,
     options: BackupOptions,
     to: Reporter,
 ) -> Plan:
@@ -144,7 +144,7 @@ def _plan(
         newest_bases(readable_backups(history, to), inventory.disks),
         vm=vm,
         history=history,
-        prefix=prefix,
+        owner=owner,
         not_loaded=stopped.not_loaded,
         options=options,
         reporter=to,

@@ -23,7 +23,7 @@ from qbackup.catalog.history import History
 from qbackup.errors import DiskError, MonitorBusyError, MonitorError
 from qbackup.formats.configuration import Vm
 from qbackup.model.backup import REASON_TEXT, Backup, Reason
-from qbackup.model.names import bitmap_name, checkpoint_of_bitmap, owner_prefix
+from qbackup.model.names import Owner, owner_of
 from qbackup.qmp.disks import Inventory
 from qbackup.qmp.jobs import query_jobs
 from qbackup.qmp.monitor import Looker
@@ -86,7 +86,7 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
     """
     running = repository.is_locked(vm.name)
     history = History(repository, vm.name)
-    prefix = owner_prefix(repository.id, vm.name)
+    owner = owner_of(repository.id, vm.name)
     status = VmStatus(
         vm=vm.name,
         state="busy" if running else "unreachable",
@@ -105,14 +105,14 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
             condition = await query_condition(monitor)
             state = condition.state.status
             inventory = await query_disks(monitor, monitor.peer_pid())
-            left_in_qemu = await _left_in_qemu(monitor, inventory, prefix)
+            left_in_qemu = await _left_in_qemu(monitor, inventory, owner)
     except MonitorBusyError as err:
         return replace(status, state="busy", detail=err.message)
     except DiskError as err:
         return replace(status, state=state, detail=err.message)
     except MonitorError as err:
         return await asyncio.to_thread(
-            _without_monitor, status, state_directory, history, err, vm=vm, prefix=prefix
+            _without_monitor, status, state_directory, history, err, vm=vm, owner=owner
         )
     # A job of our own that was left behind hides disks, but not from the next run.
     unwanted = _left_out(inventory, vm)
@@ -123,18 +123,18 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
     ]
     bases = newest_bases(usable(history), present)
     not_loaded = (
-        migrated_verdicts(condition.migration, bases, prefix) or state_directory.read_verdicts()
+        migrated_verdicts(condition.migration, bases, owner) or state_directory.read_verdicts()
     )
     verdicts = [
         assess(
             as_rolled_back(
                 # What was recorded before a migration is worth nothing.
                 replace(disk, bitmaps=()) if condition.migration.given_away else disk,
-                prefix,
+                owner,
                 checkpoints(bases).get(disk.name),
             ),
             bases=bases,
-            prefix=prefix,
+            owner=owner,
             not_loaded=not_loaded,
             vm=vm,
             history=history,
@@ -194,16 +194,14 @@ def _without_monitor(
     err: MonitorError,
     *,
     vm: Vm,
-    prefix: str,
+    owner: Owner,
 ) -> VmStatus:
     """Say what a VM is whose monitor cannot be reached, as far as its files tell.
 
     If it is off, the next backup will find what is found here.
     """
-    stopped = look_at_stopped_vm(state, history, vm=vm, prefix=prefix)
-    disks = tuple(
-        _saved_disk(disk, stopped, history, vm=vm, prefix=prefix) for disk in stopped.disks
-    )
+    stopped = look_at_stopped_vm(state, history, vm=vm, owner=owner)
+    disks = tuple(_saved_disk(disk, stopped, history, vm=vm, owner=owner) for disk in stopped.disks)
     status = replace(status, detail=err.message, disks=disks)
     if not err.absent:
         return status
@@ -220,12 +218,12 @@ def _without_monitor(
 
 
 def _saved_disk(
-    disk: StoppedDisk, stopped: StoppedVm, history: History, *, vm: Vm, prefix: str
+    disk: StoppedDisk, stopped: StoppedVm, history: History, *, vm: Vm, owner: Owner
 ) -> DiskStatus:
     verdict = assess(
         disk.disk,
         bases=stopped.bases,
-        prefix=prefix,
+        owner=owner,
         not_loaded=stopped.not_loaded,
         vm=vm,
         history=history,
@@ -235,17 +233,17 @@ def _saved_disk(
     if base is None or verdict.bitmap is not None:
         return found
     # Not usable, but there.
-    wanted = bitmap_name(prefix, base.backup.id)
+    wanted = owner.bitmap(base.backup.id)
     where: BitmapPlace = "file" if any(path.stem == wanted for path in disk.files) else "none"
     return replace(found, bitmap=replace(found.bitmap, where=where))
 
 
-async def _left_in_qemu(monitor: Looker, inventory: Inventory, prefix: str) -> list[str]:
-    left = [f"job {job.job}" for job in await query_jobs(monitor, prefix=prefix)]
-    left += [f"node {node}" for node in inventory.nodes if node.startswith(prefix)]
+async def _left_in_qemu(monitor: Looker, inventory: Inventory, owner: Owner) -> list[str]:
+    left = [f"job {job.job}" for job in await query_jobs(monitor, owner=owner)]
+    left += [f"node {node}" for node in inventory.nodes if owner.owns(node)]
     left += [
         f"stopped bitmap {bitmap.name}"
         for _, bitmap in inventory.bitmaps
-        if checkpoint_of_bitmap(prefix, bitmap.name) and not bitmap.recording
+        if owner.checkpoint(bitmap.name) and not bitmap.recording
     ]
     return left

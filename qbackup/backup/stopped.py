@@ -19,6 +19,7 @@ from qbackup.images.layers import FORMATS, Layer, read_layers
 from qbackup.images.locks import find_user
 from qbackup.images.write_counters import NotCountedError, exclusively
 from qbackup.model.backup import Backup, Refusal, SourceFile, SourceImage
+from qbackup.model.names import Owner
 from qbackup.model.secrets import redacted
 from qbackup.qmp.disks import Inventory
 from qbackup.repository.repository import DamagedBackup
@@ -60,7 +61,7 @@ class StoppedVm:
 
 
 def look_at_stopped_vm(
-    state: StateDirectory, history: History, *, vm: Vm, prefix: str
+    state: StateDirectory, history: History, *, vm: Vm, owner: Owner
 ) -> StoppedVm:
     """Look at a VM that no monitor answers for. A disk whose image is not known is judged by its
     bitmap file alone, and is in `unknown`."""
@@ -82,7 +83,7 @@ def look_at_stopped_vm(
                 state,
                 vm=vm.name,
                 name=name,
-                prefix=prefix,
+                owner=owner,
                 source=_source(name, before, layers),
                 virtual_size_bytes=(
                     layers[0].virtual_size_bytes

@@ -29,7 +29,7 @@ from qbackup.images.locks import find_user, is_written
 from qbackup.images.stamp import take_stamp
 from qbackup.model.backup import Refusal, SourceImage
 from qbackup.model.bitmap import Bits, Identity, ImageStamp, Sameness, compare_stamps
-from qbackup.model.names import bitmap_name, checkpoint_of_bitmap, size_guard_name
+from qbackup.model.names import Owner
 from qbackup.qmp.disks import Bitmap, Disk
 from qbackup.repository.state import HEADER_BYTES, StateDirectory
 
@@ -74,13 +74,13 @@ def look_at_stopped(
     *,
     vm: str,
     name: str,
-    prefix: str,
+    owner: Owner,
     source: SourceImage,
     virtual_size_bytes: int,
     layers: tuple[Layer, ...] | None,
     trust_block_devices: bool | None,
 ) -> StoppedDisk:
-    """Look at a disk and its bitmap files of one owner, whose names begin with `prefix`.
+    """Look at a disk and its bitmap files of one owner, `owner`'s.
 
     The image is stamped before it is compared, so that later writes show.
     """
@@ -90,7 +90,7 @@ def look_at_stopped(
     files = {
         bitmap: path
         for (disk, bitmap), path in state.bitmap_files().items()
-        if disk == name and checkpoint_of_bitmap(prefix, bitmap)
+        if disk == name and owner.checkpoint(bitmap)
     }
     headers = {path: _header(path) for path in files.values()}
     stamp, unreadable = None, None
@@ -121,7 +121,7 @@ def look_at_stopped(
     if virtual_size_bytes:
         # A disk that nobody has open has the size that its image has.
         guard = Bits.last_granule(virtual_size_bytes=virtual_size_bytes, granularity_bytes=65536)
-        shown.append(_shown(size_guard_name(prefix, virtual_size_bytes), guard))
+        shown.append(_shown(owner.size_guard(virtual_size_bytes), guard))
     return StoppedDisk(
         disk=Disk(
             name=name,
@@ -170,7 +170,7 @@ class Successors:
         *,
         chain: str,
         repository: str,
-        prefix: str,
+        owner: Owner,
         granularity_bytes: int,
         trust_block_devices: bool | None,
     ) -> None:
@@ -179,7 +179,7 @@ class Successors:
         Raises:
             QbackupError: the state directory cannot be written.
         """
-        name = bitmap_name(prefix, checkpoint)
+        name = owner.bitmap(checkpoint)
         for disk in self._disks:
             if disk.disk.virtual_size_bytes == 0:
                 continue

@@ -17,7 +17,7 @@ KIB, MIB = 1024, 1024 * 1024
 async def on(folder: Path, source: str) -> AsyncIterator[KeptLab]:
     """A VM with one disk on a source of this kind."""
     if source in ("raw", "qcow2", "qcow2 version 2"):
-        image_format = source.split()[0]
+        image_format = source.split(maxsplit=1)[0]
         compat = "0.10" if source.endswith("2 version 2") else "1.1"
         async with kept_lab(
             folder, disk_specs(folder, "a", image_format=image_format), compat=compat
