@@ -19,20 +19,22 @@ _POLL_S = 0.02
 
 
 @asynccontextmanager
-async def files_taken(state: StateDirectory, vm: str, reporter: Reporter) -> AsyncIterator[None]:
+async def files_taken(
+    state: StateDirectory, vm: str, reporter: Reporter, *, wait_s: float = WAIT_S
+) -> AsyncIterator[None]:
     """Have a VM's bitmap files for the duration of a block; `StateDirectory.watched` comes first.
 
     A holder that cannot even be killed waits for a file system that does not answer, and changes
     nothing any more but by the one call that it is in.
     """
     with state.off_lock() as lock:
-        if not await _taken(lock, WAIT_S):
+        if not await _taken(lock, wait_s):
             holder = lock.holder()
             if holder is not None:
                 with holder:
                     reporter.warning(
                         f"{vm}: process {holder.pid} ({holder.name}), a backup of the VM while it "
-                        f"was off, did not end within {WAIT_S:.0f} s; killed"
+                        f"was off, did not end within {wait_s:g} s; killed"
                     )
                     holder.kill()
             if not await _taken(lock, _DEATH_S):
