@@ -173,7 +173,7 @@ async def _require_off(stopped: StoppedVm, absent: MonitorError, *, vm: Vm) -> N
     Raises:
         MonitorError: somebody has them, or none is known.
     """
-    if (user := await in_thread(stopped.user)) is not None:
+    if (user := await in_thread(partial(stopped.user, unlocked=True))) is not None:
         raise MonitorError(
             f"{absent.message}, but the VM is not off: {user}",
             hint="is it a QEMU of this VM, whose monitor is elsewhere or was removed? "

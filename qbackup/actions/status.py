@@ -205,7 +205,7 @@ def _without_monitor(
     status = replace(status, detail=err.message, disks=disks)
     if not err.absent:
         return status
-    if (user := stopped.user()) is not None:
+    if (user := stopped.user(unlocked=False)) is not None:
         return replace(status, detail=f"{err.message}, but {user}")
     reasons = {disk.bitmap.reason for disk in disks}
     if "unclean" in reasons:

@@ -48,16 +48,14 @@ class StoppedVm:
         disks = tuple(disk.disk for disk in self.disks)
         return Inventory(disks=disks, left_out={}, busy=(), bitmaps=(), nodes=())
 
-    def user(self) -> str | None:
-        """Say who has an image open for writing, None if nobody is seen to."""
-        for disk in self.disks:
-            try:
-                user = find_user(disk.layers or ())
-            except OSError:
-                continue  # not there: then nobody uses it under this name
-            if user is not None:
-                return f"{user} has {disk.paths[0]} open"
-        return None
+    def user(self, *, unlocked: bool) -> str | None:
+        """Say who has an image open for writing, None if nobody is seen to; see `find_user`."""
+        layers = [layer for disk in self.disks for layer in disk.layers or ()]
+        try:
+            user = find_user(layers, unlocked=unlocked)
+        except OSError:
+            return None  # one of them has gone since it was looked at
+        return None if user is None else f"{user} has the images open"
 
 
 def look_at_stopped_vm(
@@ -68,7 +66,7 @@ def look_at_stopped_vm(
     bases = {base.disk.name: base for base in last_seen_disks(history)}
     disks: list[StoppedDisk] = []
     unknown: dict[str, DiskError] = {}
-    for name in sorted({*bases, *vm.images}):
+    for name in dict.fromkeys((*bases, *vm.images)):
         base, configured = bases.get(name), vm.images.get(name)
         layers: tuple[Layer, ...] | None = None
         try:

@@ -239,6 +239,7 @@ class Successors:
             # All stamps first: whoever writes while we sync must show.
             for disk in self._disks:
                 await in_thread(self._require_untouched, disk)
+            await in_thread(self._require_unused)
             for disk, path in self._new:
                 clean = partial(qbm.with_clean, clean=True, stamp=disk.stamp)
                 try:
@@ -276,15 +277,21 @@ class Successors:
     def _require_untouched(self, disk: StoppedDisk) -> None:
         try:
             stamp = take_stamp(disk.paths)
-            user = find_user(disk.layers or ())
         except (OSError, ValueError) as err:
             raise VmStartedError(self._vm, f"disk {disk.name}: {err}") from err
-        if user is not None:
-            raise VmStartedError(self._vm, f"{user} has opened disk {disk.name}")
         if compare_stamps(disk.stamp, stamp) is Sameness.CHANGED:
             raise VmStartedError(self._vm, f"{disk.paths[0]} was written")
         if {path: _header(path) for path in disk.files} != disk.files:
             raise VmStartedError(self._vm, f"the saved bitmap of disk {disk.name} was used")
+
+    def _require_unused(self) -> None:
+        layers = [layer for disk in self._disks for layer in disk.layers or ()]
+        try:
+            user = find_user(layers, unlocked=True)
+        except OSError as err:
+            raise VmStartedError(self._vm, str(err)) from err
+        if user is not None:
+            raise VmStartedError(self._vm, f"{user} has opened its images")
 
     @asynccontextmanager
     async def _undisturbed(self) -> AsyncIterator[None]:

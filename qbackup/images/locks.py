@@ -39,20 +39,23 @@ def is_written(path: Path) -> bool:
     return _is_locked(path, first=_WRITE_BYTE, length=_WRITE_BYTES)
 
 
-def find_user(layers: Sequence[Layer]) -> str | None:
+def find_user(layers: Sequence[Layer], *, unlocked: bool) -> str | None:
     """Say who may write to an image now; None if nobody is seen.
 
-    A QEMU with `locking=off` has no locks, and other users' processes are seen by root only: so
-    both are looked at.
+    `unlocked`: a QEMU with `locking=off` counts, too. To find one, all processes are looked at,
+    of which other users' are seen by root only.
 
     Raises:
         OSError: a file cannot be opened.
     """
+    locked = any(is_written(layer.path) for layer in layers)
+    if not layers or not (locked or unlocked):
+        return None
     process = find_writer({layer.identity for layer in layers})
     if process is not None:
         with process:
             return f"process {process.pid} ({process.name})"
-    return "another process" if any(is_written(layer.path) for layer in layers) else None
+    return "another process" if locked else None
 
 
 def _is_locked(path: Path, *, first: int, length: int) -> bool:
