@@ -139,6 +139,11 @@ def _plan(
     for disk in chosen:
         if disk.name in stopped.unknown:
             raise _not_known(stopped, disk.name, absent, vm=vm)
+        if stopped.was_given_away(disk.name, owner):
+            raise MonitorError(
+                f"{absent.message}; the guest was migrated away from here, and may be running",
+                hint="back it up where it runs now; here again once it runs here",
+            )
     return make_plan(
         inventory,
         newest_bases(readable_backups(history, to), inventory.disks),

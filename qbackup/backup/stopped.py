@@ -43,6 +43,12 @@ class StoppedVm:
         """Return the disk of that name."""
         return next(disk for disk in self.disks if disk.name == name)
 
+    def was_given_away(self, name: str, owner: Owner) -> bool:
+        """Tell whether a disk's guest was seen to go to another host, and not to come back."""
+        base = self.bases.get(name)
+        why = self.not_loaded.get((name, owner.bitmap(base.backup.id))) if base else None
+        return why is not None and why.reason == "migrated"
+
     def inventory(self) -> Inventory:
         """Return the disks as QEMU would show them."""
         disks = tuple(disk.disk for disk in self.disks)

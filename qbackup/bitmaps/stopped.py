@@ -34,6 +34,7 @@ from qbackup.qmp.disks import Bitmap, Disk
 from qbackup.repository.state import HEADER_BYTES, StateDirectory
 
 _LOCK_WAIT_S = 2.0
+_TIDY_WAIT_S = 0.2
 _LOCK_POLL_S = 0.02
 
 
@@ -80,7 +81,7 @@ def look_at_stopped(
     layers: tuple[Layer, ...] | None,
     trust_block_devices: bool | None,
 ) -> StoppedDisk:
-    """Look at a disk and its bitmap files of one owner, `owner`'s.
+    """Look at a disk and its bitmap files of one owner.
 
     The image is stamped before it is compared, so that later writes show.
     """
@@ -207,6 +208,7 @@ class Successors:
             target = self._state.bitmap_file(disk.name, name)
             try:
                 await self._state.ensure_disk(disk.name)
+                await self._remove(self._state.unfinished_files(disk.name, owner.prefix))
                 self._new.append((disk, await self._state.write_new(target, qbm.encode(file))))
             except OSError as err:
                 raise self._not_written(err) from err
@@ -235,7 +237,7 @@ class Successors:
             VmStartedError: it is not. Nothing was changed.
             QbackupError: the state directory cannot be written.
         """
-        async with self._undisturbed():
+        async with self._undisturbed(_LOCK_WAIT_S):
             # All stamps first: whoever writes while we sync must show.
             for disk in self._disks:
                 await in_thread(self._require_untouched, disk)
@@ -254,24 +256,23 @@ class Successors:
         A watcher that has come meanwhile has distrusted all of them, and will remove them.
         """
         with suppress(VmStartedError, OSError):
-            async with self._undisturbed():
+            async with self._undisturbed(_TIDY_WAIT_S):
                 for disk in self._disks:
                     await self._remove(path for path in disk.files if path not in self._placed)
-                everything = set(await in_thread(self._state.all_bitmap_files))
-                await self._state.remove_others(everything, disks=())
                 settled = [(path.parent.name, path.stem) for path in self._placed]
                 await remember(self._state, self._unkept, settled=settled)
 
     async def take_back(self) -> None:
         """Remove the files: their backup does not exist."""
-        with suppress(VmStartedError, OSError):
-            async with self._undisturbed():
-                await self._remove(self._placed)
-                await self._remove(path for _, path in self._new if path.exists())
+        await self._remove(path for _, path in self._new)
+        if self._placed:
+            with suppress(VmStartedError, OSError):
+                async with self._undisturbed(_TIDY_WAIT_S):
+                    await self._remove(self._placed)
 
     async def _remove(self, paths: Iterable[Path]) -> None:
         for path in paths:
-            with suppress(OSError):  # it is of no newest checkpoint: nobody trusts it
+            with suppress(OSError):  # nobody trusts it: it is of no newest checkpoint, or not clean
                 await self._state.remove(path)
 
     def _require_untouched(self, disk: StoppedDisk) -> None:
@@ -294,9 +295,9 @@ class Successors:
             raise VmStartedError(self._vm, f"{user} has opened its images")
 
     @asynccontextmanager
-    async def _undisturbed(self) -> AsyncIterator[None]:
+    async def _undisturbed(self, wait_s: float) -> AsyncIterator[None]:
         """Keep watchers away for the duration of a block, which must be short: a VM may wait."""
-        deadline = asyncio.get_running_loop().time() + _LOCK_WAIT_S
+        deadline = asyncio.get_running_loop().time() + wait_s
         while not self._lock.take():
             # A backup into another repository has it for a moment; a watcher keeps it.
             if asyncio.get_running_loop().time() > deadline:

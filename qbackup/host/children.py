@@ -51,11 +51,6 @@ class Child:
         """What it prints, if it is a pipe."""
         return self._process.stdout
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether it has ended."""
-        return self._process.returncode is not None
-
     async def ended(self) -> int:
         """Wait for its end; return its status, negative after a signal."""
         return await self._process.wait()

@@ -16,6 +16,7 @@ from typing import Any
 from qbackup.errors import DiskError
 from qbackup.formats.qcow2 import CLUSTER_BYTES, Qcow2Error, SourceHeader, read_source_header
 from qbackup.host.process_files import FileIdentity, identity_of
+from qbackup.model.limits import MAX_DISK_BYTES
 
 SECTOR_BYTES = 512
 FORMATS = ("raw", "qcow2")
@@ -98,13 +99,18 @@ def _read_layer(path: Path, image_format: str) -> tuple[Layer, tuple[Path, str] 
             os.close(fd)
     except OSError as err:
         raise DiskError(f"{path}: the image cannot be read: {err.strerror}") from err
+    # As QEMU does it: the last sector of a raw file is whole, that of a qcow2 image is not there.
+    sectors = header.virtual_size_bytes // SECTOR_BYTES if header else -(-size // SECTOR_BYTES)
+    if sectors * SECTOR_BYTES > MAX_DISK_BYTES:
+        raise DiskError(
+            f"{path}: {sectors * SECTOR_BYTES} bytes are more than qbackup supports",
+            hint=f"at most {MAX_DISK_BYTES // 1024**4} TiB",
+        )
     layer = Layer(
         path=path,
         format=image_format,
         identity=identity,
-        virtual_size_bytes=(
-            header.virtual_size_bytes if header else -(-size // SECTOR_BYTES) * SECTOR_BYTES
-        ),
+        virtual_size_bytes=sectors * SECTOR_BYTES,
         allocated_bytes=0 if identity.is_device else facts.st_blocks * SECTOR_BYTES,
     )
     return layer, None if header is None else _backing(path, header)

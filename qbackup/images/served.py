@@ -5,10 +5,11 @@ are open to other users: a VM that starts meanwhile gets its locks. The daemon o
 them, has no name that others could connect to, and ends with the block, or with us.
 """
 
+import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 from qbackup.errors import ProgramError
@@ -16,6 +17,8 @@ from qbackup.host.children import Child, child
 from qbackup.host.sockets import short_address
 from qbackup.images.layers import Layer, node_options
 
+_END_S = 1.0
+"""How much later than its connections the end of a process is seen, at most."""
 _DAEMON, _PACKAGE = "qemu-storage-daemon", "qemu-system-common"
 
 
@@ -29,13 +32,12 @@ class ServedImages:
         """Return the descriptor of a connection to the server for a disk; it stays ours."""
         return self._connections[disk].fileno()
 
-    async def why_ended(self) -> ProgramError:
-        """Return why the daemon has ended, which takes no connections any more."""
-        return self._daemon.failed(await self._daemon.last_words())
-
-    def has_ended(self) -> bool:
-        """Tell whether the daemon has ended."""
-        return self._daemon.has_ended
+    async def why_ended(self) -> ProgramError | None:
+        """Return why the daemon has ended, None if it has not: then the connection was not lost."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_END_S):
+                return self._daemon.failed(await self._daemon.last_words())
+        return None
 
 
 @asynccontextmanager

@@ -105,6 +105,14 @@ class StateDirectory:
             if path.name.endswith(BITMAP_SUFFIX) and not path.name.startswith(".")
         ]
 
+    def unfinished_files(self, disk: str, prefix: str) -> list[Path]:
+        """Return bitmap files of a disk, of names with this prefix, that are not in place."""
+        return [
+            path
+            for path in _content_of(self.path / disk)
+            if path.name.startswith(f".{prefix}") and f"{BITMAP_SUFFIX}{_NEW_SUFFIX}" in path.name
+        ]
+
     def bitmap_file(self, disk: str, bitmap: str) -> Path:
         """Return where the bitmap of a disk is saved."""
         return self.path / disk / f"{bitmap}{BITMAP_SUFFIX}"

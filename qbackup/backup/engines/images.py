@@ -87,8 +87,8 @@ class ImagesSession(WriterSession):
                 check=self._successors.require_stopped,
             )
         except JobFailedError as err:
-            if server.has_ended():
-                raise await server.why_ended() from err
+            if (why := await server.why_ended()) is not None:
+                raise why from err
             raise
 
     async def _served(self, verdict: Verdict, server: ServedImages) -> Copying:
