@@ -33,7 +33,7 @@ from qbackup.formats.manifest import backing_file, disk_file, encode_manifest
 from qbackup.host.tasks import task_group
 from qbackup.model.backup import Backup, DiskBackup
 from qbackup.model.bitmap import Bits
-from qbackup.model.names import PARTIAL_SUFFIX
+from qbackup.model.names import PARTIAL_SUFFIX, short_mark
 from qbackup.model.quantities import format_duration, format_size
 from qbackup.qmp import commands, jobs
 from qbackup.qmp.commands import Command
@@ -110,6 +110,9 @@ class SnapshotSession:
     ) -> None:
         self._monitor, self._work, self._state, self._writer = monitor, work, state, writer
         self._owner, self._settings = work.owner, work.vm.snapshot
+        # QEMU holds back an event of a node for a second if it has just told one of a node of that
+        # name (monitor.c, QUORUM_REPORT_BAD): an earlier backup's must not be named like ours.
+        self._mark = short_mark(work.backup_id)
 
     @property
     def exists(self) -> Existence:
@@ -162,7 +165,7 @@ class SnapshotSession:
                 self._monitor,
                 path=self._scratch_path(number),
                 disk_node=sound.disk.node,
-                node=self._owner.named(f"s{number}"),
+                node=self._scratch_name(number),
                 virtual_size_bytes=sound.disk.virtual_size_bytes,
             )
         )
@@ -176,7 +179,10 @@ class SnapshotSession:
 
     def _scratch_path(self, number: int) -> Path:
         folder = self._settings.scratch or self._state.path
-        return folder / f".{self._owner.named(f's{number}')}"
+        return folder / f".{self._scratch_name(number)}"
+
+    def _scratch_name(self, number: int) -> str:
+        return self._owner.named(f"s{self._mark}{number}")
 
     @asynccontextmanager
     async def _ended(self, server: NbdServer) -> AsyncIterator[None]:
