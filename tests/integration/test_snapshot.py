@@ -226,8 +226,27 @@ async def test_over_tcp_the_snapshot_works_by_name(tmp_path: Path) -> None:
         await it.finish(backup)
         await it.incremental()
         await it.check_restores()
-        left = [path for path in (tmp_path / "state").rglob(".*") if path.name != ".scratch"]
-        assert left == []
+        assert files_left(tmp_path) == []
+
+
+async def test_scratch_files_with_names_that_a_killed_backup_left_are_removed(
+    tmp_path: Path,
+) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a"), tcp_port=free_port()) as it:
+        await it.back_up("full")
+        await overwrite(it, 0x31)
+        backup = await it.begin_snapshot()
+        assert backup.writer is not None
+        await it.interrupt(backup, signal.SIGKILL)
+        os.kill(backup.writer, signal.SIGKILL)
+        assert files_left(tmp_path)
+        await it.incremental()
+        assert files_left(tmp_path) == []
+
+
+def files_left(folder: Path) -> list[Path]:
+    """Return what a backup uses in the state directory while it runs."""
+    return [path for path in (folder / "state").rglob(".*") if path.name != ".scratch"]
 
 
 async def test_qemu_answers_at_once_while_the_repository_hangs(tmp_path: Path) -> None:
