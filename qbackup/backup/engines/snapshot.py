@@ -11,8 +11,9 @@ export shows what the disk holds now. So after the last byte was read, every job
 and no scratch file may ever have failed; else there is no backup, and no harm.
 """
 
+import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,9 @@ from qbackup.backup.instant import (
 )
 from qbackup.backup.judge import Verdict
 from qbackup.errors import SnapshotError
+from qbackup.host.tasks import in_thread
 from qbackup.model.bitmap import Bits
+from qbackup.model.names import Owner, short_mark
 from qbackup.model.quantities import format_size
 from qbackup.qmp import commands, jobs
 from qbackup.qmp.commands import Command
@@ -64,19 +67,45 @@ class SnapshotEngine:
     @asynccontextmanager
     async def session(self, work: Work) -> AsyncIterator["SnapshotSession"]:
         """Begin a backup; see `Engine.session`."""
+        folder = work.vm.snapshot.scratch or self._state.path
+        await in_thread(_remove_left_scratch, folder, work.owner)
         async with writer_for(work) as writer:
-            yield SnapshotSession(self._monitor, work=work, state=self._state, writer=writer)
+            yield SnapshotSession(
+                self._monitor, work=work, state=self._state, scratch=folder, writer=writer
+            )
+
+
+def _remove_left_scratch(folder: Path, owner: Owner) -> None:
+    """Remove scratch files that a killed backup left: those over TCP have names.
+
+    The VM is locked and QEMU has let go of them, so nobody needs them. What cannot be removed is
+    only in the way of a file of the same name, and that is told then.
+    """
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            if entry.name.startswith(f".{owner.named('s')}"):
+                with suppress(OSError):
+                    Path(entry.path).unlink()
 
 
 class SnapshotSession(WriterSession):
     """Copies the disks of one plan. Everything one run needs to know is here."""
 
     def __init__(
-        self, monitor: Monitor, *, work: Work, state: StateDirectory, writer: Writer
+        self,
+        monitor: Monitor,
+        *,
+        work: Work,
+        state: StateDirectory,
+        scratch: Path,
+        writer: Writer,
     ) -> None:
         super().__init__(work, writer)
-        self._monitor, self._state = monitor, state
+        self._monitor, self._state, self._scratch = monitor, state, scratch
         self._owner, self._settings = work.owner, work.vm.snapshot
+        # QEMU holds back an event of a node for a second if it has just told one of a node of that
+        # name (monitor.c, QUORUM_REPORT_BAD): an earlier backup's must not be named like ours.
+        self._mark = short_mark(work.backup_id)
 
     async def copy(self) -> Copied:
         """Take the instant and copy it; see `Session.copy`.
@@ -120,9 +149,9 @@ class SnapshotSession(WriterSession):
         scratch = await attached.enter_async_context(
             scratch_attached(
                 self._monitor,
-                path=self._scratch_path(number),
+                path=self._scratch / f".{self._scratch_name(number)}",
                 disk_node=sound.disk.node,
-                node=self._owner.named(f"s{number}"),
+                node=self._scratch_name(number),
                 virtual_size_bytes=sound.disk.virtual_size_bytes,
             )
         )
@@ -134,9 +163,8 @@ class SnapshotSession(WriterSession):
             export=self._owner.named(f"e{number}"),
         )
 
-    def _scratch_path(self, number: int) -> Path:
-        folder = self._settings.scratch or self._state.path
-        return folder / f".{self._owner.named(f's{number}')}"
+    def _scratch_name(self, number: int) -> str:
+        return self._owner.named(f"s{self._mark}{number}")
 
     @asynccontextmanager
     async def _ended(self, server: NbdServer) -> AsyncIterator[None]:
