@@ -3,13 +3,14 @@
 import fcntl
 import os
 import struct
+import subprocess
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
 from qbackup.images.layers import read_layers
 from qbackup.images.locks import find_user, is_in_use, is_written
-from unit.host.test_process_lock import held
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,12 @@ def test_a_process_that_may_write_is_named_without_any_lock_of_qemus(tmp_path: P
     path.write_bytes(bytes(4096))
     layers = read_layers(path, "raw")
     assert find_user(layers, unlocked=True) is None
-    with held(path) as pid:
-        assert str(pid) in (find_user(layers, unlocked=True) or "")
+    with path.open("r+b") as file, subprocess.Popen(["cat"], stdin=PIPE, stdout=file) as process:
+        assert process.stdin is not None
+        file.close()
+        assert f"process {process.pid} (cat)" == find_user(layers, unlocked=True)
         assert find_user(layers, unlocked=False) is None
+        process.stdin.close()
+    with path.open("rb"), subprocess.Popen(["cat"], stdin=PIPE, stdout=PIPE) as process:
+        assert find_user(layers, unlocked=True) is None
+        process.communicate()
