@@ -440,9 +440,8 @@ state = {_quoted(state)}
 #                                     # repository slows the guest; "drive-backup" is like it
 # max_chain = {DEFAULT_MAX_CHAIN}                     # for this VM alone
 #
-# A VM that is off is backed up from its images. Where they are is known from its last backup; say
-# it here if it was never backed up while it ran, or a disk has moved:
-# [vm.vm1.images.data]
+# [vm.vm1.images.data]                # where a disk is while the VM is off, if its last backup
+#                                     # cannot tell: there is none yet, or the disk has moved
 # file = "/var/lib/vm1/data.qcow2"
 # format = "qcow2"                    # or "raw"
 """
