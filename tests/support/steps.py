@@ -85,7 +85,7 @@ class Steps:
         self._on_step, self._writer = on_step, None
         self._counts.clear()
         environment = {
-            "PYTHONPATH": HOOK,
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(HOOK), os.environ.get("PYTHONPATH")])),
             "QBACKUP_STEPS": self._address,
             "QBACKUP_STEPS_ROOT": self._root,
         }
