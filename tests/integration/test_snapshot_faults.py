@@ -177,7 +177,7 @@ class Sweep:
             str(path.relative_to(self.it.folder))
             for top in SCRATCH_NAMES
             for path in (self.it.folder / top).rglob("*")
-            if not (self.it.repository / VM) in path.parents or path.suffix == ".partial"
+            if (self.it.repository / VM) not in path.parents or path.suffix == ".partial"
         }
 
 
