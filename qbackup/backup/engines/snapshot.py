@@ -109,7 +109,7 @@ class SnapshotSession:
         self, monitor: Monitor, *, work: Work, state: StateDirectory, writer: Writer
     ) -> None:
         self._monitor, self._work, self._state, self._writer = monitor, work, state, writer
-        self._prefix, self._settings = work.prefix, work.vm.snapshot
+        self._owner, self._settings = work.owner, work.vm.snapshot
 
     @property
     def exists(self) -> Existence:
@@ -131,7 +131,7 @@ class SnapshotSession:
         """
         async with AsyncExitStack() as attached:
             server = await attached.enter_async_context(
-                nbd_server(self._monitor, path=self._state.nbd_socket(), prefix=self._prefix)
+                nbd_server(self._monitor, path=self._state.nbd_socket(), owner=self._owner)
             )
             disks = [
                 await self._attach(number, verdict, attached)
@@ -153,7 +153,7 @@ class SnapshotSession:
         sound = await guarded(
             self._monitor,
             verdict,
-            prefix=self._prefix,
+            owner=self._owner,
             granularity_bytes=self._work.vm.granularity_bytes,
             scratch=self._state.scratch_file(),
         )
@@ -162,7 +162,7 @@ class SnapshotSession:
                 self._monitor,
                 path=self._scratch_path(number),
                 disk_node=sound.disk.node,
-                node=f"{self._prefix}s{number}",
+                node=self._owner.named(f"s{number}"),
                 virtual_size_bytes=sound.disk.virtual_size_bytes,
             )
         )
@@ -170,13 +170,13 @@ class SnapshotSession:
             number=number,
             verdict=sound,
             scratch=scratch,
-            job=f"{self._prefix}j{number}",
-            export=f"{self._prefix}e{number}",
+            job=self._owner.named(f"j{number}"),
+            export=self._owner.named(f"e{number}"),
         )
 
     def _scratch_path(self, number: int) -> Path:
         folder = self._settings.scratch or self._state.path
-        return folder / f".{self._prefix}s{number}"
+        return folder / f".{self._owner.named(f's{number}')}"
 
     @asynccontextmanager
     async def _ended(self, server: NbdServer) -> AsyncIterator[None]:
@@ -185,10 +185,10 @@ class SnapshotSession:
             yield
         except BaseException as err:
             await cleaned_up(err, server.end())
-            await cleaned_up(err, jobs.end_jobs(self._monitor, prefix=self._prefix))
+            await cleaned_up(err, jobs.end_jobs(self._monitor, owner=self._owner))
             raise
         await server.end()
-        await jobs.end_jobs(self._monitor, prefix=self._prefix)
+        await jobs.end_jobs(self._monitor, owner=self._owner)
 
     async def _start(self, disks: Sequence[_Disk]) -> Instant:
         # The snapshots first: each holds its disk still until the transaction ends. Before that,
@@ -201,7 +201,7 @@ class SnapshotSession:
         for disk in disks:
             actions += bitmap_actions(
                 disk.verdict,
-                prefix=self._prefix,
+                owner=self._owner,
                 backup_id=self._work.backup_id,
                 granularity_bytes=self._work.vm.granularity_bytes,
             )
@@ -210,7 +210,7 @@ class SnapshotSession:
             actions,
             [disk.verdict for disk in disks],
             vm=self._work.vm,
-            prefix=self._prefix,
+            owner=self._owner,
             reporter=self._work.reporter,
         )
 
@@ -283,7 +283,7 @@ class SnapshotSession:
             virtual_size_bytes=disk.verdict.disk.virtual_size_bytes,
             granularity_bytes=self._work.vm.granularity_bytes,
             path=self._state.scratch_file(),
-            prefix=self._prefix,
+            owner=self._owner,
         )
 
     async def _share_speed(
@@ -317,7 +317,7 @@ class SnapshotSession:
             SnapshotError: one does not.
         """
         states = {
-            state.job: state for state in await jobs.query_jobs(self._monitor, prefix=self._prefix)
+            state.job: state for state in await jobs.query_jobs(self._monitor, owner=self._owner)
         }
         failed = []
         while (event := await events.next(timeout_s=0)) is not None:
