@@ -53,7 +53,8 @@ class CopyRequest:
     """One disk to copy.
 
     `socket` is where the export is served; or `connection` is the descriptor of a connection to
-    there, which is only lent: the process never ends it, and only forgets it.
+    there, which is only lent: the process never ends it, and only forgets it. With neither, nothing
+    is read: that is for a disk of which nothing is dirty.
     `file` is the image's name in the directory. `bits` is what is dirty; None: everything, a full.
     `backing_file` is the name to write into the image; it must be there if and only if `bits` is
     (or may be, of an empty disk).
@@ -62,8 +63,8 @@ class CopyRequest:
 
     disk: str
     file: str
-    export: str
     virtual_size_bytes: int
+    export: str = ""
     socket: Path | None = None
     connection: int | None = None
     bits: Bits | None = None
@@ -128,9 +129,10 @@ class Writer:
             request.bits is not None and request.backing_file is None
         ):
             raise ValueError("an incremental has bits and a backing file, a full has neither")
-        if (request.socket is None) == (request.connection is None):
-            raise ValueError("either a socket or a connection")
         bits = request.bits
+        sources = [s for s in (request.socket, request.connection) if s is not None]
+        if len(sources) > 1 or (not sources and (bits is None or bits.count())):
+            raise ValueError("either a socket or a connection; neither if there is nothing to read")
         if bits is not None and bits.virtual_size_bytes != request.virtual_size_bytes:
             raise ValueError("the bitmap is of a disk of another size")
         message = {

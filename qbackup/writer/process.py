@@ -107,7 +107,9 @@ class Process:
         disk = message["disk"]
         # The bitmap's descriptor first, then that of a connection that was made already.
         fd = fds.pop(0) if message["incremental"] else None
-        server: str | int = message["socket"] if message["socket"] is not None else fds.pop(0)
+        server: str | int | None = message["socket"]
+        if server is None and fds:
+            server = fds.pop(0)
         copy = DiskCopy(
             Task(
                 disk=disk,
