@@ -5,11 +5,9 @@ change of a file by either. Then one run for each of these steps stands still ju
 guest writes, and one of the three is killed. Whatever is left, the next run succeeds, holds the
 union, and leaves nothing behind; and every backup that was listed can be restored.
 
-All steps are hundreds: by default only the decisive ones are tried, and all of them with
-`QBACKUP_SWEEP=all`.
+All steps are hundreds: by default only the decisive ones are tried (`support.sweeps`).
 """
 
-import os
 import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -23,11 +21,11 @@ from support.lab import VM, Lab, Point, backup_ids, difference, disk_specs, kind
 from support.model import Instant
 from support.qemu import raw_bytes
 from support.steps import Running, Step, Steps, stepping
+from support.sweeps import EVERYTHING
 
 KIB, MIB = 1024, 1024 * 1024
 CLUSTER = 64 * KIB
 SIZE = MIB + 512
-EVERYTHING = os.environ.get("QBACKUP_SWEEP") == "all"
 SCRATCH_NAMES = ("state", "scratch", "repo")
 CHAIN = 20
 """After so many lives a full: long chains take long to compare."""
@@ -38,7 +36,8 @@ ATTEMPTS = 3
 Victim = Literal["qbackup", "writer", "qemu"]
 VICTIMS: tuple[Victim, ...] = ("qbackup", "writer", "qemu")
 SHARDS = [(victim,) for victim in VICTIMS] if EVERYTHING else [VICTIMS]
-CASES = [(command, victims) for command in ("full", "incremental") for victims in SHARDS]
+CASES = [(work, victims) for work in ("full", "incremental", "nothing") for victims in SHARDS]
+"""`nothing` is an incremental of disks that have not changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +54,15 @@ class Sweep:
 
     it: Lab
     steps: Steps
-    command: str
+    work: str
     at_rest: set[str] = field(default_factory=set)
     lives: int = 0
     committed: int = 0
+
+    @property
+    def command(self) -> str:
+        """What qbackup is told."""
+        return "incremental" if self.work == "nothing" else self.work
 
     async def record(self) -> list[Recorded]:
         """Run a backup as it should be; return its steps."""
@@ -68,9 +72,10 @@ class Sweep:
         async def note(step: Step, running: Running) -> None:
             recorded.append(Recorded(step=step, has_writer=running.writer is not None))
             if step.takes_instant:
-                instants.update(self._checkpoints())
+                self._take(instants)
 
-        await self.write(0)
+        if self.work != "nothing":
+            await self.write(0)
         result = await self.steps.run(self.it.qbackup, "--json", self.command, VM, on_step=note)
         assert result.code == 0, result
         await self.it.committed(result.last, instants)
@@ -97,13 +102,14 @@ class Sweep:
                 else:
                     await running.kill_command()
             if step.takes_instant:
-                instants.update(self._checkpoints())
+                self._take(instants)
 
         if self.lives % CHAIN == CHAIN - 1:
             await it.back_up("full")
-        await self.write(1)
+        if self.work != "nothing":
+            await self.write(1)
         result = await self.steps.run(it.qbackup, "--json", self.command, VM, on_step=strike)
-        where = f"{self.command}: {victim} killed before {target}"
+        where = f"{self.work}: {victim} killed before {target}"
         committed = await self._settle(result, instants)
         self.lives += reached
         self.committed += committed
@@ -143,8 +149,10 @@ class Sweep:
         for point in self.it.points:
             await self._compare(point, "at the end")
 
-    def _checkpoints(self) -> dict[str, Instant]:
-        return {name: model.checkpoint() for name, model in self.it.models.items()}
+    def _take(self, instants: dict[str, Instant]) -> None:
+        """Note an instant, in place of an earlier one that was given up."""
+        self.it.roll_back(instants)
+        instants.update({name: model.checkpoint() for name, model in self.it.models.items()})
 
     async def _settle(self, result: Result, instants: dict[str, Instant]) -> bool:
         """Tell the models what became of a backup; return whether it exists."""
@@ -196,7 +204,7 @@ def _assert_told(victim: Victim, result: Result, *, committed: bool, where: str)
 
 
 @asynccontextmanager
-async def sweep(folder: Path, command: str) -> AsyncIterator[Sweep]:
+async def sweep(folder: Path, work: str) -> AsyncIterator[Sweep]:
     """Make a VM with two disks and a first backup."""
     specs = [*disk_specs(folder, "a"), *disk_specs(folder, "b", image_format="qcow2")]
     (folder / "scratch").mkdir()
@@ -204,7 +212,7 @@ async def sweep(folder: Path, command: str) -> AsyncIterator[Sweep]:
         path = it.qbackup.configuration
         path.write_text(f'scratch = "scratch"\n{path.read_text()}')
         await it.back_up("full")
-        yield Sweep(it=it, steps=steps, command=command)
+        yield Sweep(it=it, steps=steps, work=work)
 
 
 def everything(recorded: Sequence[Recorded]) -> list[tuple[Victim, Step]]:
@@ -233,12 +241,12 @@ def decisive(recorded: Sequence[Recorded]) -> list[tuple[Victim, Step]]:
     ]
 
 
-@pytest.mark.parametrize(("command", "victims"), CASES)
+@pytest.mark.parametrize(("work", "victims"), CASES)
 @pytest.mark.timeout(7200 if EVERYTHING else 180)
 async def test_a_kill_at_any_step_of_a_backup_loses_nothing(
-    tmp_path: Path, command: str, victims: Sequence[Victim]
+    tmp_path: Path, work: str, victims: Sequence[Victim]
 ) -> None:
-    async with sweep(tmp_path, command) as it:
+    async with sweep(tmp_path, work) as it:
         recorded = await it.record()
         chosen = everything(recorded) if EVERYTHING else decisive(recorded)
         chosen = [(victim, step) for victim, step in chosen if victim in victims]

@@ -32,8 +32,12 @@ class Step:
 
     @property
     def takes_instant(self) -> bool:
-        """Whether this is the transaction by which a backup gets its instant."""
-        return self.what.startswith("qmp transaction") and "blockdev-backup" in self.what
+        """Whether this is a transaction by which a backup gets its instant.
+
+        If a disk has changed after all, the instant of a backup of nothing is given up for another.
+        """
+        actions = set(self.what.removeprefix("qmp transaction").split())
+        return "blockdev-backup" in actions or "block-dirty-bitmap-disable" in actions
 
     def __str__(self) -> str:
         return f"{self.who}: {self.what} ({self.number})"
