@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 from qbackup.backup import reconcile
 from qbackup.backup.engines import Work
-from qbackup.backup.engines.choose import choose_engine
+from qbackup.backup.engines.choose import chosen_engine
 from qbackup.backup.finish import rolled_back_on_failure
 from qbackup.backup.judge import checkpoints, migrated_verdicts, newest_bases
 from qbackup.backup.plan import (
@@ -77,6 +77,7 @@ async def back_up(
     async with (
         repository.lock(vm.name, wait_s=options.lock_wait_s) as lock,
         vm_monitor(vm, state.control_socket) as (monitor, watched),
+        chosen_engine(monitor, vm=vm, state=state, lock=lock, reporter=reporter) as engine,
     ):
         condition = await query_condition(monitor)
         if not watched and not condition.fitness.load:
@@ -101,14 +102,6 @@ async def back_up(
         _compare_clock(history, reporter)
         backup_id = new_backup_id(
             now=datetime.now(UTC), newest=plan.newest_id, random_bits=secrets.randbits(16)
-        )
-        engine = await choose_engine(
-            monitor,
-            vm=vm,
-            state=state,
-            scratch=state.scratch_file(),
-            qemu_version=version,
-            reporter=reporter,
         )
         work = Work(
             vm=vm,

@@ -94,7 +94,7 @@ ProgressListener = Callable[[str, int, int], None]
 class Writer:
     """A running writer process. Get one from `writer_process`."""
 
-    def __init__(self, *, process: "_Child", on_progress: ProgressListener) -> None:
+    def __init__(self, *, process: "StartedWriter", on_progress: ProgressListener) -> None:
         self._child, self._on_progress = process, on_progress
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[tuple[str, str | None], asyncio.Future[Message]] = {}
@@ -370,7 +370,7 @@ async def _writable(loop: asyncio.AbstractEventLoop, link: socket.socket) -> Non
         loop.remove_writer(link)
 
 
-class _Child:
+class StartedWriter:
     """The process, and the socket to it. Never waits for it without a limit."""
 
     def __init__(self, *, inherited: tuple[int, ...]) -> None:
@@ -446,6 +446,20 @@ def _ignore_progress(_disk: str, _done: int, _total: int) -> None:
 
 
 @asynccontextmanager
+async def started_ahead(*, lock: int | None = None) -> AsyncIterator["StartedWriter"]:
+    """Start a process for a `writer_process` within the block: that takes a while.
+
+    It does nothing until then. It inherits the descriptor `lock`, see there.
+    """
+    child = StartedWriter(inherited=() if lock is None else (lock,))
+    try:
+        yield child
+    finally:
+        await to_its_end(child.kill())
+        child.close()
+
+
+@asynccontextmanager
 async def writer_process(
     *,
     partial: Path,
@@ -453,18 +467,19 @@ async def writer_process(
     lock: int | None = None,
     on_progress: ProgressListener = _ignore_progress,
     discard_timeout_s: float = DISCARD_TIMEOUT_S,
+    started: "StartedWriter | None" = None,
 ) -> AsyncIterator[Writer]:
     """Start a writer for one backup: it makes the directory `partial`, to be renamed to `final`.
 
     Both are in one directory, which exists. See the module for how the block ends. The process
     inherits the descriptor `lock`: what it locks stays locked as long as the process may change
-    anything, also if we are killed.
+    anything, also if we are killed. `started` is a process that has it already (`started_ahead`).
 
     Raises:
         NoSpaceError: there is no room for the directory.
         WriterError: it does not start, or cannot make the directory.
     """
-    child = _Child(inherited=() if lock is None else (lock,))
+    child = started or StartedWriter(inherited=() if lock is None else (lock,))
     writer = Writer(process=child, on_progress=on_progress)
     listening = asyncio.create_task(writer.listen())
     try:
@@ -484,7 +499,7 @@ async def writer_process(
         await to_its_end(_end(child, listening, gracefully=writer.outcome == "yes"))
 
 
-async def _end(child: _Child, listening: "asyncio.Task[None]", *, gracefully: bool) -> None:
+async def _end(child: StartedWriter, listening: "asyncio.Task[None]", *, gracefully: bool) -> None:
     if gracefully:
         await child.ended(KILL_WAIT_S)
     await child.kill()

@@ -45,7 +45,7 @@ from qbackup.qmp.monitor import Events, Monitor
 from qbackup.qmp.sidecar import save_bitmap
 from qbackup.qmp.snapshot import EVENTS, NbdServer, Scratch, nbd_server, scratch_attached
 from qbackup.repository.state import StateDirectory
-from qbackup.writer.client import CopyRequest, CopyResult, Writer, writer_process
+from qbackup.writer.client import CopyRequest, CopyResult, StartedWriter, Writer, writer_process
 
 CHECK_S = 0.25
 """How often the snapshot is looked at while it is read."""
@@ -70,10 +70,13 @@ class _Disk:
 
 
 class SnapshotEngine:
-    """Has a process of our own write the images. See `Engine`."""
+    """Has a process of our own write the images. See `Engine`.
 
-    def __init__(self, monitor: Monitor, *, state: StateDirectory) -> None:
-        self._monitor, self._state = monitor, state
+    `started` is that process, which has inherited the lock.
+    """
+
+    def __init__(self, monitor: Monitor, *, state: StateDirectory, started: StartedWriter) -> None:
+        self._monitor, self._state, self._started = monitor, state, started
 
     @asynccontextmanager
     async def session(self, work: Work) -> AsyncIterator["SnapshotSession"]:
@@ -83,9 +86,9 @@ class SnapshotEngine:
         async with writer_process(
             partial=directory / f"{work.backup_id}{PARTIAL_SUFFIX}",
             final=directory / work.backup_id,
-            lock=work.lock.fd,
             on_progress=progress.tell,
             discard_timeout_s=DISCARD_TIMEOUT_S,
+            started=self._started,
         ) as writer:
             # From here on only the writer has anything open in the repository.
             await work.lock.hand_over()
