@@ -13,7 +13,7 @@ _BUCKETS_MS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 async def guest_latency(rounds: int) -> list[Row]:
-    """Write 4 KiB with O_DIRECT in the test guest, by turns on a disk that is backed up and another.
+    """Write 4 KiB with O_DIRECT in the test guest, by turns on two disks; one is backed up.
 
     The histograms go to stderr.
     """

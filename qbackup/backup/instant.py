@@ -129,7 +129,8 @@ async def take_unchanged_instant(
     Raises:
         JobFailedError, QmpCommandError: as `take_instant`.
     """
-    if not all(_is_unchanged(verdict) for verdict in verdicts):
+    # A freeze writes to the disks, so it would be in vain, and the guest be frozen twice.
+    if vm.agent is not None or not all(_is_unchanged(verdict) for verdict in verdicts):
         return None
     actions = [
         action
