@@ -33,6 +33,8 @@ CHAIN = 20
 ATTEMPTS = 3
 """Which of two threads comes first may differ from the recorded run's: try again."""
 
+pytestmark = [pytest.mark.timeout(7200)] if EVERYTHING else []
+
 Victim = Literal["qbackup", "writer", "qemu"]
 VICTIMS: tuple[Victim, ...] = ("qbackup", "writer", "qemu")
 SHARDS = [(victim,) for victim in VICTIMS] if EVERYTHING else [VICTIMS]
@@ -242,7 +244,6 @@ def decisive(recorded: Sequence[Recorded]) -> list[tuple[Victim, Step]]:
 
 
 @pytest.mark.parametrize(("work", "victims"), CASES)
-@pytest.mark.timeout(7200 if EVERYTHING else 180)
 async def test_a_kill_at_any_step_of_a_backup_loses_nothing(
     tmp_path: Path, work: str, victims: Sequence[Victim]
 ) -> None:
