@@ -90,6 +90,12 @@ def backup_time(backup_id: str) -> datetime:
     return moment
 
 
+def short_mark(backup_id: str) -> str:
+    """Return four characters that no other backup of the VM has within a minute of this one."""
+    milliseconds = round(backup_time(backup_id).timestamp() * 1000)
+    return f"{milliseconds & 0xFFFF:04x}"
+
+
 def _time_of(backup_id: str) -> datetime | None:
     match = _BACKUP_ID.match(backup_id)
     if match is None:

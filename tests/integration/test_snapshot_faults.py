@@ -246,7 +246,11 @@ def decisive(recorded: Sequence[Recorded], work: str) -> list[tuple[Victim, Step
     ]
 
 
-@pytest.mark.parametrize(("work", "victims"), CASES)
+@pytest.mark.parametrize(
+    ("work", "victims"),
+    CASES,
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
+)
 async def test_a_kill_at_any_step_of_a_backup_loses_nothing(
     tmp_path: Path, work: str, victims: Sequence[Victim]
 ) -> None:

@@ -17,7 +17,7 @@ set up: the writer makes images that add nothing.
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,10 +34,10 @@ from qbackup.backup.instant import (
 from qbackup.backup.judge import Verdict
 from qbackup.errors import JobFailedError, SnapshotError, WriterError
 from qbackup.formats.manifest import backing_file, disk_file, encode_manifest
-from qbackup.host.tasks import task_group
+from qbackup.host.tasks import in_thread, task_group
 from qbackup.model.backup import Backup, DiskBackup
 from qbackup.model.bitmap import Bits
-from qbackup.model.names import PARTIAL_SUFFIX
+from qbackup.model.names import PARTIAL_SUFFIX, Owner, short_mark
 from qbackup.model.quantities import format_duration, format_size
 from qbackup.qmp import commands, jobs
 from qbackup.qmp.commands import Command
@@ -83,6 +83,8 @@ class SnapshotEngine:
         """Begin a backup; see `Engine.session`."""
         directory = work.repository.vm_directory(work.vm.name)
         progress = _Progress(work)
+        folder = work.vm.snapshot.scratch or self._state.path
+        await in_thread(_remove_left_scratch, folder, work.owner)
         async with writer_process(
             partial=directory / f"{work.backup_id}{PARTIAL_SUFFIX}",
             final=directory / work.backup_id,
@@ -92,7 +94,22 @@ class SnapshotEngine:
         ) as writer:
             # From here on only the writer has anything open in the repository.
             await work.lock.hand_over()
-            yield SnapshotSession(self._monitor, work=work, state=self._state, writer=writer)
+            yield SnapshotSession(
+                self._monitor, work=work, state=self._state, scratch=folder, writer=writer
+            )
+
+
+def _remove_left_scratch(folder: Path, owner: Owner) -> None:
+    """Remove scratch files that a killed backup left: those over TCP have names.
+
+    The VM is locked and QEMU has let go of them, so nobody needs them. What cannot be removed is
+    only in the way of a file of the same name, and that is told then.
+    """
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            if entry.name.startswith(f".{owner.named('s')}"):
+                with suppress(OSError):
+                    Path(entry.path).unlink()
 
 
 class _Progress:
@@ -113,10 +130,20 @@ class SnapshotSession:
     """Copies the disks of one plan. Everything one run needs to know is here."""
 
     def __init__(
-        self, monitor: Monitor, *, work: Work, state: StateDirectory, writer: Writer
+        self,
+        monitor: Monitor,
+        *,
+        work: Work,
+        state: StateDirectory,
+        scratch: Path,
+        writer: Writer,
     ) -> None:
         self._monitor, self._work, self._state, self._writer = monitor, work, state, writer
+        self._scratch = scratch
         self._owner, self._settings = work.owner, work.vm.snapshot
+        # QEMU holds back an event of a node for a second if it has just told one of a node of that
+        # name (monitor.c, QUORUM_REPORT_BAD): an earlier backup's must not be named like ours.
+        self._mark = short_mark(work.backup_id)
 
     @property
     def exists(self) -> Existence:
@@ -198,9 +225,9 @@ class SnapshotSession:
         scratch = await attached.enter_async_context(
             scratch_attached(
                 self._monitor,
-                path=self._scratch_path(number),
+                path=self._scratch / f".{self._scratch_name(number)}",
                 disk_node=sound.disk.node,
-                node=self._owner.named(f"s{number}"),
+                node=self._scratch_name(number),
                 virtual_size_bytes=sound.disk.virtual_size_bytes,
             )
         )
@@ -212,9 +239,8 @@ class SnapshotSession:
             export=self._owner.named(f"e{number}"),
         )
 
-    def _scratch_path(self, number: int) -> Path:
-        folder = self._settings.scratch or self._state.path
-        return folder / f".{self._owner.named(f's{number}')}"
+    def _scratch_name(self, number: int) -> str:
+        return self._owner.named(f"s{self._mark}{number}")
 
     @asynccontextmanager
     async def _ended(self, server: NbdServer) -> AsyncIterator[None]:

@@ -20,7 +20,9 @@ _address = os.environ["QBACKUP_STEPS"]
 _root = os.environ["QBACKUP_STEPS_ROOT"]
 _who = "writer" if "qbackup.writer" in sys.orig_argv else "qbackup"
 _BACKUP_ID = re.compile(r"\d{8}-\d{6}\.\d{3}-[0-9a-f]{4}")
-_OWNER = re.compile(r"qbackup-[0-9a-f]+-")
+_OWNER = re.compile(r"qbackup-[0-9a-f]+-(s[0-9a-f]{4}(?=\d))?")
+"""With the mark of a backup in the name of its scratch."""
+
 
 _link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 _link.connect(f"\0{_address}")

@@ -15,7 +15,9 @@ from qbackup.model.names import (
     is_safe_name,
     new_backup_id,
     owner_of,
+    short_mark,
 )
+from qbackup.qmp.commands import SCRATCH_FILE_SUFFIX
 
 from ..values import ID1, OWNER, PREFIX, REPOSITORY_ID, backup_ids
 
@@ -142,8 +144,8 @@ def test_every_backup_id_has_a_time(backup_id: str) -> None:
 
 
 def test_the_names_in_qemu_fit_into_a_node_name() -> None:
-    # QAPI block-core: node names hold 31 bytes; the longest of ours is PREFIX + "j" + a number.
-    assert len(PREFIX + "t9999") <= 31
+    # QAPI block-core: node names hold 31 bytes; the longest of ours is the file of a scratch image.
+    assert len(f"{PREFIX}s{short_mark(ID1)}999{SCRATCH_FILE_SUFFIX}") <= 31
     assert PREFIX[0].isalpha() and not set(PREFIX) - set("abcdefghijklmnopqrstuvwxyz0123456789-")
 
 
