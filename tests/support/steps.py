@@ -105,6 +105,7 @@ class Steps:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Take the announcements of one process, until it ends."""
+        who = ""
         with suppress(ConnectionError):
             while line := await reader.readline():
                 who, pid, what = json.loads(line)
