@@ -7,6 +7,7 @@ here before it becomes part of a path. This module must not touch the file syste
 import hashlib
 import re
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 
 from qbackup.errors import UsageError
 
@@ -89,6 +90,7 @@ def backup_time(backup_id: str) -> datetime:
     return moment
 
 
+@lru_cache(maxsize=65536)  # an id comes by as a name, in its manifest, and as a parent
 def _time_of(backup_id: str) -> datetime | None:
     match = _BACKUP_ID.match(backup_id)
     if match is None:
