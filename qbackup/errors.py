@@ -15,6 +15,7 @@ The tree, and the exit codes that other programs rely on:
     ├── InterruptedByUserError       130  Ctrl-C or SIGTERM
     ├── QmpCommandError                1  QEMU refused a command
     ├── VmStateError                   1  the VM is in no state for what was asked
+    ├── HookError                      1  the hook before a backup failed
     ├── DiskError                      1  a disk is missing, or not as it has to be
     ├── JobFailedError                 1  a backup job ended with an error
     ├── SnapshotError                  1  QEMU could not keep the disks' instant
@@ -149,6 +150,18 @@ class VmStateError(QbackupError):
             hint="back the VM up where it runs now, or when QEMU is done with what it does",
         )
         self.vm, self.status = vm, status
+
+
+class HookError(QbackupError):
+    """The hook before a backup failed, so the backup was not begun."""
+
+    def __init__(self, vm: str, fact: str) -> None:
+        super().__init__(
+            f"{vm}: {fact}",
+            hint="nothing was backed up; its output is above (without -q), and hooks are "
+            "configured in [hooks]",
+        )
+        self.vm = vm
 
 
 class DiskError(QbackupError):

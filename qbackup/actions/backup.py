@@ -1,7 +1,7 @@
 """One backup from beginning to end (docs/architecture.md, "How a backup goes").
 
-    lock → connect → reconcile → plan → copy → publish → prune bitmaps
-                                               ↑ commit point
+    lock → hook → connect → reconcile → plan → copy → publish → prune bitmaps → hook
+                                                      ↑ commit point
 
 Before the commit point a failure leaves the repository and the bitmaps as they were; after
 it, the backup exists and only QEMU's old bitmaps remain to be removed.
@@ -16,6 +16,7 @@ from qbackup.backup import reconcile
 from qbackup.backup.engines import Work
 from qbackup.backup.engines.choose import choose_engine
 from qbackup.backup.finish import rolled_back_on_failure
+from qbackup.backup.hooks import hooks_around
 from qbackup.backup.judge import checkpoints, migrated_verdicts, newest_bases
 from qbackup.backup.plan import (
     BackupOptions,
@@ -68,6 +69,7 @@ async def back_up(
     Raises:
         LockedError: another run is at work.
         MonitorError: QEMU cannot be reached, or went away.
+        HookError: the hook before it failed.
         RefusedError: a full backup would be needed and was ruled out.
         QbackupError: anything else; nothing of the backup remains.
     """
@@ -76,6 +78,7 @@ async def back_up(
     prefix = owner_prefix(repository.id, vm.name)
     async with (
         repository.lock(vm.name, wait_s=options.lock_wait_s) as lock,
+        hooks_around(vm, options.kind, reporter) as hooks,
         vm_monitor(vm, state.control_socket) as (monitor, watched),
     ):
         condition = await query_condition(monitor)
@@ -143,11 +146,23 @@ async def back_up(
             )
             # An interruption that comes now is too late: the backup is about to exist.
             await to_its_end(session.publish(backup))
+        hooks.backup_id = backup.id
+        hooks.degraded = _degraded(plan, backup, options, freeze_failed=copied.freeze_failed)
         await to_its_end(_forget_old_bitmaps(monitor, plan, backup, prefix, reporter))
-    degraded = tuple(f"disk {name} was left out: {why}" for name, why in plan.refused.items())
-    if copied.freeze_failed:
-        degraded += ("the guest's file systems were not frozen",)
-    return Outcome(backup=backup, degraded=degraded)
+    return Outcome(backup=backup, degraded=hooks.degraded)
+
+
+def _degraded(
+    plan: Plan, backup: Backup, options: BackupOptions, *, freeze_failed: bool
+) -> tuple[str, ...]:
+    """Return what of a backup is not as it was asked for."""
+    degraded = [f"disk {name} was left out: {why}" for name, why in plan.refused.items()]
+    if freeze_failed:
+        degraded.append("the guest's file systems were not frozen")
+    if options.kind == "incremental" and options.strict:
+        fallen = (disk.name for disk in backup.disks if disk.kind == "full")
+        degraded += [f"disk {name} got a full backup" for name in fallen]
+    return tuple(degraded)
 
 
 async def _prepare(

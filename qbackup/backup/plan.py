@@ -34,6 +34,8 @@ class BackupOptions:
     speed_limit_bytes_per_s: int = 0
     lock_wait_s: float = 0
     fallback: bool = True
+    strict: bool = False
+    """Whether a full backup of a disk, where an incremental one was asked for, is degraded."""
     compress: bool = False
 
 
@@ -211,9 +213,16 @@ def _announce(plan: Plan, *, vm: str, options: BackupOptions, reporter: Reporter
     for name, why in plan.left_out.items():
         tell = reporter.warning if name in plan.refused else reporter.notice
         tell(f"{vm}: leaving out {name}: {why}")
+    unknown = {verdict.disk.name for verdict in plan.verdicts if verdict.reason is not None}
     for disk in (verdict.disk for verdict in plan.verdicts):
         if disk.source.encrypted:
             reporter.notice(f"{vm}: disk {disk.name} is encrypted; its backup is not")
+        if disk.invented_name and (options.kind == "full" or disk.name in unknown):
+            reporter.warning(
+                f"{vm}: disk {disk.name} has a name that QEMU made up; another disk may have it at "
+                "the next start, and gets a full backup then. Give it one: node-name=… with "
+                "-blockdev, id=… with -drive"
+            )
         if disk.shared and options.kind == "full":
             reporter.warning(f"{vm}: disk {disk.name} is shared: {REASON_TEXT['shared']}")
     if options.kind == "full":

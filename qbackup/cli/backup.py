@@ -38,13 +38,13 @@ async def run(arguments: argparse.Namespace) -> int:
         speed_limit_bytes_per_s=arguments.speed_limit,
         lock_wait_s=arguments.lock_wait,
         fallback=not (incremental and arguments.no_fallback),
+        strict=incremental and arguments.strict,
         compress=arguments.compress,
     )
 
     async def one(name: str, reporter: Reporter) -> Done:
         vm = vms[name]
-        outcome = await back_up(repository, vm, context.state(vm), options, reporter)
-        return _done(outcome, degraded=_is_degraded(outcome, arguments, incremental=incremental))
+        return _done(await back_up(repository, vm, context.state(vm), options, reporter))
 
     if is_fleet(arguments):
         return await run_fleet(arguments, context, list(vms), one, head=("ID", "COPIED", "STORED"))
@@ -53,7 +53,7 @@ async def run(arguments: argparse.Namespace) -> int:
     return report_alone(context, done)
 
 
-def _done(outcome: Outcome, *, degraded: bool) -> Done:
+def _done(outcome: Outcome) -> Done:
     backup = outcome.backup
     copied = sum(disk.copied_bytes for disk in backup.disks)
     return Done(
@@ -63,13 +63,8 @@ def _done(outcome: Outcome, *, degraded: bool) -> Done:
         f"{format_size(backup.stored_bytes)} stored",
         columns=(backup.id, format_size(copied), format_size(backup.stored_bytes)),
         facts={"id": backup.id, "copied_bytes": copied, "stored_bytes": backup.stored_bytes},
-        exit_code=EXIT_DEGRADED if degraded else 0,
+        exit_code=EXIT_DEGRADED if outcome.degraded else 0,
     )
-
-
-def _is_degraded(outcome: Outcome, arguments: argparse.Namespace, *, incremental: bool) -> bool:
-    fell_back = incremental and any(disk.kind == "full" for disk in outcome.backup.disks)
-    return bool(outcome.degraded) or (fell_back and arguments.strict)
 
 
 def _text(backup: Backup) -> str:

@@ -32,11 +32,20 @@ Engine = Literal["snapshot", "direct", "drive-backup"]
 DEFAULT_STALL_TIMEOUT_S = 300.0
 MIN_STALL_TIMEOUT_S = 1.0
 
+DEFAULT_HOOK_TIMEOUT_S = 300.0
 DEFAULT_PARALLEL = 2
 
 MAX_CONFIGURATION_BYTES = 1024 * 1024
 MAX_KEEP = 999_999_999
 KEEP_PERIODS = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookCommands:
+    """What runs before and after a backup: a program and its arguments; empty means nothing."""
+
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +65,8 @@ class Vm:
     keep: Rules | None = None
     """The VM's own rules of retention, in place of the global ones; None means these."""
     max_chain: int = DEFAULT_MAX_CHAIN
+    hooks: HookCommands = field(default_factory=HookCommands)
+    hook_timeout_s: float = DEFAULT_HOOK_TIMEOUT_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +124,14 @@ class _VmTable:
     engine: Literal["snapshot", "direct", "drive-backup", "blockdev-backup"] = "snapshot"
     max_chain: int | None = None
     keep: dict[str, Any] | None = None
+    hooks: dict[str, Any] | None = None
+    hook_timeout: str | int | float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _HooksTable:
+    before: list[str] | None = None
+    after: list[str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +156,7 @@ class _File:
     scratch_limit: str | int | None = None
     stall_timeout: str | int | float | None = None
     keep: dict[str, Any] | None = None
+    hooks: dict[str, Any] | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     vm: dict[str, Any] = field(default_factory=dict)
 
@@ -153,9 +173,13 @@ class _Shared:
     defaults: Mapping[str, Any]
     max_chain: int
     snapshot: SnapshotSettings
+    hooks: HookCommands
 
 
-_OF_ONE_VM = frozenset({"qmp", "agent", "keep"})
+_OWN_TABLES = frozenset({"keep", "hooks"})
+"""What a VM has in a table of its own, which replaces the one for all."""
+
+_OF_ONE_VM = frozenset({"qmp", "agent"}) | _OWN_TABLES
 """Keys of a VM's table that [defaults] cannot have: two VMs cannot share a socket."""
 
 _EXPECTED = {
@@ -175,6 +199,10 @@ _EXPECTED = {
     "scratch_limit": 'a size, such as scratch_limit = "20G"',
     "stall_timeout": 'a time, such as stall_timeout = "5m"',
     "keep": "a table, such as [keep] or [vm.vm1.keep]",
+    "hooks": "a table, such as [hooks] or [vm.vm1.hooks]",
+    "before": 'a program and its arguments, such as before = ["/usr/local/sbin/quiesce", "db"]',
+    "after": 'a program and its arguments, such as after = ["/usr/local/sbin/resume", "db"]',
+    "hook_timeout": 'a time, such as hook_timeout = "5m"',
     "within": 'a time, such as within = "30d"',
 } | dict.fromkeys(KEEP_PERIODS, "how many to keep, a number from 1 on")
 """What each key takes, for the hint of every error about it."""
@@ -234,6 +262,7 @@ def _shared(top: _File, *, path: Path) -> _Shared:
             else _max_chain(top.max_chain, where=f"{path}: max_chain")
         ),
         snapshot=_snapshot(top, path=path, folder=path.absolute().parent),
+        hooks=_hooks(top.hooks or {}, path=path, where="hooks"),
     )
     _check(top.defaults, _VmTable, path=path, where="defaults", without=_OF_ONE_VM)
     unused = _VmTable(qmp="-", **top.defaults)
@@ -319,7 +348,47 @@ def _vm(name: str, table: _VmTable, *, path: Path, where: str, shared: _Shared) 
             if table.max_chain is None
             else _max_chain(table.max_chain, where=f"{place}.max_chain")
         ),
+        hooks=(
+            shared.hooks
+            if table.hooks is None
+            else _hooks(table.hooks, path=path, where=f"{where}.hooks")
+        ),
+        hook_timeout_s=(
+            DEFAULT_HOOK_TIMEOUT_S
+            if table.hook_timeout is None
+            else _duration_s(table.hook_timeout, key="hook_timeout", where=place)
+        ),
     )
+
+
+def _hooks(document: dict[str, Any], *, path: Path, where: str) -> HookCommands:
+    """Read a table of hooks. A program with a `/` in it is relative to the file's folder."""
+    table = _table(document, _HooksTable, path=path, where=where)
+    commands = {}
+    for key in ("before", "after"):
+        command = getattr(table, key) or []
+        if any("\0" in argument for argument in command) or (
+            key in document and not any(command[:1])
+        ):
+            raise ConfigurationError(
+                f"{path}: {where}.{key}: {command!r} is not allowed",
+                hint=f"expected {_EXPECTED[key]}",
+            )
+        program = [str(path.absolute().parent / one) if "/" in one else one for one in command[:1]]
+        commands[key] = (*program, *command[1:])
+    return HookCommands(**commands)
+
+
+def _duration_s(value: str | float, *, key: str, where: str) -> float:
+    try:
+        seconds = parse_duration_s(value) if isinstance(value, str) else float(value)
+        if not 0 < seconds < math.inf:
+            raise ValueError(f"{value!r} is no time")  # noqa: TRY301 - told like the others
+    except ValueError as err:
+        raise ConfigurationError(
+            f"{where}.{key}: {err}", hint=f"expected {_EXPECTED[key]}"
+        ) from err
+    return seconds
 
 
 def _rules(document: dict[str, Any], *, path: Path, where: str) -> Rules:
@@ -385,7 +454,7 @@ def _place_of(key: str, allowed: Sequence[str], target: type[Any]) -> str:
     if target is _IncludedFile:
         return "a file in conf.d holds tables such as [vm.vm1] only; the rest is in the main file"
     if target is not _File and key in {entry.name for entry in fields(_File)}:
-        return f"write [{key}]" if key == "keep" else f"{key} belongs before the first table"
+        return f"write [{key}]" if key in _OWN_TABLES else f"{key} belongs before the first table"
     return f"allowed here: {', '.join(allowed)}"
 
 
@@ -474,6 +543,12 @@ state = {_quoted(state)}
 # [defaults]
 # granularity = "{granularity}"
 
+# Programs that run before and after each backup; a table [vm.vm1.hooks] replaces this one.
+#
+# [hooks]
+# before = ["/usr/local/sbin/quiesce", "db"]     # if it fails, nothing is backed up
+# after = ["/usr/local/sbin/resume", "db"]       # in any case; see QBACKUP_RESULT
+
 # One table for each VM, here or in files conf.d/*.toml beside this one. Start QEMU with
 # for example
 #   -qmp unix:/run/vm1/qmp.sock,server=on,wait=off
@@ -487,6 +562,7 @@ state = {_quoted(state)}
 # engine = "snapshot"                 # or "direct": QEMU writes the backup itself, and a slow
 #                                     # repository slows the guest; "drive-backup" is like it
 # max_chain = {DEFAULT_MAX_CHAIN}                     # for this VM alone
+# hook_timeout = "5m"                 # after which a hook is killed
 """
 
 

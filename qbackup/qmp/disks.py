@@ -46,6 +46,15 @@ _SPLIT_FORMATS = frozenset({"vmdk", "quorum", "blkverify"})
 _THROW_AWAY = re.compile(r"vl\.[A-Za-z0-9]{6}")
 """What QEMU calls the overlay of `snapshot=on` (block.c, `bdrv_append_temp_snapshot`)."""
 
+_INVENTED = re.compile(
+    r"(?:(?:ide|scsi)[0-9]+-(?:hd|cd)|(?:none|floppy|pflash|mtd|sd|virtio|xen))[0-9]+"
+)
+"""What QEMU calls a -drive without an id: its kind and its place among them (blockdev.c,
+`drive_new`)."""
+
+_ANONYMOUS = re.compile(r"/machine/peripheral-anon/device\[([0-9]{1,6})\](?:/.*)?")
+"""The path of a -device without an id: its place among them (qdev-monitor.c, `qdev_set_id`)."""
+
 _FDSET = re.compile(r"/dev/fdset/([0-9]{1,9})")
 _PERIPHERAL = "/machine/peripheral/"
 
@@ -75,6 +84,8 @@ class Disk:
     """Every file that holds a part of the disk, the image first; None if it cannot be told."""
     shared: bool = False
     """Whether others than this QEMU may write to it."""
+    invented_name: bool = False
+    """Whether QEMU made its name up, by its place among others: another disk may have it next."""
     throw_away: bool = False
     """Whether its image is the overlay of `snapshot=on`, which ends with QEMU."""
     other_writers: tuple[str, ...] = ()
@@ -388,6 +399,7 @@ def _disk(device: _Device, node: _Node, name: str | None, blocks: _Blocks) -> Di
         bitmaps=blocks.bitmaps.get(node_name, ()),
         files=files,
         shared=graph is not None and any(graph.is_shared(user) for user in users if device.qdev),
+        invented_name=_is_invented(device, name),
         throw_away=_is_throw_away(blocks.without_filters(node), files),
         other_writers=graph.other_writers(node_name) if graph is not None else (),
         jobs=blocks.jobs(node_name),
@@ -436,7 +448,19 @@ def _disk_name(device: _Device) -> str | None:
         return device.qdev.removeprefix(_PERIPHERAL).split("/", 1)[0]
     if device.qdev and not device.qdev.startswith("/"):
         return device.qdev
+    if device.qdev and (match := _ANONYMOUS.fullmatch(device.qdev)):
+        return f"device{match[1]}"
     return None
+
+
+def _is_invented(device: _Device, name: str) -> bool:
+    """Tell whether a disk's name is QEMU's, as far as it looks so; a user may choose such an id."""
+    node_name = device.inserted.node_name if device.inserted else None
+    if name == node_name:
+        return False
+    if device.device:
+        return _INVENTED.fullmatch(name) is not None
+    return _ANONYMOUS.fullmatch(device.qdev or "") is not None
 
 
 def _bitmap(bitmap: _DirtyBitmap) -> Bitmap:

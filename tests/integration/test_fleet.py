@@ -118,3 +118,21 @@ async def test_an_interruption_ends_all_of_them_and_nothing_is_left(fleet: Fleet
         assert all(not node["node-name"].startswith("qbackup-") for node in nodes)
     again = await fleet.qbackup.ok("--json", "full", *RUNNING)
     assert [vm["result"] for vm in again.last["vms"]] == ["done", "done"]
+
+
+async def test_hooks_run_around_each_backup_and_one_that_fails_stops_its_own_vm_only(
+    fleet: Fleet,
+) -> None:
+    told = fleet.folder / "told"
+    script = f'echo "$QBACKUP_VM $QBACKUP_RESULT $QBACKUP_BACKUP_ID" >> {told}'
+    with (fleet.folder / "config.toml").open("a") as file:
+        file.write(f"[hooks]\nafter = {['/bin/sh', '-c', script]}\n")
+    with (fleet.folder / "conf.d" / "web2.toml").open("a") as file:
+        file.write('[vm.web2.hooks]\nbefore = ["/bin/false"]\n')
+    result = await fleet.qbackup.run("--json", "full", "web1", "web2")
+    assert result.code == 1
+    done, failed = result.last["vms"]
+    assert (done["result"], failed["result"]) == ("done", "failed")
+    assert failed["message"] == "web2: the hook before (/bin/false) failed: exit status 1"
+    assert told.read_text() == f"web1 done {done['id']}\n"
+    assert not list((fleet.folder / "repo" / "web2").glob("*/manifest.json"))

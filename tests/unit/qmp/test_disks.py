@@ -65,7 +65,7 @@ async def test_a_disk_is_named_by_what_the_user_gave_a_name(
 @pytest.mark.parametrize(
     ("node", "device", "qdev"),
     [
-        (AUTOMATIC, "", ANONYMOUS),
+        (AUTOMATIC, "", "/machine/peripheral-anon/device[-1]/virtio-backend"),
         (AUTOMATIC, "", None),
         (AUTOMATIC, "../../etc", None),
         (AUTOMATIC, "a/b", None),
@@ -84,6 +84,30 @@ async def test_a_disk_without_a_name_that_lasts_and_fits_is_refused_with_a_hint(
         await inventory_of(block_device(block_node(node), device=device, qdev=qdev))
     assert caught.value.hint is not None and "-blockdev" in caught.value.hint
     assert caught.value.message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("node", "device", "qdev", "expected"),
+    [
+        (AUTOMATIC, "virtio0", ANONYMOUS, ("virtio0", True)),
+        (AUTOMATIC, "ide1-hd0", PERIPHERAL, ("ide1-hd0", True)),
+        (AUTOMATIC, "scsi0-hd12", PERIPHERAL, ("scsi0-hd12", True)),
+        (AUTOMATIC, "none0", PERIPHERAL, ("none0", True)),
+        (AUTOMATIC, "", ANONYMOUS, ("device0", True)),
+        (AUTOMATIC, "", "/machine/peripheral-anon/device[12]", ("device12", True)),
+        (AUTOMATIC, "virtio", ANONYMOUS, ("virtio", False)),
+        (AUTOMATIC, "disk0", ANONYMOUS, ("disk0", False)),
+        (AUTOMATIC, "", PERIPHERAL, ("disk0", False)),
+        ("virtio0", "", PERIPHERAL, ("virtio0", False)),
+        ("system", "virtio0", ANONYMOUS, ("system", False)),
+    ],
+)
+async def test_a_name_that_qemu_made_up_is_known_as_one(
+    inventory_of: Ask, node: str, device: str, qdev: str, expected: tuple[str, bool]
+) -> None:
+    found = await inventory_of(block_device(block_node(node), device=device, qdev=qdev))
+    (disk,) = found.disks
+    assert (disk.name, disk.invented_name) == expected
 
 
 async def test_read_only_and_empty_drives_are_left_out_by_name(inventory_of: Ask) -> None:
