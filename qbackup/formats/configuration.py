@@ -108,9 +108,11 @@ class Configuration:
         """
         check_name("VM", name)
         if name not in self.vms:
+            question = did_you_mean(name, self.vms)
             raise UsageError(
                 f"VM {name!r} is not in {self.path} (there: {shown(self.vms)})",
-                hint=f"{did_you_mean(name, self.vms)}add a table [vm.{name}] with its qmp socket",
+                hint=f"{question and f'{question}if not, '}add a table [vm.{name}] with its "
+                "qmp socket",
             )
         return self.vms[name]
 
