@@ -303,7 +303,7 @@ def _look_at(device: _Device, inserted: _Node, blocks: _Blocks) -> tuple[Disk, b
     if inserted.drv in _JOB_FILTERS:
         node, hidden = _below_job_filters(inserted, blocks), True
     below = _Device(device=device.device, inserted=node, qdev=device.qdev)
-    return _disk(below, node, _disk_name(below), blocks), hidden
+    return _disk(below, node, _disk_name(below) or _place_name(below), blocks), hidden
 
 
 def _below_job_filters(inserted: _Node, blocks: _Blocks) -> _Node:
@@ -448,9 +448,13 @@ def _disk_name(device: _Device) -> str | None:
         return device.qdev.removeprefix(_PERIPHERAL).split("/", 1)[0]
     if device.qdev and not device.qdev.startswith("/"):
         return device.qdev
-    if device.qdev and (match := _ANONYMOUS.fullmatch(device.qdev)):
-        return f"device{match[1]}"
     return None
+
+
+def _place_name(device: _Device) -> str | None:
+    """Return a name for a disk that has none at all: the place of its device among others."""
+    match = _ANONYMOUS.fullmatch(device.qdev or "")
+    return f"device{match[1]}" if match else None
 
 
 def _is_invented(device: _Device, name: str) -> bool:
