@@ -25,6 +25,7 @@ from qbackup.backup.plan import (
     make_plan,
     readable_backups,
 )
+from qbackup.backup.vm_files import Collected, collect_files
 from qbackup.bitmaps.image_files import query_disks
 from qbackup.bitmaps.load import distrust_present
 from qbackup.bitmaps.roll_back import prune_bitmaps, roll_back_bitmaps
@@ -102,6 +103,8 @@ async def back_up(
         version = await query_version(monitor)
         configuration = await query_configuration(monitor)
         _compare_clock(history, reporter)
+        collected = await collect_files(vm.files, plan.firmware)
+        _tell_of_files(collected, vm.name, reporter)
         backup_id = new_backup_id(
             now=datetime.now(UTC), newest=plan.newest_id, random_bits=secrets.randbits(16)
         )
@@ -143,20 +146,37 @@ async def back_up(
                 qemu_version=".".join(map(str, version)),
                 vm_configuration=configuration,
                 left_out=plan.left_out,
+                files=list(collected.files),
             )
             # An interruption that comes now is too late: the backup is about to exist.
-            await to_its_end(session.publish(backup))
+            await to_its_end(session.publish(backup, archive=collected.archive))
         hooks.backup_id = backup.id
-        hooks.degraded = _degraded(plan, backup, options, freeze_failed=copied.freeze_failed)
+        hooks.degraded = _degraded(
+            plan, backup, options, collected, freeze_failed=copied.freeze_failed
+        )
         await to_its_end(_forget_old_bitmaps(monitor, plan, backup, prefix, reporter))
     return Outcome(backup=backup, degraded=hooks.degraded)
 
 
+def _tell_of_files(collected: Collected, vm: str, reporter: Reporter) -> None:
+    for why in collected.missing:
+        reporter.warning(f"{vm}: file {why}")
+    for why in collected.firmware_missing:
+        # It comes with QEMU, or the distribution, as a rule.
+        reporter.notice(f"{vm}: firmware {why}")
+
+
 def _degraded(
-    plan: Plan, backup: Backup, options: BackupOptions, *, freeze_failed: bool
+    plan: Plan,
+    backup: Backup,
+    options: BackupOptions,
+    collected: Collected,
+    *,
+    freeze_failed: bool,
 ) -> tuple[str, ...]:
     """Return what of a backup is not as it was asked for."""
     degraded = [f"disk {name} was left out: {why}" for name, why in plan.refused.items()]
+    degraded += [f"file {why}" for why in collected.missing]
     if freeze_failed:
         degraded.append("the guest's file systems were not frozen")
     if options.kind == "incremental" and options.strict:

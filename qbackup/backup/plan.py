@@ -14,13 +14,17 @@ from qbackup.model.backup import REASON_TEXT, Backup, Kind, Refusal
 from qbackup.model.names import has_successor, split_bitmap_name
 from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_size
-from qbackup.qmp.disks import Disk, Inventory
+from qbackup.qmp.disks import EMPTY, READ_ONLY, Disk, Inventory
 from qbackup.repository.repository import DamagedBackup, Repository
 
 _NOT_CONFIGURED, _EXCLUDED, _NOT_CHOSEN = "not in the configuration", "excluded", "not chosen"
 
 LEFT_OUT_BY_CHOICE = frozenset({_EXCLUDED, _NOT_CHOSEN})
 """Why a disk that is otherwise backed up is not in a backup (`Backup.left_out`)."""
+
+
+LEFT_OUT_UNWRITTEN = frozenset({EMPTY, READ_ONLY})
+"""Why a drive is in no backup that the guest cannot write to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +57,8 @@ class Plan:
     """Disks among `left_out` of which there is no image of one instant, and why."""
     checkpoints: dict[str, str]
     newest_id: str | None
+    firmware: tuple[str, ...] = ()
+    """See `Inventory.firmware`."""
 
 
 def make_plan(
@@ -94,6 +100,7 @@ def make_plan(
         refused={name: why for name, why in inventory.refused.items() if left_out.get(name) == why},
         checkpoints=checkpoints(bases),
         newest_id=_newest_id(history, bases),
+        firmware=inventory.firmware,
     )
     _announce(plan, vm=vm.name, options=options, reporter=reporter)
     if not options.compress:

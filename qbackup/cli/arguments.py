@@ -99,6 +99,9 @@ def _make_parser() -> argparse.ArgumentParser:
     restore.add_argument("--disk", action="append", default=[], metavar="NAME")
     restore.add_argument("--format", choices=("raw", "qcow2"), help="default: as the source was")
     restore.add_argument("--force", action="store_true", help="replace what is there")
+    restore.add_argument(
+        "--with-vm", action="store_true", help="write start.sh, which starts the VM on them"
+    )
     _add_lock_wait(restore)
 
     verify = command("verify", "compare every byte of the backups with what was written")

@@ -65,6 +65,8 @@ class Vm:
     keep: Rules | None = None
     """The VM's own rules of retention, in place of the global ones; None means these."""
     max_chain: int = DEFAULT_MAX_CHAIN
+    files: tuple[Path, ...] = ()
+    """Files, and directories with files, that are backed up beside the disks."""
     hooks: HookCommands = field(default_factory=HookCommands)
     hook_timeout_s: float = DEFAULT_HOOK_TIMEOUT_S
 
@@ -126,6 +128,7 @@ class _VmTable:
     engine: Literal["snapshot", "direct", "drive-backup", "blockdev-backup"] = "snapshot"
     max_chain: int | None = None
     keep: dict[str, Any] | None = None
+    files: list[str] | None = None
     hooks: dict[str, Any] | None = None
     hook_timeout: str | int | float | None = None
 
@@ -181,8 +184,8 @@ class _Shared:
 _OWN_TABLES = frozenset({"keep", "hooks"})
 """What a VM has in a table of its own, which replaces the one for all."""
 
-_OF_ONE_VM = frozenset({"qmp", "agent"}) | _OWN_TABLES
-"""Keys of a VM's table that [defaults] cannot have: two VMs cannot share a socket."""
+_OF_ONE_VM = frozenset({"qmp", "agent", "files"}) | _OWN_TABLES
+"""Keys of a VM's table that [defaults] cannot have: two VMs cannot share a socket, or a TPM."""
 
 _EXPECTED = {
     "repository": 'a directory, such as repository = "/srv/backups"',
@@ -201,6 +204,7 @@ _EXPECTED = {
     "scratch_limit": 'a size, such as scratch_limit = "20G"',
     "stall_timeout": 'a time, such as stall_timeout = "5m"',
     "keep": "a table, such as [keep] or [vm.vm1.keep]",
+    "files": 'a list of files and directories, such as files = ["/var/lib/swtpm/vm1"]',
     "hooks": "a table, such as [hooks] or [vm.vm1.hooks]",
     "before": 'a program and its arguments, such as before = ["/usr/local/sbin/quiesce", "db"]',
     "after": 'a program and its arguments, such as after = ["/usr/local/sbin/resume", "db"]',
@@ -350,6 +354,9 @@ def _vm(name: str, table: _VmTable, *, path: Path, where: str, shared: _Shared) 
             if table.max_chain is None
             else _max_chain(table.max_chain, where=f"{place}.max_chain")
         ),
+        files=tuple(
+            _file(text, where=f"{place}.files", folder=folder) for text in table.files or ()
+        ),
         hooks=(
             shared.hooks
             if table.hooks is None
@@ -361,6 +368,14 @@ def _vm(name: str, table: _VmTable, *, path: Path, where: str, shared: _Shared) 
             else _duration_s(table.hook_timeout, key="hook_timeout", where=place)
         ),
     )
+
+
+def _file(text: str, *, where: str, folder: Path) -> Path:
+    if not text or "\0" in text:
+        raise ConfigurationError(
+            f"{where}: {text!r} is not allowed", hint=f"expected {_EXPECTED['files']}"
+        )
+    return folder / text
 
 
 def _hooks(document: dict[str, Any], *, path: Path, where: str) -> HookCommands:
@@ -565,6 +580,8 @@ state = {_quoted(state)}
 #                                     # repository slows the guest; "drive-backup" is like it
 # max_chain = {DEFAULT_MAX_CHAIN}                     # for this VM alone
 # hook_timeout = "5m"                 # after which a hook is killed
+# files = ["/var/lib/swtpm/vm1"]      # small files and directories that belong to the VM, such as
+#                                     # the state of its TPM
 """
 
 

@@ -22,6 +22,9 @@ from qbackup.qmp import commands
 from qbackup.qmp.graph import BlockGraph, NodeFacts, NodeFile, chain_files, query_graph
 from qbackup.qmp.monitor import Looker
 
+EMPTY, READ_ONLY = "empty", "read-only"
+"""Why a drive is no disk that can be backed up."""
+
 _AUTOMATIC_NODE_PREFIX = "#block"
 _JOB_FILTERS = frozenset({"copy-before-write", "mirror_top", "commit_top", "backup-top"})
 _PROTOCOLS = frozenset({"file", "host_device", "nbd", "rbd", "iscsi", "blkdebug"})
@@ -54,6 +57,9 @@ _INVENTED = re.compile(
 
 _ANONYMOUS = re.compile(r"/machine/peripheral-anon/device\[([0-9]{1,6})\](?:/.*)?")
 """The path of a -device without an id: its place among them (qdev-monitor.c, `qdev_set_id`)."""
+
+_FLASH = re.compile(r"/machine/[a-z0-9.-]+\.flash[0-9]+")
+"""The path of a machine's flash (hw/i386/pc_sysfw.c, hw/arm/virt.c)."""
 
 _FDSET = re.compile(r"/dev/fdset/([0-9]{1,9})")
 _PERIPHERAL = "/machine/peripheral/"
@@ -112,6 +118,8 @@ class Inventory:
     """Every node's name."""
     written_files: tuple[NodeFile, ...] = ()
     """Every file that this QEMU has open for writing, those of the disks among them."""
+    firmware: tuple[str, ...] = ()
+    """The images of read-only flash, from which the VM starts."""
     refused: dict[str, str] = field(default_factory=dict)
     """Disks of which there is no image of an instant, and why."""
 
@@ -243,12 +251,15 @@ async def query_inventory(monitor: Looker) -> Inventory:
     disks: dict[str, Disk] = {}
     left_out: dict[str, str] = {}
     busy: dict[str, Disk] = {}
+    firmware: list[str] = []
     for device in devices:
         name = _disk_name(device)
         if device.inserted is None:
-            left_out[name or "unnamed drive"] = "empty"
+            left_out[name or "unnamed drive"] = EMPTY
         elif device.inserted.ro:
-            left_out[name or redacted(device.inserted.image.filename)] = "read-only"
+            left_out[name or redacted(device.inserted.image.filename)] = READ_ONLY
+            if _FLASH.fullmatch(device.qdev or ""):
+                firmware.append(redacted(device.inserted.image.filename))
         else:
             disk, hidden = _look_at(device, device.inserted, blocks)
             group = busy if hidden or disk.jobs else disks
@@ -265,6 +276,7 @@ async def query_inventory(monitor: Looker) -> Inventory:
         busy=_one_for_each_node(busy),
         bitmaps=tuple((node, bitmap) for node, found in blocks.bitmaps.items() for bitmap in found),
         nodes=tuple(blocks.nodes),
+        firmware=tuple(firmware),
         written_files=blocks.graph.written_files(blocks.facts) if blocks.graph else (),
     )
 

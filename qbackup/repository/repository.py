@@ -4,6 +4,7 @@ REPO/qbackup.json                      format version, repository id
 REPO/vm1/.lock                         who may use vm1's backups now (`host/lock.py`)
 REPO/vm1/<backup id>/manifest.json     written last; without it the backup does not exist
 REPO/vm1/<backup id>/<disk>.qcow2      backing file: ../<parent id>/<disk>.qcow2
+REPO/vm1/<backup id>/files.tar.gz      the VM's small files that are no disks, if it has any
 REPO/vm1/<backup id>/protected         if it is there, `prune` leaves the backup alone
 REPO/vm1/<backup id>.partial/          being written
 REPO/vm1/<backup id>.removed/          being deleted (`removal.py`)
@@ -30,6 +31,7 @@ from qbackup.formats.repository_file import (
     decode_repository_file,
     encode_repository_file,
 )
+from qbackup.formats.vm_files import ARCHIVE_FILE
 from qbackup.host import durable
 from qbackup.host.files import read_bounded
 from qbackup.host.lock import HeldLock, is_locked, locked, locked_alone, locked_for_reading
@@ -69,11 +71,14 @@ class PartialBackup:
         """Create the disk's empty file, for the owner only, and return its descriptor."""
         return durable.create_file_now(self.image(disk))
 
-    async def publish(self, backup: Backup) -> None:
+    async def publish(self, backup: Backup, *, archive: bytes | None = None) -> None:
         """Write the manifest and make the backup exist: the commit point.
 
         The images must be synced. When this returns, a power cut changes nothing any more.
+        `archive` is of the files that the manifest names.
         """
+        if archive is not None:
+            await durable.write_new_file(self.directory / ARCHIVE_FILE, archive)
         data = encode_manifest(backup, repository_id=self._repository.id)
         await durable.write_new_file(self.directory / MANIFEST_FILE, data)
         await durable.sync_directory(self.directory)
