@@ -11,7 +11,7 @@ from qemu.qmp import QMPClient
 from support.lab import Lab, disk_specs, lab
 from support.qemu import until_connected
 
-SECRET = "hunter2"
+SECRET = "hunter2"  # noqa: S105 - of the VM under test
 FLASH_BYTES = 256 * 1024
 
 
