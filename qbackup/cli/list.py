@@ -62,4 +62,4 @@ def _table(backups: Sequence[Backup], protected: Set[tuple[str, str]], *, with_v
 
 
 def _local_time(time: str) -> str:
-    return datetime.fromisoformat(time).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    return datetime.fromisoformat(time).astimezone().isoformat(" ", "seconds")[:19]

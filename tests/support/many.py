@@ -19,10 +19,10 @@ def make_many(repository: Path, repository_id: str, *, vms: int, backups: int) -
     Each VM has two disks, and chains of a full and incrementals.
     """
     names = [f"vm{number:04}" for number in range(vms)]
-    for vm in names:
+    for place, vm in enumerate(names):
         ids: list[str] = []
         for number in range(backups):
-            backup_id = chain_id(number)
+            backup_id = chain_id(place * backups + number)
             if number % FULL_EVERY == 0:
                 ids = []
             _make_backup(repository, repository_id, vm=vm, backup_id=backup_id, before=ids)
