@@ -84,22 +84,23 @@ def read_archive(stream: BinaryIO, files: Sequence[VmFile]) -> Iterator[tuple[Vm
             data = packed.read(limit)
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
             for file in files:
-                member = archive.next()
-                if member is None or not member.isreg() or member.name != _member_name(file):
-                    raise DocumentError(f"{file.path} is not where it belongs in the archive")
-                content = _content(archive, member)
-                if len(content) != file.size_bytes or describe(file.path, content) != file:
-                    raise DocumentError(f"{file.path}: the content is not what was written")
-                yield file, content
+                yield file, _next_content(archive, file)
     except DocumentError:
         raise
     except Exception as err:  # zlib, gzip and tarfile have many; all are the bytes' fault
         raise DocumentError(f"the archive is damaged ({err})") from err
 
 
-def _content(archive: "tarfile.TarFile", member: "tarfile.TarInfo") -> bytes:
+def _next_content(archive: "tarfile.TarFile", file: VmFile) -> bytes:
+    """Read the next member, which must be the file that the manifest names."""
+    member = archive.next()
+    if member is None or not member.isreg() or member.name != _member_name(file):
+        raise DocumentError(f"{file.path} is not where it belongs in the archive")
     reader = archive.extractfile(member)
-    return reader.read() if reader is not None else b""
+    content = reader.read() if reader is not None else b""
+    if describe(file.path, content) != file:
+        raise DocumentError(f"{file.path}: the content is not what was written")
+    return content
 
 
 def _member_name(file: VmFile) -> str:
