@@ -49,11 +49,9 @@ _SPLIT_FORMATS = frozenset({"vmdk", "quorum", "blkverify"})
 _THROW_AWAY = re.compile(r"vl\.[A-Za-z0-9]{6}")
 """What QEMU calls the overlay of `snapshot=on` (block.c, `bdrv_append_temp_snapshot`)."""
 
-_INVENTED = re.compile(
-    r"(?:(?:ide|scsi)[0-9]+-(?:hd|cd)|(?:none|floppy|pflash|mtd|sd|virtio|xen))[0-9]+"
-)
+_INVENTED = re.compile(r"(?:(?:ide|scsi)[0-9]+-(?:hd|cd)|(?:none|floppy|mtd|sd|virtio|xen))[0-9]+")
 """What QEMU calls a -drive without an id: its kind and its place among them (blockdev.c,
-`drive_new`)."""
+`drive_new`). Not `pflash1`: flash is what its place makes it, firmware or its variables."""
 
 _ANONYMOUS = re.compile(r"/machine/peripheral-anon/device\[([0-9]{1,6})\](?:/.*)?")
 """The path of a -device without an id: its place among them (qdev-monitor.c, `qdev_set_id`)."""

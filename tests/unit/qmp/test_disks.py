@@ -95,6 +95,7 @@ async def test_a_disk_without_a_name_that_lasts_and_fits_is_refused_with_a_hint(
         (AUTOMATIC, "none0", PERIPHERAL, ("none0", True)),
         (AUTOMATIC, "", ANONYMOUS, ("device0", True)),
         (AUTOMATIC, "", "/machine/peripheral-anon/device[12]", ("device12", True)),
+        (AUTOMATIC, "pflash1", "/machine/system.flash1", ("pflash1", False)),
         (AUTOMATIC, "virtio", ANONYMOUS, ("virtio", False)),
         (AUTOMATIC, "disk0", ANONYMOUS, ("disk0", False)),
         (AUTOMATIC, "", PERIPHERAL, ("disk0", False)),
