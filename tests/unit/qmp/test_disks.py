@@ -240,3 +240,16 @@ async def test_a_drive_that_is_not_backed_up_may_be_of_any_size(inventory_of: As
 async def test_a_malformed_reply_is_told(inventory_of: Ask, change: dict[str, Any]) -> None:
     with pytest.raises(MonitorError, match="unexpected reply to query-"):
         await inventory_of(block_device({**block_node("system"), **change}))
+
+
+async def test_read_only_flash_is_firmware(inventory_of: Ask) -> None:
+    code = block_node(AUTOMATIC, ro=True)
+    code["image"]["filename"] = "/usr/share/OVMF/CODE.fd"
+    found = await inventory_of(
+        block_device(code, device="pflash0", qdev="/machine/system.flash0"),
+        block_device(block_node("vars"), qdev="/machine/system.flash1"),
+        block_device(block_node("iso", ro=True), qdev=PERIPHERAL),
+    )
+    assert found.firmware == ("/usr/share/OVMF/CODE.fd",)
+    assert [disk.name for disk in found.disks] == ["vars"]
+    assert found.left_out == {"pflash0": "read-only", "iso": "read-only"}
