@@ -156,14 +156,20 @@ class DiskCopy:
 
     def _candidates(self, nbd: NbdConnection | None) -> Candidates:
         task = self.task
-        if nbd is None:
-            return Candidates(task.virtual_size_bytes).finish()
-        _check_size(nbd, task.virtual_size_bytes)
+        if nbd is not None:
+            _check_size(nbd, task.virtual_size_bytes)
         if task.bitmap_fd is None:
+            if nbd is None:
+                raise NbdProtocolError("there is nothing to read the disk from")
             return full_candidates(nbd, task.virtual_size_bytes)
         bitmap = SpooledBitmap(task.bitmap_fd)
         dirty = dirty_clusters(bitmap.runs, bitmap.stored, granularity_bytes=task.granularity_bytes)
-        return incremental_candidates(nbd, task.virtual_size_bytes, dirty)
+        if nbd is not None:
+            return incremental_candidates(nbd, task.virtual_size_bytes, dirty)
+        # An image that lacks what changed would be wrong, and nothing would show it.
+        if next(dirty, None) is not None:
+            raise NbdProtocolError("there is nothing to read what changed from")
+        return Candidates(task.virtual_size_bytes).finish()
 
     def _copy(self, nbd: NbdConnection | None, candidates: Candidates, fd: int) -> Stored:
         layout = Layout(self.task.virtual_size_bytes, candidates.places())
