@@ -1,7 +1,7 @@
 """One backup from beginning to end (docs/architecture.md, "How a backup goes").
 
-    lock → connect → reconcile → plan → copy → publish → prune bitmaps
-                                               ↑ commit point
+    lock → hook → connect → reconcile → plan → copy → publish → prune bitmaps → hook
+                                                      ↑ commit point
 
 A VM that is off has no monitor to connect to: `backup_stopped`.
 
@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from qbackup.actions.backup_stopped import back_up_stopped
 from qbackup.backup import reconcile
 from qbackup.backup.engines import Work
-from qbackup.backup.engines.choose import choose_engine
+from qbackup.backup.engines.choose import chosen_engine
 from qbackup.backup.finish import rolled_back_on_failure
+from qbackup.backup.hooks import hooks_around
 from qbackup.backup.judge import checkpoints, migrated_verdicts, newest_bases
 from qbackup.backup.plan import (
     BackupOptions,
@@ -25,7 +26,8 @@ from qbackup.backup.plan import (
     make_plan,
     readable_backups,
 )
-from qbackup.backup.record import compare_clock, next_id, recorded
+from qbackup.backup.record import compare_clock, degradations, next_id, recorded, tell_of_files
+from qbackup.backup.vm_files import collect_files
 from qbackup.bitmaps.image_files import query_disks
 from qbackup.bitmaps.load import distrust_present
 from qbackup.bitmaps.roll_back import prune_bitmaps, roll_back_bitmaps
@@ -75,31 +77,40 @@ async def back_up(
     Raises:
         LockedError: another run is at work.
         MonitorError: QEMU cannot be reached, or went away.
+        HookError: the hook before it failed.
         RefusedError: a full backup would be needed and was ruled out.
         QbackupError: anything else; nothing of the backup remains.
     """
     started = time.monotonic()
     await repository.ensure_vm_directory(vm.name)
-    async with repository.lock(vm.name, wait_s=options.lock_wait_s) as lock:
+    async with (
+        repository.lock(vm.name, wait_s=options.lock_wait_s) as lock,
+        hooks_around(vm, options.kind, reporter) as hooks,
+    ):
+        absent = None
         try:
-            return await _back_up_running(
+            backup, hooks.degraded = await _back_up_running(
                 repository, vm, state, options, reporter, lock=lock, started=started
             )
+            made = True
         except MonitorError as err:
             if not err.absent:
                 raise
             absent = err
-        stopped = await back_up_stopped(
-            repository,
-            vm,
-            state,
-            options,
-            reporter,
-            lock=lock,
-            started=started,
-            absent=absent,
-        )
-        return Outcome(backup=stopped.backup, unchanged=not stopped.made)
+        if absent is not None:
+            stopped = await back_up_stopped(
+                repository,
+                vm,
+                state,
+                options,
+                reporter,
+                lock=lock,
+                started=started,
+                absent=absent,
+            )
+            backup, made, hooks.degraded = stopped.backup, stopped.made, stopped.degraded
+        hooks.backup_id = backup.id
+    return Outcome(backup=backup, degraded=hooks.degraded, unchanged=not made)
 
 
 async def _back_up_running(
@@ -111,10 +122,16 @@ async def _back_up_running(
     *,
     lock: HeldLock,
     started: float,
-) -> Outcome:
-    """Back up a VM by its monitor. A `MonitorError` that is `absent` comes before anything else."""
+) -> tuple[Backup, tuple[str, ...]]:
+    """Back up a VM by its monitor; return also what is not as it was asked for.
+
+    A `MonitorError` that is `absent` comes before anything else.
+    """
     owner = owner_of(repository.id, vm.name)
-    async with vm_monitor(vm, state.control_socket) as (monitor, watched):
+    async with (
+        vm_monitor(vm, state.control_socket) as (monitor, watched),
+        chosen_engine(monitor, vm=vm, state=state, lock=lock, reporter=reporter) as engine,
+    ):
         condition = await query_condition(monitor)
         if not watched and not condition.fitness.load:
             # This VM runs unseen: whatever its files say, they must not be believed later.
@@ -136,14 +153,8 @@ async def _back_up_running(
         version = await query_version(monitor)
         configuration = await query_configuration(monitor)
         compare_clock(history, reporter)
-        engine = await choose_engine(
-            monitor,
-            vm=vm,
-            state=state,
-            scratch=state.scratch_file(),
-            qemu_version=version,
-            reporter=reporter,
-        )
+        collected = await collect_files(vm.files, plan.firmware)
+        tell_of_files(collected, vm.name, reporter)
         work = Work(
             vm=vm,
             plan=plan,
@@ -163,17 +174,15 @@ async def _back_up_running(
             backup = recorded(
                 work,
                 copied,
+                collected,
                 started=started,
                 qemu_version=".".join(map(str, version)),
                 configuration=configuration,
             )
             # An interruption that comes now is too late: the backup is about to exist.
-            await to_its_end(session.publish(backup))
+            await to_its_end(session.publish(backup, archive=collected.archive))
         await to_its_end(_forget_old_bitmaps(monitor, plan, backup, owner, reporter))
-    degraded = tuple(f"disk {name} was left out: {why}" for name, why in plan.refused.items())
-    if copied.freeze_failed:
-        degraded += ("the guest's file systems were not frozen",)
-    return Outcome(backup=backup, degraded=degraded)
+    return backup, degradations(work, copied, collected)
 
 
 async def _prepare(

@@ -17,8 +17,16 @@ from qbackup.backup.engines.images import ImagesEngine
 from qbackup.backup.finish import cleaned_up
 from qbackup.backup.judge import newest_bases
 from qbackup.backup.plan import BackupOptions, Plan, choose_disks, make_plan, readable_backups
-from qbackup.backup.record import compare_clock, next_id, place_in_chain, recorded
+from qbackup.backup.record import (
+    compare_clock,
+    degradations,
+    next_id,
+    place_in_chain,
+    recorded,
+    tell_of_files,
+)
 from qbackup.backup.stopped import StoppedVm, look_at_stopped_vm, require_unmounted
+from qbackup.backup.vm_files import collect_files
 from qbackup.bitmaps.stopped import Successors
 from qbackup.catalog.history import History
 from qbackup.errors import MonitorError
@@ -46,6 +54,7 @@ class StoppedOutcome:
 
     backup: Backup
     made: bool
+    degraded: tuple[str, ...] = ()
 
 
 async def back_up_stopped(
@@ -81,6 +90,8 @@ async def back_up_stopped(
         for verdict in plan.verdicts:
             await in_thread(require_unmounted, stopped.disk(verdict.disk.name).layers or ())
         compare_clock(history, reporter)
+        collected = await collect_files(vm.files, ())
+        tell_of_files(collected, vm.name, reporter)
         work = Work(
             vm=vm,
             plan=plan,
@@ -109,19 +120,20 @@ async def back_up_stopped(
                 backup = recorded(
                     work,
                     copied,
+                    collected,
                     started=started,
                     qemu_version=newest.qemu_version if newest else "",
                     configuration=newest.vm_configuration if newest else _UNKNOWN,
                 )
                 # The new bitmaps first: until the backup exists, nobody asks for them.
                 await to_its_end(successors.put_in_place())
-                await to_its_end(session.publish(backup))
+                await to_its_end(session.publish(backup, archive=collected.archive))
             except BaseException as err:
                 if session.exists == "no":
                     await cleaned_up(err, successors.take_back())
                 raise
         await to_its_end(successors.forget_older())
-    return StoppedOutcome(backup=backup, made=True)
+    return StoppedOutcome(backup=backup, made=True, degraded=degradations(work, copied, collected))
 
 
 def _plan(

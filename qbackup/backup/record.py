@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from qbackup.backup.engines import Copied, Work
 from qbackup.backup.plan import Plan
+from qbackup.backup.vm_files import Collected
 from qbackup.catalog.history import History
 from qbackup.model.backup import Backup, VmConfiguration
 from qbackup.model.names import new_backup_id
@@ -23,7 +24,13 @@ def next_id(plan: Plan) -> str:
 
 
 def recorded(
-    work: Work, copied: Copied, *, started: float, qemu_version: str, configuration: VmConfiguration
+    work: Work,
+    copied: Copied,
+    collected: Collected,
+    *,
+    started: float,
+    qemu_version: str,
+    configuration: VmConfiguration,
 ) -> Backup:
     """Describe a backup whose images are complete; `started` is by the monotonic clock."""
     parent, chain = place_in_chain(work.plan, work.backup_id)
@@ -40,7 +47,29 @@ def recorded(
         qemu_version=qemu_version,
         vm_configuration=configuration,
         left_out=work.plan.left_out,
+        files=list(collected.files),
     )
+
+
+def degradations(work: Work, copied: Copied, collected: Collected) -> tuple[str, ...]:
+    """Return what of a backup is not as it was asked for."""
+    degraded = [f"disk {name} was left out: {why}" for name, why in work.plan.refused.items()]
+    degraded += [f"file {why}" for why in collected.missing]
+    if copied.freeze_failed:
+        degraded.append("the guest's file systems were not frozen")
+    if work.options.kind == "incremental" and work.options.strict:
+        fallen = (disk.name for disk in copied.disks if disk.kind == "full")
+        degraded += [f"disk {name} got a full backup" for name in fallen]
+    return tuple(degraded)
+
+
+def tell_of_files(collected: Collected, vm: str, reporter: Reporter) -> None:
+    """Say which of the VM's small files are not in a backup."""
+    for why in collected.missing:
+        reporter.warning(f"{vm}: file {why}")
+    for why in collected.firmware_missing:
+        # It comes with QEMU, or the distribution, as a rule.
+        reporter.notice(f"{vm}: firmware {why}")
 
 
 def place_in_chain(plan: Plan, backup_id: str) -> tuple[str | None, str]:

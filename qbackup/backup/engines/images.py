@@ -8,20 +8,21 @@ and again at the end (`bitmaps/stopped.py`): then there is no backup, and no har
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 
 from qbackup.backup.engines import Copied, Work
-from qbackup.backup.engines.writer_session import Copying, WriterSession, writer_for
+from qbackup.backup.engines.writer_session import WriterSession, writer_for
 from qbackup.backup.instant import source_bitmap
 from qbackup.backup.judge import Verdict
 from qbackup.backup.stopped import StoppedVm
 from qbackup.bitmaps.stopped import Successors
 from qbackup.errors import JobFailedError
+from qbackup.host.tasks import task_group
 from qbackup.images.served import ServedImages, served
 from qbackup.model.backup import Consistency
 from qbackup.repository.state import StateDirectory
-from qbackup.writer.client import CopyResult, Writer
+from qbackup.writer.client import CopyRequest, CopyResult, Writer
 
 
 class ImagesEngine:
@@ -82,22 +83,27 @@ class ImagesSession(WriterSession):
 
     async def _read(self, server: ServedImages) -> list[CopyResult]:
         try:
-            return await self._copy_all(
-                [partial(self._served, verdict, server) for verdict in self._work.plan.verdicts],
-                check=self._successors.require_stopped,
-            )
+            async with task_group() as group:
+                verdicts = self._work.plan.verdicts
+                copies = {
+                    verdict.disk.name: group.create_task(
+                        self._copy(verdict, self._served(verdict, server, running=len(verdicts)))
+                    )
+                    for verdict in verdicts
+                }
+                await self._follow(copies, self._successors.require_stopped)
+            return [copy.result() for copy in copies.values()]
         except JobFailedError as err:
             if (why := await server.why_ended()) is not None:
                 raise why from err
             raise
 
-    async def _served(self, verdict: Verdict, server: ServedImages) -> Copying:
+    def _served(self, verdict: Verdict, server: ServedImages, *, running: int) -> CopyRequest:
         bitmap = source_bitmap(verdict)
         disk = self._stopped.disk(verdict.disk.name)
-        return Copying(
-            verdict=verdict,
-            export=disk.name,
+        bits = None if bitmap is None else disk.bits[bitmap]
+        return replace(
+            self._request(verdict, bits, running=running),
             connection=server.connection(disk.name),
-            bits=None if bitmap is None else disk.bits[bitmap],
-            unreadable=f"{verdict.disk.source.filename} could not be read",
+            export=disk.name,
         )

@@ -9,17 +9,19 @@ write waits for one copy into a local file, and a backup that gets no further is
 A snapshot can be lost: by a full scratch file, or by somebody who ends its job. From then on the
 export shows what the disk holds now. So after the last byte was read, every job must still run,
 and no scratch file may ever have failed; else there is no backup, and no harm.
+
+Where no disk has changed since its newest backup there is nothing to read, and none of this is
+set up: the writer makes images that add nothing.
 """
 
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qbackup.backup.engines import Copied, Work
-from qbackup.backup.engines.writer_session import Copying, WriterSession, writer_for
+from qbackup.backup.engines.writer_session import WriterSession, writer_for
 from qbackup.backup.finish import cleaned_up
 from qbackup.backup.instant import (
     Instant,
@@ -27,10 +29,11 @@ from qbackup.backup.instant import (
     guarded,
     source_bitmap,
     take_instant,
+    take_unchanged_instant,
 )
 from qbackup.backup.judge import Verdict
 from qbackup.errors import SnapshotError
-from qbackup.host.tasks import in_thread
+from qbackup.host.tasks import in_thread, task_group
 from qbackup.model.bitmap import Bits
 from qbackup.model.names import Owner, short_mark
 from qbackup.model.quantities import format_size
@@ -40,7 +43,7 @@ from qbackup.qmp.monitor import Events, Monitor
 from qbackup.qmp.sidecar import save_bitmap
 from qbackup.qmp.snapshot import EVENTS, NbdServer, Scratch, nbd_server, scratch_attached
 from qbackup.repository.state import StateDirectory
-from qbackup.writer.client import CopyResult, Writer
+from qbackup.writer.client import CopyResult, StartedWriter, Writer
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,17 +62,20 @@ class _Disk:
 
 
 class SnapshotEngine:
-    """Has a process of our own write the images. See `Engine`."""
+    """Has a process of our own write the images. See `Engine`.
 
-    def __init__(self, monitor: Monitor, *, state: StateDirectory) -> None:
-        self._monitor, self._state = monitor, state
+    `started` is that process, which has inherited the lock.
+    """
+
+    def __init__(self, monitor: Monitor, *, state: StateDirectory, started: StartedWriter) -> None:
+        self._monitor, self._state, self._started = monitor, state, started
 
     @asynccontextmanager
     async def session(self, work: Work) -> AsyncIterator["SnapshotSession"]:
         """Begin a backup; see `Engine.session`."""
         folder = work.vm.snapshot.scratch or self._state.path
         await in_thread(_remove_left_scratch, folder, work.owner)
-        async with writer_for(work) as writer:
+        async with writer_for(work, started=self._started) as writer:
             yield SnapshotSession(
                 self._monitor, work=work, state=self._state, scratch=folder, writer=writer
             )
@@ -115,28 +121,56 @@ class SnapshotSession(WriterSession):
             NoSpaceError, WriterError: the repository could not be written.
             MonitorError: QEMU went away.
         """
+        verdicts = self._work.plan.verdicts
+        unchanged = await take_unchanged_instant(
+            self._monitor,
+            verdicts,
+            vm=self._work.vm,
+            owner=self._owner,
+            backup_id=self._work.backup_id,
+            checkpoints=self._work.plan.checkpoints,
+            reporter=self._work.reporter,
+        )
+        if unchanged is not None:
+            return self._copied(verdicts, await self._copy_nothing(verdicts), unchanged)
         async with AsyncExitStack() as attached:
             server = await attached.enter_async_context(
                 nbd_server(self._monitor, path=self._state.nbd_socket(), owner=self._owner)
             )
             disks = [
                 await self._attach(number, verdict, attached)
-                for number, verdict in enumerate(self._work.plan.verdicts)
+                for number, verdict in enumerate(verdicts)
             ]
             with self._monitor.listen(EVENTS, lambda _: True) as events:
                 async with self._ended(server):
                     instant = await self._start(disks)
                     results = await self._read(disks, server, events)
                     await self._require_kept(disks, events)
+        return self._copied([disk.verdict for disk in disks], results, instant)
+
+    def _copied(
+        self, verdicts: Sequence[Verdict], results: Sequence[CopyResult], instant: Instant
+    ) -> Copied:
         return Copied(
-            disks=[
-                self._stored(disk.verdict, result)
-                for disk, result in zip(disks, results, strict=True)
-            ],
+            disks=[self._stored(v, result) for v, result in zip(verdicts, results, strict=True)],
             consistency=instant.consistency,
             freeze_failed=instant.freeze_failed,
             instant=instant.time,
         )
+
+    async def _copy_nothing(self, verdicts: Sequence[Verdict]) -> list[CopyResult]:
+        """Have the writer make images of disks that have not changed."""
+        async with task_group() as group:
+            copies = {}
+            for verdict in verdicts:
+                bits = Bits.empty(
+                    virtual_size_bytes=verdict.disk.virtual_size_bytes,
+                    granularity_bytes=self._work.vm.granularity_bytes,
+                )
+                request = self._request(verdict, bits, running=len(verdicts))
+                copies[verdict.disk.name] = group.create_task(self._copy(verdict, request))
+            await self._follow(copies)
+        return [copy.result() for copy in copies.values()]
 
     async def _attach(self, number: int, verdict: Verdict, attached: AsyncExitStack) -> _Disk:
         sound = await guarded(
@@ -206,20 +240,18 @@ class SnapshotSession(WriterSession):
         self, disks: Sequence[_Disk], server: NbdServer, events: Events
     ) -> list[CopyResult]:
         """Have the writer copy every disk, and watch over the snapshot meanwhile."""
-        return await self._copy_all(
-            [partial(self._exported, disk, server) for disk in disks],
-            check=partial(self._require_kept, disks, events),
-        )
-
-    async def _exported(self, disk: _Disk, server: NbdServer) -> Copying:
-        bits = await self._bits(disk)
-        return Copying(
-            verdict=disk.verdict,
-            export=disk.export,
-            connection=await server.connect(node=disk.scratch.node, export=disk.export),
-            bits=bits,
-            unreadable=f"QEMU could not read {disk.verdict.disk.source.filename}",
-        )
+        async with task_group() as group:
+            copies = {}
+            for disk in disks:
+                bits = await self._bits(disk)
+                request = replace(
+                    self._request(disk.verdict, bits, running=len(disks)),
+                    connection=await server.connect(node=disk.scratch.node, export=disk.export),
+                    export=disk.export,
+                )
+                copies[disk.name] = group.create_task(self._copy(disk.verdict, request))
+            await self._follow(copies, lambda: self._require_kept(disks, events))
+        return [copy.result() for copy in copies.values()]
 
     async def _bits(self, disk: _Disk) -> Bits | None:
         """Return what an incremental copies; its bitmap was stopped at the instant."""

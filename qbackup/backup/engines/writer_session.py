@@ -7,20 +7,19 @@ takes nothing for too long ends it.
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 from qbackup.backup.engines import Existence, Work
 from qbackup.backup.judge import Verdict
 from qbackup.errors import JobFailedError, WriterError
 from qbackup.formats.manifest import backing_file, disk_file, encode_manifest
-from qbackup.host.tasks import task_group
+from qbackup.formats.vm_files import ARCHIVE_FILE
 from qbackup.model.backup import Backup, DiskBackup
 from qbackup.model.bitmap import Bits
 from qbackup.model.names import PARTIAL_SUFFIX
 from qbackup.model.quantities import format_duration
-from qbackup.writer.client import CopyRequest, CopyResult, Writer, writer_process
+from qbackup.writer.client import CopyRequest, CopyResult, StartedWriter, Writer, writer_process
 
 CHECK_S = 0.25
 """How often the source is looked at while it is read."""
@@ -29,36 +28,21 @@ DISCARD_TIMEOUT_S = 2.0
 """How long a failed backup's images may take to be removed; else the next run does it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Copying:
-    """A disk, and the export from which the writer reads it.
-
-    `connection` is a descriptor that is only lent to it. `unreadable` says where reading failed.
-    """
-
-    verdict: Verdict
-    export: str
-    connection: int
-    bits: Bits | None
-    unreadable: str
-
-    @property
-    def name(self) -> str:
-        """The disk's name."""
-        return self.verdict.disk.name
-
-
 @asynccontextmanager
-async def writer_for(work: Work) -> AsyncIterator[Writer]:
-    """Start the writer of one backup, and leave the VM's lock to it; see `writer_process`."""
+async def writer_for(work: Work, *, started: StartedWriter | None = None) -> AsyncIterator[Writer]:
+    """Have the writer of one backup, and leave the VM's lock to it; see `writer_process`.
+
+    `started` is its process, if that was started ahead.
+    """
     directory = work.repository.vm_directory(work.vm.name)
     progress = _Progress(work)
     async with writer_process(
         partial=directory / f"{work.backup_id}{PARTIAL_SUFFIX}",
         final=directory / work.backup_id,
-        lock=work.lock.fd,
+        lock=work.lock.fd if started is None else None,
         on_progress=progress.tell,
         discard_timeout_s=DISCARD_TIMEOUT_S,
+        started=started,
     ) as writer:
         # From here on only the writer has anything open in the repository.
         await work.lock.hand_over()
@@ -84,92 +68,83 @@ class WriterSession:
 
     def __init__(self, work: Work, writer: Writer) -> None:
         self._work, self._writer = work, writer
-        self._stall_timeout_s = work.vm.snapshot.stall_timeout_s
 
     @property
     def exists(self) -> Existence:
         """Whether the backup exists by now."""
         return self._writer.outcome
 
-    async def publish(self, backup: Backup) -> None:
+    async def publish(self, backup: Backup, *, archive: bytes | None = None) -> None:
         """Make the backup exist; see `Session.publish`."""
         data = encode_manifest(backup, repository_id=self._work.repository.id)
-        await self._writer.publish(data, timeout_s=self._stall_timeout_s)
+        extra = None if archive is None else (ARCHIVE_FILE, archive)
+        await self._writer.publish(
+            data, extra=extra, timeout_s=self._work.vm.snapshot.stall_timeout_s
+        )
 
-    async def _copy_all(
+    async def _follow(
         self,
-        sources: Sequence[Callable[[], Awaitable[Copying]]],
-        *,
-        check: Callable[[], Awaitable[None]],
-    ) -> list[CopyResult]:
-        """Have the writer copy every disk; `check` raises if the source is no good any more."""
-        disks: list[Copying] = []
-        async with task_group() as group:
-            copies = []
-            for source in sources:
-                disk = await source()
-                disks.append(disk)
-                request = self._request(disk, running=len(sources))
-                copies.append(group.create_task(self._copy(disk, request)))
-            running = set(copies)
-            while running:
-                done, running = await asyncio.wait(
-                    running, timeout=CHECK_S, return_when=asyncio.FIRST_COMPLETED
-                )
-                for copy in done:
-                    copy.result()
-                if running:
-                    await check()
-                    self._require_progress()
-                if done and running:
-                    await self._share_speed(disks, copies)
-        return [copy.result() for copy in copies]
+        copies: Mapping[str, "asyncio.Task[CopyResult]"],
+        require: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """Wait for all copies, by disk; `require` is called again and again meanwhile."""
+        running = set(copies.values())
+        while running:
+            done, running = await asyncio.wait(
+                running, timeout=CHECK_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            for copy in done:
+                copy.result()
+            if running:
+                if require is not None:
+                    await require()
+                self._require_progress()
+            if done and running:
+                await self._share_speed(copies)
 
-    async def _copy(self, disk: Copying, request: CopyRequest) -> CopyResult:
+    async def _copy(self, verdict: Verdict, request: CopyRequest) -> CopyResult:
+        name = verdict.disk.name
         try:
             result = await self._writer.copy(request)
         except WriterError as err:
             if err.kind != "source":
                 raise
             raise JobFailedError(
-                disk.name,
+                name,
                 os.strerror(err.errno) if err.errno else err.message,
-                hint=disk.unreadable,
+                hint=f"QEMU could not read {verdict.disk.source.filename}",
             ) from err
         self._work.reporter.progress(
             vm=self._work.vm.name,
-            disk=disk.name,
+            disk=name,
             done_bytes=result.copied_bytes,
             total_bytes=result.copied_bytes,
         )
         return result
 
-    def _request(self, disk: Copying, *, running: int) -> CopyRequest:
-        parent = disk.verdict.parent
+    def _request(self, verdict: Verdict, bits: Bits | None, *, running: int) -> CopyRequest:
+        """Return what the writer is to make of a disk; where to read it from is not in it yet."""
+        name, parent = verdict.disk.name, verdict.parent
         return CopyRequest(
-            disk=disk.name,
-            file=f"{disk.name}.qcow2",
-            connection=disk.connection,
-            export=disk.export,
-            virtual_size_bytes=disk.verdict.disk.virtual_size_bytes,
-            bits=disk.bits,
-            backing_file=None if parent is None else backing_file(parent, disk.name),
+            disk=name,
+            file=f"{name}.qcow2",
+            virtual_size_bytes=verdict.disk.virtual_size_bytes,
+            bits=bits,
+            backing_file=None if parent is None else backing_file(parent, name),
             compress=self._work.options.compress,
             speed_limit_bytes_per_s=self._work.speed_bytes_per_s(running),
         )
 
-    async def _share_speed(
-        self, disks: Sequence[Copying], copies: Sequence["asyncio.Task[CopyResult]"]
-    ) -> None:
+    async def _share_speed(self, copies: Mapping[str, "asyncio.Task[CopyResult]"]) -> None:
         """Let the copies that still run have what the finished ones leave of the limit."""
         if not self._work.options.speed_limit_bytes_per_s:
             return
-        running = [disk for disk, copy in zip(disks, copies, strict=True) if not copy.done()]
+        running = [disk for disk, copy in copies.items() if not copy.done()]
         for disk in running:
-            await self._writer.set_speed(disk.name, self._work.speed_bytes_per_s(len(running)))
+            await self._writer.set_speed(disk, self._work.speed_bytes_per_s(len(running)))
 
     def _require_progress(self) -> None:
-        limit_s = self._stall_timeout_s
+        limit_s = self._work.vm.snapshot.stall_timeout_s
         if self._writer.stalled_s > limit_s:
             directory = self._work.repository.vm_directory(self._work.vm.name)
             raise WriterError(
