@@ -59,16 +59,18 @@ class StoppedVm:
         layers = [layer for disk in self.disks for layer in disk.layers or ()]
         try:
             user = find_user(layers, unlocked=unlocked)
-        except OSError:
-            return None  # one of them has gone since it was looked at
+        except OSError as err:
+            return f"{err.filename} cannot be opened any more"
         return None if user is None else f"{user} has the images open"
 
 
 def look_at_stopped_vm(
     state: StateDirectory, history: History, *, vm: Vm, owner: Owner
 ) -> StoppedVm:
-    """Look at a VM that no monitor answers for. A disk whose image is not known is judged by its
-    bitmap file alone, and is in `unknown`."""
+    """Look at a VM that no monitor answers for.
+
+    A disk whose image is not known is judged by its bitmap file alone, and is in `unknown`.
+    """
     bases = {base.disk.name: base for base in last_seen_disks(history)}
     disks: list[StoppedDisk] = []
     unknown: dict[str, DiskError] = {}
