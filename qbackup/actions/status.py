@@ -81,13 +81,20 @@ class VmStatus:
     leftovers: tuple[str, ...] = ()
 
 
-async def query_status(repository: Repository, vm: Vm, state_directory: StateDirectory) -> VmStatus:
+async def query_status(
+    repository: Repository,
+    vm: Vm,
+    state_directory: StateDirectory,
+    *,
+    history: History | None = None,
+) -> VmStatus:
     """Collect the state of one VM; a VM that cannot be reached has one, too.
 
-    Whatever happens here, QEMU and its watcher are as before.
+    Whatever happens here, QEMU and its watcher are as before. `history` is the VM's, of a caller
+    that looks into it, too.
     """
     running = repository.is_locked(vm.name)
-    history = History(repository, vm.name)
+    history = history or History(repository, vm.name)
     prefix = owner_prefix(repository.id, vm.name)
     status = VmStatus(
         vm=vm.name,
@@ -221,7 +228,7 @@ def _saved_disks(
     files = state.bitmap_files()
     refused = state.read_verdicts()
     found = []
-    for base in _last_seen_disks(history):
+    for base in last_seen_disks(history):
         backup, disk = base.backup, base.disk
         ours = {
             bitmap: path
@@ -254,7 +261,7 @@ def _saved_disks(
     return tuple(found)
 
 
-def _last_seen_disks(history: History) -> list[Base]:
+def last_seen_disks(history: History) -> list[Base]:
     """Return the newest backup of each disk that the VM had when it was last backed up.
 
     A disk that the newest backup neither holds nor left out by choice was not there any more.

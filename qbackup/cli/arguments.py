@@ -3,11 +3,14 @@
 import argparse
 import re
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from qbackup import __version__
 from qbackup.errors import UsageError
+from qbackup.model.health import parse_free_limit
 from qbackup.model.quantities import parse_duration_s, parse_size_bytes
+
+T = TypeVar("T")
 
 _EXIT_CODES = """\
 exit codes:
@@ -124,7 +127,28 @@ def _make_parser() -> argparse.ArgumentParser:
 
     status = command("status", "show bitmaps, changes and what interrupted runs left")
     status.add_argument("vm", nargs="?", metavar="VM")
+    _add_check_arguments(status)
     return parser
+
+
+def _add_check_arguments(status: _Parser) -> None:
+    status.add_argument(
+        "--check", action="store_true",
+        help="answer as a monitoring plug-in: exit with 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN",
+    )  # fmt: skip
+    for grade, age, free in (("warn", "26h", "10%"), ("critical", "50h", "5%")):
+        status.add_argument(
+            f"--{grade}-age", type=_argument(_parse_age), metavar=age,
+            help="if the newest backup of a disk is so old",
+        )  # fmt: skip
+        status.add_argument(
+            f"--{grade}-free", type=_argument(parse_free_limit), metavar=free,
+            help="if less is free for backups, a part or a size",
+        )  # fmt: skip
+    status.add_argument(
+        "--timeout", type=_argument(parse_duration_s), metavar="30s",
+        help="do not wait longer for a repository or a QEMU that hangs",
+    )  # fmt: skip
 
 
 def _add_retention_commands(command: Callable[..., _Parser]) -> None:
@@ -235,8 +259,8 @@ def _parse_count(text: str) -> int:
     return int(text)
 
 
-def _argument(parse: Callable[[str], int]) -> Callable[[str], int]:
-    def convert(text: str) -> int:
+def _argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    def convert(text: str) -> T:
         try:
             return parse(text)
         except ValueError as err:

@@ -7,10 +7,10 @@ open files: it is given the text, and the folder that relative paths are relativ
 import math
 import re
 import tomllib
-from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from qbackup.errors import ConfigurationError, UsageError
 from qbackup.formats.documents import DocumentError, convert
@@ -20,9 +20,18 @@ from qbackup.model.backup import (
     MIN_GRANULARITY_BYTES,
 )
 from qbackup.model.chain import DEFAULT_MAX_CHAIN, LARGEST_MAX_CHAIN
+from qbackup.model.health import (
+    DEFAULT_CRITICAL_FREE,
+    DEFAULT_WARN_FREE,
+    FreeLimit,
+    age_limits,
+    parse_free_limit,
+)
 from qbackup.model.names import check_name
 from qbackup.model.quantities import parse_duration_s, parse_size_bytes
 from qbackup.model.retention import NO_RULES, Rules
+
+T = TypeVar("T")
 
 Engine = Literal["snapshot", "direct", "drive-backup"]
 """How the bytes get into the repository: docs/architecture.md, "Engines"."""
@@ -52,6 +61,9 @@ class Vm:
     keep: Rules | None = None
     """The VM's own rules of retention, in place of the global ones; None means these."""
     max_chain: int = DEFAULT_MAX_CHAIN
+    warn_age_s: int | None = None
+    critical_age_s: int | None = None
+    """For `status --check`; None means the default: see `model.health`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +89,8 @@ class Configuration:
     """True: a fingerprint is enough. False: never. None: if the kernel proves that nobody wrote."""
     vms: dict[str, Vm]
     keep: Rules = NO_RULES
+    warn_free: FreeLimit = DEFAULT_WARN_FREE
+    critical_free: FreeLimit = DEFAULT_CRITICAL_FREE
 
     def rules(self, name: str) -> Rules:
         """Return what of a VM's backups is kept; the VM need not be in the file (any more)."""
@@ -107,6 +121,8 @@ class _VmTable:
     granularity: str | int = "64K"
     engine: Literal["snapshot", "direct", "drive-backup", "blockdev-backup"] = "snapshot"
     max_chain: int | None = None
+    warn_age: str | None = None
+    critical_age: str | None = None
     keep: dict[str, Any] | None = None
 
 
@@ -130,6 +146,10 @@ class _File:
     scratch: str | None = None
     scratch_limit: str | int | None = None
     stall_timeout: str | int | float | None = None
+    warn_age: str | None = None
+    critical_age: str | None = None
+    warn_free: str | None = None
+    critical_free: str | None = None
     keep: dict[str, Any] | None = None
     vm: dict[str, Any] = field(default_factory=dict)
 
@@ -148,6 +168,10 @@ _EXPECTED = {
     "scratch": 'a directory on a local disk, such as scratch = "/var/tmp/qbackup"',
     "scratch_limit": 'a size, such as scratch_limit = "20G"',
     "stall_timeout": 'a time, such as stall_timeout = "5m"',
+    "warn_age": 'a time, such as warn_age = "26h", and not more than critical_age',
+    "critical_age": 'a time, such as critical_age = "50h", and not less than warn_age',
+    "warn_free": 'a part or a size, such as warn_free = "10%"',
+    "critical_free": 'a part or a size, such as critical_free = "50G"',
     "keep": "a table, such as [keep] or [vm.vm1.keep]",
     "within": 'a time, such as within = "30d"',
 } | dict.fromkeys(KEEP_PERIODS, "how many to keep, a number from 1 on")
@@ -168,6 +192,7 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
     folder = path.absolute().parent
     max_chain = _max_chain(top.max_chain, where=f"{path}: max_chain")
     snapshot = _snapshot(top, path=path, folder=folder)
+    _ages(top, top, path=path, where="")
     vms = {}
     for name, table in top.vm.items():
         where = f"vm.{name}"
@@ -181,6 +206,8 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
         vms[name] = _vm(
             name, parsed, path=path, folder=folder, max_chain=max_chain, snapshot=snapshot
         )
+        warn_s, critical_s = _ages(parsed, top, path=path, where=where)
+        vms[name] = replace(vms[name], warn_age_s=warn_s, critical_age_s=critical_s)
         for other in vms.values():
             if other.name != name and other.qmp == vms[name].qmp:
                 raise ConfigurationError(
@@ -194,7 +221,47 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
         trust_block_devices=top.trust_block_devices,
         vms=vms,
         keep=_rules(top.keep or {}, path=path, where="keep"),
+        **{
+            key: _read(parse_free_limit, value, path=path, where=key, key=key)
+            for key in ("warn_free", "critical_free")
+            if (value := getattr(top, key)) is not None
+        },
     )
+
+
+def _ages(
+    table: _VmTable | _File, top: _File, *, path: Path, where: str
+) -> tuple[int | None, int | None]:
+    """Return warn_age and critical_age of a table, in seconds; what it lacks is as at the top."""
+
+    def read(key: str) -> int | None:
+        own: str | None = getattr(table, key)
+        value: str | None = own or getattr(top, key)
+        place = f"{where}.{key}" if where and own else key
+        return None if value is None else _read(_age_s, value, path=path, where=place, key=key)
+
+    warn_s, critical_s = read("warn_age"), read("critical_age")
+    try:
+        age_limits(warn_s, critical_s)
+    except ValueError as err:
+        raise ConfigurationError(f"{path}: {f'{where}.' if where else ''}warn_age: {err}") from err
+    return warn_s, critical_s
+
+
+def _age_s(text: str) -> int:
+    seconds = parse_duration_s(text)
+    if seconds == 0:
+        raise ValueError(f"{text!r} is no age")
+    return seconds
+
+
+def _read(parse: Callable[[str], T], text: str, *, path: Path, where: str, key: str) -> T:
+    try:
+        return parse(text)
+    except ValueError as err:
+        raise ConfigurationError(
+            f"{path}: {where}: {err}", hint=f"expected {_EXPECTED[key]}"
+        ) from err
 
 
 def _snapshot(top: _File, *, path: Path, folder: Path) -> SnapshotSettings:
@@ -376,6 +443,8 @@ state = {_quoted(state)}
 #                                     # default: the state directory
 # scratch_limit = "20G"               # a backup that would need more is given up; default: none
 # stall_timeout = "5m"                # so is one that gets no further for so long
+# warn_age = "26h"                    # for qbackup status --check, here or for one VM;
+# critical_age = "50h"                # of the room for backups: warn_free, critical_free = "5%"
 
 # What qbackup prune keeps: the newest backup of each of so many periods that have one. A table
 # [vm.vm1.keep] replaces this one for vm1. Without any rule, nothing is ever removed.
