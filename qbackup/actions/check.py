@@ -20,6 +20,7 @@ from qbackup.host.tasks import in_thread
 from qbackup.model.backup import Backup, Reason
 from qbackup.model.health import AgeLimits, Finding, FreeLimit, Grade, Health, Measure, age_limits
 from qbackup.model.quantities import format_age, format_size
+from qbackup.repository.last_run import read_last_run
 from qbackup.repository.repository import DamagedBackup, Repository
 from qbackup.repository.state import StateDirectory
 
@@ -110,6 +111,7 @@ async def _check_vm(
         *_age(status, bases, age_s, limits),
         *(finding for chain in chains for finding in chain.findings()),
         *_bitmaps(status),
+        *_last_run(state, vm.name),
     ]
     measures = [chain.measure() for chain in chains]
     if age_s is not None:
@@ -217,6 +219,14 @@ def _bitmaps(status: VmStatus) -> Iterator[Finding]:
             yield Finding(grade=Grade.WARNING, vm=status.vm, text=text)
     if status.detail and not status.running_backup and status.state != "off":
         yield Finding(grade=Grade.WARNING, vm=status.vm, text=f"{status.state}: {status.detail}")
+
+
+def _last_run(state: StateDirectory, vm: str) -> Iterator[Finding]:
+    """Tell if the last backup was tried in vain, or is not quite what was asked for."""
+    run = read_last_run(state, "backup")
+    if run is not None and run.exit_code != 0:
+        text = f"the last backup run ended with exit code {run.exit_code}"
+        yield Finding(grade=Grade.WARNING, vm=vm, text=text)
 
 
 def _check_room(configuration: Configuration, vms: Sequence[Vm], options: CheckOptions) -> Health:

@@ -3,12 +3,14 @@
 import argparse
 
 from qbackup.actions.backup import Outcome, back_up
+from qbackup.actions.metrics import recorded
 from qbackup.backup.plan import BackupOptions
-from qbackup.cli.context import make_context
+from qbackup.cli.context import Context, make_context
 from qbackup.cli.output import summary
+from qbackup.formats.configuration import Vm
 from qbackup.model.backup import Backup
 from qbackup.model.quantities import format_duration, format_size
-from qbackup.ui.reporters import make_reporter
+from qbackup.ui.reporters import make_reporter, print_warning
 from qbackup.ui.tables import table
 
 EXIT_DEGRADED = 3
@@ -24,6 +26,12 @@ async def run(arguments: argparse.Namespace) -> int:
     """Back up, print the summary, and return 0, or 3 if something is not as asked."""
     context = make_context(arguments)
     vm = context.vm(arguments.vm)
+    async with recorded(context.configuration, vm.name, "backup", warn=print_warning) as recording:
+        recording.exit_code = await _back_up(context, vm, arguments)
+    return recording.exit_code
+
+
+async def _back_up(context: Context, vm: Vm, arguments: argparse.Namespace) -> int:
     repository = context.open_repository()
     incremental = arguments.name == "incremental"
     options = BackupOptions(

@@ -5,12 +5,14 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
+from qbackup.actions.metrics import recorded
 from qbackup.actions.prune import Pruned, PruneOptions, prune
-from qbackup.cli.context import make_context
+from qbackup.cli.context import Context, make_context
 from qbackup.cli.output import summary
 from qbackup.model.quantities import format_size
 from qbackup.model.retention import Rules
-from qbackup.ui.reporters import make_reporter
+from qbackup.repository.repository import Repository
+from qbackup.ui.reporters import make_reporter, print_warning
 from qbackup.ui.tables import table
 
 
@@ -19,6 +21,16 @@ async def run(arguments: argparse.Namespace) -> int:
     context = make_context(arguments)
     repository = context.open_repository()
     vm = context.vm_name(repository, arguments.vm)
+    if arguments.dry_run:
+        return await _prune(context, repository, vm, arguments)
+    async with recorded(context.configuration, vm, "prune", warn=print_warning) as recording:
+        recording.exit_code = await _prune(context, repository, vm, arguments)
+    return recording.exit_code
+
+
+async def _prune(
+    context: Context, repository: Repository, vm: str, arguments: argparse.Namespace
+) -> int:
     given = _rules(arguments)
     options = PruneOptions(
         rules=given if given.are_given else context.configuration.rules(vm),

@@ -89,6 +89,8 @@ class Configuration:
     """True: a fingerprint is enough. False: never. None: if the kernel proves that nobody wrote."""
     vms: dict[str, Vm]
     keep: Rules = NO_RULES
+    metrics: Path | None = None
+    """Where the metrics for Prometheus go, None: nowhere."""
     warn_free: FreeLimit = DEFAULT_WARN_FREE
     critical_free: FreeLimit = DEFAULT_CRITICAL_FREE
 
@@ -146,6 +148,7 @@ class _File:
     scratch: str | None = None
     scratch_limit: str | int | None = None
     stall_timeout: str | int | float | None = None
+    metrics: str | None = None
     warn_age: str | None = None
     critical_age: str | None = None
     warn_free: str | None = None
@@ -168,6 +171,7 @@ _EXPECTED = {
     "scratch": 'a directory on a local disk, such as scratch = "/var/tmp/qbackup"',
     "scratch_limit": 'a size, such as scratch_limit = "20G"',
     "stall_timeout": 'a time, such as stall_timeout = "5m"',
+    "metrics": 'a file, such as metrics = "/var/lib/node_exporter/textfile/qbackup.prom"',
     "warn_age": 'a time, such as warn_age = "26h", and not more than critical_age',
     "critical_age": 'a time, such as critical_age = "50h", and not less than warn_age',
     "warn_free": 'a part or a size, such as warn_free = "10%"',
@@ -221,6 +225,7 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
         trust_block_devices=top.trust_block_devices,
         vms=vms,
         keep=_rules(top.keep or {}, path=path, where="keep"),
+        metrics=None if top.metrics is None else folder / top.metrics,
         **{
             key: _read(parse_free_limit, value, path=path, where=key, key=key)
             for key in ("warn_free", "critical_free")
@@ -443,6 +448,7 @@ state = {_quoted(state)}
 #                                     # default: the state directory
 # scratch_limit = "20G"               # a backup that would need more is given up; default: none
 # stall_timeout = "5m"                # so is one that gets no further for so long
+# metrics = "/var/lib/prometheus/node-exporter/qbackup.prom"  # for Prometheus's node exporter
 # warn_age = "26h"                    # for qbackup status --check, here or for one VM;
 # critical_age = "50h"                # of the room for backups: warn_free, critical_free = "5%"
 
