@@ -128,7 +128,22 @@ def _make_parser() -> argparse.ArgumentParser:
     status = command("status", "show bitmaps, changes and what interrupted runs left")
     status.add_argument("vm", nargs="?", metavar="VM")
     _add_check_arguments(status)
+
+    _add_units_command(command)
     return parser
+
+
+def _add_units_command(command: Callable[..., _Parser]) -> None:
+    units = command(
+        "install-units", "write systemd timers and services for VMs", module="install_units"
+    )
+    units.add_argument("vm", nargs="*", metavar="VM", help="default: all that are configured")
+    units.add_argument("--user", action="store_true", help="for your own systemd")
+    units.add_argument("--root", metavar="DIR", help="below this directory instead of /")
+    units.add_argument("--dry-run", action="store_true", help="only print them")
+    units.add_argument(
+        "--force", action="store_true", help="replace units that somebody has changed"
+    )
 
 
 def _add_check_arguments(status: _Parser) -> None:
