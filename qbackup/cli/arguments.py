@@ -130,6 +130,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_check_arguments(status)
 
     _add_units_command(command)
+    _add_report_command(command)
     return parser
 
 
@@ -144,6 +145,12 @@ def _add_units_command(command: Callable[..., _Parser]) -> None:
     units.add_argument(
         "--force", action="store_true", help="replace units that somebody has changed"
     )
+
+
+def _add_report_command(command: Callable[..., _Parser]) -> None:
+    report = command("report", "write an HTML page about backups, chains and changes")
+    report.add_argument("vm", nargs="*", metavar="VM", help="default: all that have backups")
+    report.add_argument("--html", required=True, metavar="FILE", help="where to write the page")
 
 
 def _add_check_arguments(status: _Parser) -> None:

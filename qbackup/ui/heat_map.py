@@ -55,8 +55,13 @@ def _even(bits: Bits, densities: list[float]) -> bool:
     return bits.bit_count % len(densities) == 0
 
 
+def level_number(density: float) -> int:
+    """Return how dense a cell is: 0 clean, 1 up to a tenth, 2 up to half, 3 more, 4 all of it."""
+    return next(number for number, level in enumerate(_LEVELS) if density <= level.limit)
+
+
 def _level(density: float) -> _Level:
-    return next(level for level in _LEVELS if density <= level.limit)
+    return _LEVELS[level_number(density)]
 
 
 def _row(row: list[_Level], style: Style) -> str:

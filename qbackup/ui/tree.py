@@ -21,17 +21,13 @@ _WITH_TIME_COLUMNS = 100
 
 def tree(vm: str, found: Survey, style: Style, *, now: datetime) -> str:
     """Draw all backups of one VM, the newest last; what is damaged is explained below."""
-    chains: dict[str, list[Candidate]] = {}
-    for one in found.candidates:
-        backup = found.backups.get(one.id)
-        # Without a manifest nobody knows the chain.
-        chains.setdefault(backup.chain if backup else one.id, []).append(one)
+    chains = found.chains()
     stored = sum(backup.stored_bytes for backup in found.backups.values())
     title = (
         f"{vm}: {_count(len(found.candidates), 'backup')}, {_count(len(chains), 'chain')}, "
         f"{format_size(stored)}"
     )
-    rows = [row for members in chains.values() for row in _chain(members, found, style, now)]
+    rows = [row for members in chains for row in _chain(members, found, style, now)]
     problems = dict.fromkeys(one.problem for one in found.candidates if one.problem)
     return "\n".join(
         [
