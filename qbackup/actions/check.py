@@ -153,7 +153,7 @@ def _age(
     if age_s is None:
         yield Finding(grade=Grade.CRITICAL, vm=status.vm, text="no backup yet")
         return
-    if status.state == "off" and all(map(_is_unchanged, status.disks)):
+    if status.state == "off" and status.disks and all(map(_is_unchanged, status.disks)):
         return  # nothing to back up, however long ago it was
     if age_s < -60:
         text = "the clock is behind the newest backup"

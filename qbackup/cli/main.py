@@ -57,7 +57,9 @@ def run(argv: list[str]) -> int:
 def _run_and_report(argv: list[str]) -> int:
     # What stands behind `--` is QEMU's.
     ours = argv[: argv.index("--")] if "--" in argv else argv
-    check = "--check" in ours  # whoever asks so takes 1 and 2 for grades, and reads stdout only
+    check = {"status", "--check"} <= set(
+        ours
+    )  # whoever asks so takes 1 and 2 for grades, and reads stdout only
     json_output = "--json" in ours
     verbose = "-v" in ours or "--verbose" in ours
     try:
