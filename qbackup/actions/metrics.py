@@ -96,19 +96,21 @@ async def _tell(
 ) -> None:
     if vm not in configuration.vms:
         return  # it has no state directory, and is in no metrics
+    what = "how this run ended cannot be kept for monitoring"
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             await write_last_run(StateDirectory(configuration.state, vm), command, last)
+            what = "the metrics were not written"
             if configuration.metrics is not None:
                 await write_metrics(configuration, configuration.metrics)
     except TimeoutError:
-        warn(f"{vm}: the metrics were not written within {_TIMEOUT_S:.0f} s")
+        warn(f"{vm}: {what}: nothing moved for {_TIMEOUT_S:.0f} s")
     except OSError as err:
         where = f"{err.filename}: " if err.filename else ""
-        warn(f"{vm}: the metrics were not written: {where}{err.strerror or err}")
+        warn(f"{vm}: {what}: {where}{err.strerror or err}")
     except Exception as err:
         # Whatever it is: the backup exists, or failed for a reason of its own.
-        warn(f"{vm}: the metrics were not written: {type(err).__name__}: {err}")
+        warn(f"{vm}: {what}: {type(err).__name__}: {err}")
 
 
 async def write_metrics(configuration: Configuration, path: Path) -> None:
