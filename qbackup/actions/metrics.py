@@ -43,7 +43,7 @@ from qbackup.repository.state import StateDirectory
 _LOCK_FILE = ".metrics.lock"
 """In the state directory; no VM's name begins with a dot."""
 
-_TIMEOUT_S = 20.0
+_TIMEOUT_S = 60.0
 _INTERRUPTED = 130
 
 

@@ -38,7 +38,7 @@ th, td { text-align: left; padding: 0.25rem 0.75rem 0.25rem 0; white-space: nowr
 thead th { color: var(--quiet); font-weight: 500; border-bottom: 1px solid var(--line); }
 tbody tr + tr td { border-top: 1px solid var(--line); }
 td.number, th.number { text-align: right; }
-td.text { white-space: normal; min-width: 8rem; }
+td.text { white-space: normal; min-width: 15rem; }
 .bad { color: var(--bad); font-weight: 600; }
 .good { color: var(--good); }
 svg { display: block; width: 100%; }
