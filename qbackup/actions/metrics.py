@@ -10,10 +10,11 @@ import asyncio
 import fcntl
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qbackup.actions.status import last_seen_disks
 from qbackup.backup.judge import Base
@@ -62,9 +63,9 @@ async def recorded(
     *,
     warn: Callable[[str], None],
 ) -> AsyncIterator[Run]:
-    """Remember how the block ends, and write the metrics, if a file is configured.
+    """Remember how the block ends, for a VM of the configuration.
 
-    What goes wrong with that is a warning, and changes nothing of how the command ends.
+    If that cannot be kept it is a warning, and changes nothing of how the command ends.
     """
     run, started = Run(), time.monotonic()
     try:
@@ -73,12 +74,32 @@ async def recorded(
         run.exit_code = _exit_code(err)
         raise
     finally:
-        last = LastRun(
-            ended_s=round(time.time(), 3),
-            seconds=round(time.monotonic() - started, 3),
-            exit_code=run.exit_code,
-        )
-        await to_its_end(_tell(configuration, vm, command, last, warn))
+        if vm in configuration.vms:  # others have no state directory
+            last = LastRun(
+                ended_s=round(time.time(), 3),
+                seconds=round(time.monotonic() - started, 3),
+                exit_code=run.exit_code,
+            )
+            step = write_last_run(StateDirectory(configuration.state, vm), command, last)
+            await to_its_end(
+                _attempt(step, f"{vm}: how this run ended cannot be kept for monitoring", warn)
+            )
+
+
+@asynccontextmanager
+async def metrics_after(
+    configuration: Configuration, *, warn: Callable[[str], None]
+) -> AsyncIterator[None]:
+    """Write the metrics when the block has ended, well or not, if a file is configured for them.
+
+    If they cannot be written it is a warning, and changes nothing of how the command ends.
+    """
+    try:
+        yield
+    finally:
+        if configuration.metrics is not None:
+            step = write_metrics(configuration, configuration.metrics)
+            await to_its_end(_attempt(step, "the metrics were not written", warn))
 
 
 def _exit_code(err: BaseException) -> int:
@@ -87,30 +108,19 @@ def _exit_code(err: BaseException) -> int:
     return err.exit_code if isinstance(err, QbackupError) else QbackupError.exit_code
 
 
-async def _tell(
-    configuration: Configuration,
-    vm: str,
-    command: RecordedCommand,
-    last: LastRun,
-    warn: Callable[[str], None],
-) -> None:
-    if vm not in configuration.vms:
-        return  # it has no state directory, and is in no metrics
-    what = "how this run ended cannot be kept for monitoring"
+async def _attempt(step: Coroutine[Any, Any, None], what: str, warn: Callable[[str], None]) -> None:
+    """Do something that nothing depends on, in a limited time; tell why if it fails."""
     try:
         async with asyncio.timeout(_TIMEOUT_S):
-            await write_last_run(StateDirectory(configuration.state, vm), command, last)
-            what = "the metrics were not written"
-            if configuration.metrics is not None:
-                await write_metrics(configuration, configuration.metrics)
+            await step
     except TimeoutError:
-        warn(f"{vm}: {what}: nothing moved for {_TIMEOUT_S:.0f} s")
+        warn(f"{what}: nothing moved for {_TIMEOUT_S:.0f} s")
     except OSError as err:
         where = f"{err.filename}: " if err.filename else ""
-        warn(f"{vm}: {what}: {where}{err.strerror or err}")
+        warn(f"{what}: {where}{err.strerror or err}")
     except Exception as err:
         # Whatever it is: the backup exists, or failed for a reason of its own.
-        warn(f"{vm}: {what}: {type(err).__name__}: {err}")
+        warn(f"{what}: {type(err).__name__}: {err}")
 
 
 async def write_metrics(configuration: Configuration, path: Path) -> None:

@@ -3,7 +3,7 @@
 import argparse
 
 from qbackup.actions.backup import Outcome, back_up
-from qbackup.actions.metrics import recorded
+from qbackup.actions.metrics import metrics_after, recorded
 from qbackup.backup.plan import BackupOptions
 from qbackup.cli.context import Context, make_context
 from qbackup.cli.output import summary
@@ -26,7 +26,10 @@ async def run(arguments: argparse.Namespace) -> int:
     """Back up, print the summary, and return 0, or 3 if something is not as asked."""
     context = make_context(arguments)
     vm = context.vm(arguments.vm)
-    async with recorded(context.configuration, vm.name, "backup", warn=print_warning) as recording:
+    async with (
+        metrics_after(context.configuration, warn=print_warning),
+        recorded(context.configuration, vm.name, "backup", warn=print_warning) as recording,
+    ):
         recording.exit_code = await _back_up(context, vm, arguments)
     return recording.exit_code
 

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from qbackup.actions.metrics import recorded
+from qbackup.actions.metrics import metrics_after, recorded
 from qbackup.actions.prune import Pruned, PruneOptions, prune
 from qbackup.cli.context import Context, make_context
 from qbackup.cli.output import summary
@@ -23,7 +23,10 @@ async def run(arguments: argparse.Namespace) -> int:
     vm = context.vm_name(repository, arguments.vm)
     if arguments.dry_run:
         return await _prune(context, repository, vm, arguments)
-    async with recorded(context.configuration, vm, "prune", warn=print_warning) as recording:
+    async with (
+        metrics_after(context.configuration, warn=print_warning),
+        recorded(context.configuration, vm, "prune", warn=print_warning) as recording,
+    ):
         recording.exit_code = await _prune(context, repository, vm, arguments)
     return recording.exit_code
 
