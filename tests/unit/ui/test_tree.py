@@ -24,8 +24,10 @@ ESCAPE = re.compile(r"\x1b\[[0-9]+m")
 
 def width(line: str) -> int:
     """Return how many columns a terminal needs for a line."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in line)
-    return len(line) + wide - sum(map(bool, map(unicodedata.combining, line)))
+    return sum(
+        0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF")
+        for c in line
+    )
 
 
 def surveyed(
