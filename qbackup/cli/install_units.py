@@ -20,7 +20,7 @@ async def run(arguments: argparse.Namespace) -> int:
     context = make_context(arguments)
     if arguments.root and arguments.user:
         raise UsageError("--root is for the system's units, --user for your own")
-    names = [context.vm(name).name for name in arguments.vm] or list(context.configuration.vms)
+    names = [vm.name for vm in context.selected_vms(arguments)]
     setting = _setting(
         context.configuration, find_configuration(arguments.config).absolute(), user=arguments.user
     )

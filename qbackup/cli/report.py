@@ -16,8 +16,8 @@ async def run(arguments: argparse.Namespace) -> int:
     """Write the page, in place of the one before."""
     context = make_context(arguments)
     repository = context.open_repository()
-    names = [context.vm_name(repository, name) for name in dict.fromkeys(arguments.vm)]
-    report = make_report(repository, names or repository.vms(), now=datetime.now(UTC))
+    names = context.selected_names(repository, arguments)
+    report = make_report(repository, names, now=datetime.now(UTC))
     page = make_page(report).encode()
     path = Path(arguments.html).absolute()
     await replace_public_file(path, page)

@@ -18,9 +18,11 @@ from qbackup.ui.tables import table
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    """Print the state of one VM, or of all that are configured."""
+    """Print the state of some VMs, or of all that are configured."""
     context = make_context(arguments)
-    vms = [context.vm(arguments.vm)] if arguments.vm else list(context.configuration.vms.values())
+    # None named: in the order of the configuration.
+    named = context.selected_vms(arguments) if arguments.vms else context.configuration.vms.values()
+    vms = list(named)
     if arguments.check:
         return await _check(context, vms, arguments)
     _refuse_check_options(arguments)
