@@ -121,23 +121,33 @@ class DiskCopy:
         """Make `run` end soon, unless it waits for a file system that does not answer."""
         self._fail(Stopped())
 
+    def connect(self) -> None:
+        """Connect to the export, before `run`, if there is one.
+
+        At once, and not when it is this disk's turn: QEMU hangs up on a client that has not said
+        within 10 s which export it wants (nbd/server.c, `NBD_DEFAULT_HANDSHAKE_MAX_SECS`).
+
+        Raises:
+            NbdError: there is no such server or export, or not one that we can use.
+            Stopped: `stop` was called.
+        """
+        task = self.task
+        self._check()
+        if task.server is not None:
+            self._nbd = NbdConnection(
+                task.server, task.export, allocation=task.allocation, timeout_s=_CONNECT_TIMEOUT_S
+            )
+
     def run(self) -> Stored:
-        """Copy the disk; return when its image is complete, synced and hashed.
+        """Copy the disk, after `connect`; return when its image is complete, synced and hashed.
 
         Raises:
             NbdError: the export cannot be read.
             OSError: the image cannot be written.
             Stopped: `stop` was called.
         """
-        task = self.task
-        self._check()
-        nbd = None
-        if task.server is not None:
-            nbd = NbdConnection(
-                task.server, task.export, allocation=task.allocation, timeout_s=_CONNECT_TIMEOUT_S
-            )
+        task, nbd = self.task, self._nbd
         try:
-            self._nbd = nbd
             self._check()
             candidates = self._candidates(nbd)
             self.total_bytes = _disk_bytes(candidates.total_clusters, task.virtual_size_bytes)

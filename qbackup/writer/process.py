@@ -130,6 +130,7 @@ class Process:
 
     def _copy(self, copy: DiskCopy) -> None:
         try:
+            copy.connect()
             with self._copying:
                 stored = copy.run()
         except OSError as err:
