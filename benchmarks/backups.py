@@ -29,6 +29,7 @@ from measure import (
     vm_with,
 )
 from support.cli import Qbackup
+from support.many import make_many
 from support.qemu import Qemu, create_image
 
 from qbackup.formats.manifest import disk_file, encode_manifest
@@ -269,3 +270,28 @@ def _multiply_backups(qbackup: Qbackup, count: int) -> None:
         folder.mkdir()
         data = encode_manifest(last, repository_id=repository.id)
         (folder / "manifest.json").write_bytes(data)
+
+
+async def many_vms(rounds: int) -> list[Row]:
+    """Look at 10,000 backups of 100 VMs, none of which runs."""
+    with tempfile.TemporaryDirectory(dir=TMPFS) as name:
+        folder = Path(name)
+        repository = await Repository.create(folder / "repo")
+        vms = make_many(repository.path, repository.id, vms=100, backups=100)
+        path = folder / "many.toml"
+        tables = "".join(f'[vm.{vm}]\nqmp = "{vm}.sock"\n' for vm in vms)
+        path.write_text(f'repository = "repo"\nstate = "state"\n[keep]\nlast = 100\n{tables}')
+        qbackup = Qbackup(configuration=path)
+        steps = {
+            "list": ("list",),
+            "list --json": ("--json", "list"),
+            "status --all": ("status", "--all"),
+            "prune --all": ("prune", "--all"),
+        }
+        medians = await alternate(
+            rounds, {what: command(qbackup, *arguments) for what, arguments in steps.items()}
+        )
+    return [
+        row_within(f"{what}, 10,000 backups of 100 VMs", seconds, 1.0)
+        for what, seconds in medians.items()
+    ]

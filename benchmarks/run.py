@@ -39,6 +39,7 @@ def all_benchmarks(rounds: int, disk: Path) -> dict[str, Benchmark]:
         "guest-latency": lambda: guest_latency(rounds),
         "help": lambda: backups.help_text(rounds),
         "list": lambda: backups.listing(rounds),
+        "many": lambda: backups.many_vms(rounds),
         "bitmap-save": lambda: bitmaps.save(rounds),
         "bitmap-load": lambda: bitmaps.load(rounds),
         "run-overhead": lambda: run_overhead(rounds),

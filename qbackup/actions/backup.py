@@ -1,7 +1,7 @@
 """One backup from beginning to end (docs/architecture.md, "How a backup goes").
 
-    lock → connect → reconcile → plan → copy → publish → prune bitmaps
-                                               ↑ commit point
+    lock → hook → connect → reconcile → plan → copy → publish → prune bitmaps → hook
+                                                      ↑ commit point
 
 Before the commit point a failure leaves the repository and the bitmaps as they were; after
 it, the backup exists and only QEMU's old bitmaps remain to be removed.
@@ -16,6 +16,7 @@ from qbackup.backup import reconcile
 from qbackup.backup.engines import Work
 from qbackup.backup.engines.choose import chosen_engine
 from qbackup.backup.finish import rolled_back_on_failure
+from qbackup.backup.hooks import hooks_around
 from qbackup.backup.judge import checkpoints, migrated_verdicts, newest_bases
 from qbackup.backup.plan import (
     BackupOptions,
@@ -24,6 +25,7 @@ from qbackup.backup.plan import (
     make_plan,
     readable_backups,
 )
+from qbackup.backup.vm_files import Collected, collect_files
 from qbackup.bitmaps.image_files import query_disks
 from qbackup.bitmaps.load import distrust_present
 from qbackup.bitmaps.roll_back import prune_bitmaps, roll_back_bitmaps
@@ -68,6 +70,7 @@ async def back_up(
     Raises:
         LockedError: another run is at work.
         MonitorError: QEMU cannot be reached, or went away.
+        HookError: the hook before it failed.
         RefusedError: a full backup would be needed and was ruled out.
         QbackupError: anything else; nothing of the backup remains.
     """
@@ -76,6 +79,7 @@ async def back_up(
     owner = owner_of(repository.id, vm.name)
     async with (
         repository.lock(vm.name, wait_s=options.lock_wait_s) as lock,
+        hooks_around(vm, options.kind, reporter) as hooks,
         vm_monitor(vm, state.control_socket) as (monitor, watched),
         chosen_engine(monitor, vm=vm, state=state, lock=lock, reporter=reporter) as engine,
     ):
@@ -100,6 +104,8 @@ async def back_up(
         version = await query_version(monitor)
         configuration = await query_configuration(monitor)
         _compare_clock(history, reporter)
+        collected = await collect_files(vm.files, plan.firmware)
+        _tell_of_files(collected, vm.name, reporter)
         backup_id = new_backup_id(
             now=datetime.now(UTC), newest=plan.newest_id, random_bits=secrets.randbits(16)
         )
@@ -133,14 +139,43 @@ async def back_up(
                 qemu_version=".".join(map(str, version)),
                 vm_configuration=configuration,
                 left_out=plan.left_out,
+                files=list(collected.files),
             )
             # An interruption that comes now is too late: the backup is about to exist.
-            await to_its_end(session.publish(backup))
+            await to_its_end(session.publish(backup, archive=collected.archive))
+        hooks.backup_id = backup.id
+        hooks.degraded = _degraded(
+            plan, backup, options, collected, freeze_failed=copied.freeze_failed
+        )
         await to_its_end(_forget_old_bitmaps(monitor, plan, backup, owner, reporter))
-    degraded = tuple(f"disk {name} was left out: {why}" for name, why in plan.refused.items())
-    if copied.freeze_failed:
-        degraded += ("the guest's file systems were not frozen",)
-    return Outcome(backup=backup, degraded=degraded)
+    return Outcome(backup=backup, degraded=hooks.degraded)
+
+
+def _tell_of_files(collected: Collected, vm: str, reporter: Reporter) -> None:
+    for why in collected.missing:
+        reporter.warning(f"{vm}: file {why}")
+    for why in collected.firmware_missing:
+        # It comes with QEMU, or the distribution, as a rule.
+        reporter.notice(f"{vm}: firmware {why}")
+
+
+def _degraded(
+    plan: Plan,
+    backup: Backup,
+    options: BackupOptions,
+    collected: Collected,
+    *,
+    freeze_failed: bool,
+) -> tuple[str, ...]:
+    """Return what of a backup is not as it was asked for."""
+    degraded = [f"disk {name} was left out: {why}" for name, why in plan.refused.items()]
+    degraded += [f"file {why}" for why in collected.missing]
+    if freeze_failed:
+        degraded.append("the guest's file systems were not frozen")
+    if options.kind == "incremental" and options.strict:
+        fallen = (disk.name for disk in backup.disks if disk.kind == "full")
+        degraded += [f"disk {name} got a full backup" for name in fallen]
+    return tuple(degraded)
 
 
 async def _prepare(

@@ -164,23 +164,39 @@ class Writer:
         """Change the speed limit of a disk that is being copied; 0: none."""
         await self._send({"do": "rate", "disk": disk, "bytes_per_s": bytes_per_s}, None)
 
-    async def publish(self, manifest: bytes, *, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
+    async def publish(
+        self,
+        manifest: bytes,
+        *,
+        extra: tuple[str, bytes] | None = None,
+        timeout_s: float = COMMAND_TIMEOUT_S,
+    ) -> None:
         """Write the manifest and make the backup exist: the commit point.
 
-        When it fails, `outcome` tells what is known.
+        `extra` is the name and the content of one more file. When it fails, `outcome` tells what
+        is known.
 
         Raises:
             NoSpaceError: the repository is full.
             WriterError: anything else.
         """
         self.outcome = "unknown"
+        message: Message = {"do": "publish", "extra": None if extra is None else extra[0]}
+        spooled = None if extra is None else channel.spooled(extra[1])
         try:
             await self._ask(
-                "publish", {"do": "publish"}, fd=channel.spooled(manifest), timeout_s=timeout_s
+                "publish",
+                message,
+                fd=channel.spooled(manifest),
+                lent=() if spooled is None else (spooled,),
+                timeout_s=timeout_s,
             )
         except _Reported as err:
             self.outcome = "yes" if err.renamed else "no"
             raise err.translated from None
+        finally:
+            if spooled is not None:
+                os.close(spooled)
         self.outcome = "yes"
         self._moved()
 

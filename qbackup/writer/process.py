@@ -83,7 +83,7 @@ class Process:
                     copy.rate.set(message["bytes_per_s"])
             case "publish" if fds:
                 self._publishing = True
-                self._start("publish", lambda: self._publish(fds[0]))
+                self._start("publish", lambda: self._publish(fds, message.get("extra")))
             case "discard":
                 self._stop_copies()
                 self._start("discard", self._discard)
@@ -147,8 +147,8 @@ class Process:
             }
         )
 
-    def _publish(self, fd: int) -> None:
-        data = os.pread(fd, os.fstat(fd).st_size, 0)
+    def _publish(self, fds: list[int], extra: str | None) -> None:
+        data, *others = (os.pread(fd, os.fstat(fd).st_size, 0) for fd in fds)
         renamed = False
 
         def on_renamed() -> None:
@@ -156,6 +156,8 @@ class Process:
             renamed = True
 
         try:
+            if extra is not None:
+                durable.write_new_file_now(self._partial / extra, others[0])
             durable.publish_directory_now(
                 self._partial,
                 self._final,

@@ -34,6 +34,7 @@ from qbackup.backup.instant import (
 from qbackup.backup.judge import Verdict
 from qbackup.errors import JobFailedError, SnapshotError, WriterError
 from qbackup.formats.manifest import backing_file, disk_file, encode_manifest
+from qbackup.formats.vm_files import ARCHIVE_FILE
 from qbackup.host.tasks import in_thread, task_group
 from qbackup.model.backup import Backup, DiskBackup
 from qbackup.model.bitmap import Bits
@@ -150,10 +151,11 @@ class SnapshotSession:
         """Whether the backup exists by now."""
         return self._writer.outcome
 
-    async def publish(self, backup: Backup) -> None:
+    async def publish(self, backup: Backup, *, archive: bytes | None = None) -> None:
         """Make the backup exist; see `Session.publish`."""
         data = encode_manifest(backup, repository_id=self._work.repository.id)
-        await self._writer.publish(data, timeout_s=self._settings.stall_timeout_s)
+        extra = None if archive is None else (ARCHIVE_FILE, archive)
+        await self._writer.publish(data, extra=extra, timeout_s=self._settings.stall_timeout_s)
 
     async def copy(self) -> Copied:
         """Take the instant and copy it; see `Session.copy`.
