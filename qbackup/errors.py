@@ -25,7 +25,10 @@ The tree, and the exit codes that other programs rely on:
     ├── ChainBrokenError               1  a backup needs another one that is not there
     ├── BackupNotFoundError            1  no backup, or several, by that name
     ├── RemovalError                   1  a backup that was to be removed is still there
-    └── RestoreError                   1  a restore cannot start, or failed
+    ├── UnitChangedError               1  a systemd unit that somebody changed is in the way
+    ├── RestoreError                   1  a restore cannot start, or failed
+    ├── ProgramError                   1  a program that is needed is missing, or failed
+    └── VmStartedError                 1  a VM that was off was started during its backup
 
 The exit code 3 (done, but degraded) is no error: the command's result carries it. Of a command
 for several VMs, the exit code is the worst of theirs, in the order of `_BEST_FIRST`.
@@ -219,6 +222,17 @@ class ManifestDamagedError(QbackupError):
         self.path, self.fact = path, fact
 
 
+class UnitChangedError(QbackupError):
+    """Units that are to be written are there, and are not as qbackup wrote them."""
+
+    def __init__(self, paths: Sequence[object]) -> None:
+        super().__init__(
+            f"somebody changed {', '.join(map(str, paths))}; nothing was written",
+            hint="--force replaces them; --dry-run shows what would be written",
+        )
+        self.paths = tuple(paths)
+
+
 class ChainBrokenError(QbackupError):
     """A backup needs another one that is not in the repository."""
 
@@ -241,6 +255,22 @@ class RemovalError(QbackupError):
 
 class RestoreError(QbackupError):
     """A restore cannot start, or it failed; what it had written is removed."""
+
+
+class ProgramError(QbackupError):
+    """A program that qbackup uses is not installed, does not start, or failed."""
+
+
+class VmStartedError(QbackupError):
+    """A VM that was off was started while it was backed up; nothing of the backup remains."""
+
+    def __init__(self, vm: str, fact: str) -> None:
+        super().__init__(
+            f"{vm}: the VM was started while it was backed up: {fact}",
+            hint="start the backup again: the VM runs now. Nothing is lost, the next "
+            "incremental contains what this one would have",
+        )
+        self.vm = vm
 
 
 def as_reported(err: Exception) -> QbackupError:

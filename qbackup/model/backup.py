@@ -14,7 +14,7 @@ from qbackup.model import limits
 
 Kind = Literal["full", "incremental"]
 
-Consistency = Literal["crash", "filesystem", "paused"]
+Consistency = Literal["crash", "filesystem", "paused", "off"]
 
 Reason = Literal[
     # Why a bitmap is not trusted:
@@ -60,6 +60,14 @@ REASON_TEXT: dict[Reason, str] = {
     "chain-full": "the chain is as long as it may be; a new one begins",
 }
 """Each reason, said to people."""
+
+UNTRUSTED_REASONS: frozenset[Reason] = frozenset(REASON_TEXT) - {
+    "new-disk",
+    "requested",
+    "no-parent",
+    "chain-full",
+}
+"""Reasons for a full backup that are about the disk's bitmap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
