@@ -3,25 +3,21 @@
 import argparse
 import re
 from collections.abc import Callable
-from typing import NoReturn
 
 from qbackup import __version__
-from qbackup.errors import UsageError
+from qbackup.cli.examples import EXAMPLES
+from qbackup.cli.parser import Parser
 from qbackup.model.quantities import parse_duration_s, parse_size_bytes
+
+SHELLS = ("bash", "zsh", "fish")
+"""Those that `qbackup completion` knows."""
 
 _EXIT_CODES = """\
 exit codes:
   0 done   1 failed   2 usage   3 done, but degraded   4 refused (--no-fallback)
-  10 no repository   11 locked   12 QEMU cannot be reached   13 verification failed
-  130 interrupted
+  10 no repository   11 locked   12 QEMU cannot be reached
+  13 verification failed   130 interrupted
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports mistakes as every other error is reported, with `--json` too."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, hint=f"see {self.prog} --help")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -30,27 +26,24 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     Raises:
         UsageError: it is wrong.
     """
-    return _make_parser().parse_args(argv)
+    return make_parser().parse(argv)
 
 
-def _make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def make_parser() -> Parser:
+    """Make the parser of every command: what help, completion and the manual page are made from."""
+    parser = Parser(
         prog="qbackup",
-        description="Back up the disks of running QEMU virtual machines: in full, "
-        "then only what changed.",
-        epilog=_EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description="Back up the disks of running QEMU virtual machines: in full, then only what\n"
+        "changed. qbackup COMMAND --help tells about one command.",
+        epilog=f"{EXAMPLES['qbackup']}\n\n{_EXIT_CODES}",
     )
     parser.add_argument("--version", action="version", version=f"qbackup {__version__}")
     _add_common(parser, defaults=True)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    def command(
-        name: str, text: str, *, module: str = "", aliases: tuple[str, ...] = ()
-    ) -> _Parser:
-        sub: _Parser = commands.add_parser(
-            name, help=text, description=text, aliases=list(aliases), allow_abbrev=False
+    def command(name: str, text: str, *, module: str = "", aliases: tuple[str, ...] = ()) -> Parser:
+        sub: Parser = commands.add_parser(
+            name, help=text, description=text, aliases=list(aliases), epilog=EXAMPLES.get(name)
         )
         _add_common(sub, defaults=False)
         sub.set_defaults(module=module or name, name=name)
@@ -124,10 +117,13 @@ def _make_parser() -> argparse.ArgumentParser:
 
     status = command("status", "show bitmaps, changes and what interrupted runs left")
     status.add_argument("vm", nargs="?", metavar="VM")
+
+    completion = command("completion", "print what lets a shell complete the command line")
+    completion.add_argument("shell", choices=SHELLS, metavar="|".join(SHELLS))
     return parser
 
 
-def _add_retention_commands(command: Callable[..., _Parser]) -> None:
+def _add_retention_commands(command: Callable[..., Parser]) -> None:
     prune = command("prune", "remove the backups that no rule keeps")
     prune.add_argument("vm", metavar="VM")
     _add_keep_rules(prune)
@@ -146,14 +142,14 @@ def _add_retention_commands(command: Callable[..., _Parser]) -> None:
         _add_lock_wait(marking)
 
 
-def _add_bitmap_command(command: Callable[..., _Parser]) -> None:
+def _add_bitmap_command(command: Callable[..., Parser]) -> None:
     bitmap = command("bitmap", "look at a bitmap file")
-    actions = bitmap.add_subparsers(dest="action", metavar="show|check", required=True)
+    actions = bitmap.add_subparsers(dest="action", metavar="show|check")
     for name, text in (
         ("show", "show what a bitmap file says, and a heat map of the disk"),
         ("check", "exit with 0 if a bitmap file is intact and clean, else with 1"),
     ):
-        action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        action = actions.add_parser(name, help=text, description=text)
         _add_common(action, defaults=False)
         action.add_argument("file", metavar="FILE")
 

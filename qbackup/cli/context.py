@@ -14,6 +14,7 @@ from qbackup.formats.configuration import (
 )
 from qbackup.host.files import read_bounded
 from qbackup.model.names import check_name
+from qbackup.model.similar import did_you_mean
 from qbackup.repository.repository import Repository
 from qbackup.repository.state import StateDirectory
 
@@ -57,9 +58,11 @@ class Context:
         check_name("VM", name)
         known = {*self.configuration.vms, *repository.vms()}
         if name not in known:
+            question = did_you_mean(name, known)
+            listed = f"known: {', '.join(sorted(known)) or 'none'}"
             raise UsageError(
                 f"VM {name!r} is neither in {self.configuration.path} nor in the repository",
-                hint=f"known: {', '.join(sorted(known)) or 'none'}",
+                hint=f"{question} {listed}" if question else listed,
             )
         return name
 

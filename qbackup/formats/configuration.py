@@ -23,6 +23,7 @@ from qbackup.model.chain import DEFAULT_MAX_CHAIN, LARGEST_MAX_CHAIN
 from qbackup.model.names import check_name
 from qbackup.model.quantities import parse_duration_s, parse_size_bytes
 from qbackup.model.retention import NO_RULES, Rules
+from qbackup.model.similar import did_you_mean
 
 Engine = Literal["snapshot", "direct", "drive-backup"]
 """How the bytes get into the repository: docs/architecture.md, "Engines"."""
@@ -92,9 +93,11 @@ class Configuration:
         check_name("VM", name)
         if name not in self.vms:
             known = ", ".join(sorted(self.vms)) or "none"
+            question = did_you_mean(name, self.vms)
+            add = f"add a table [vm.{name}] with its qmp socket"
             raise UsageError(
                 f"VM {name!r} is not in {self.path} (there: {known})",
-                hint=f"add a table [vm.{name}] with its qmp socket",
+                hint=f"{question} else {add}" if question else add,
             )
         return self.vms[name]
 
