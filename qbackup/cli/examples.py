@@ -1,4 +1,4 @@
-"""Examples for the end of each command's `--help` and for the manual page; all fit 80 columns."""
+"""Examples for the end of each command's `--help` and for the manual page, which indents more."""
 
 
 def _examples(*lines: str) -> str:
@@ -8,7 +8,7 @@ def _examples(*lines: str) -> str:
 EXAMPLES = {
     "qbackup": _examples(
         "qbackup init",
-        "qbackup run vm1 -- qemu-system-x86_64 …      # keeps bitmaps beyond its end",
+        "qbackup run vm1 -- qemu-system-x86_64 …    # keeps bitmaps beyond its end",
         "qbackup full vm1",
         "qbackup incremental vm1",
         "qbackup restore vm1 --to /var/tmp/vm1",
@@ -23,15 +23,15 @@ EXAMPLES = {
     ),
     "incremental": _examples(
         "qbackup incremental vm1",
-        "qbackup -q incremental vm1 --lock-wait 10m   # for cron: says what is wrong",
-        "qbackup incremental vm1 --no-fallback        # never a full backup instead",
+        "qbackup -q incremental vm1 --lock-wait 10m # for cron: speaks of trouble",
+        "qbackup incremental vm1 --no-fallback      # never a full backup instead",
     ),
     "list": _examples(
         "qbackup list",
         "qbackup --json list vm1",
     ),
     "show": _examples(
-        "qbackup show vm1 20261123-1506               # or less of the id",
+        "qbackup show vm1 20261123-1506             # or less of the id",
     ),
     "restore": _examples(
         "qbackup restore vm1 --to /var/tmp/vm1",
@@ -43,11 +43,11 @@ EXAMPLES = {
         "qbackup verify vm1 --at 20261123-1506",
     ),
     "prune": _examples(
-        "qbackup prune vm1 --dry-run                  # what would go, and why",
+        "qbackup prune vm1 --dry-run                # what would go, and why",
         "qbackup prune vm1 --keep-daily 7 --keep-weekly 4",
     ),
     "protect": _examples(
-        "qbackup protect vm1 20261123-1506            # or less of the id",
+        "qbackup protect vm1 20261123-1506          # or less of the id",
     ),
     "unprotect": _examples(
         "qbackup unprotect vm1 20261123-1506",
@@ -72,9 +72,9 @@ EXAMPLES = {
         "qbackup --json status vm1",
     ),
     "completion": _examples(
-        'eval "$(qbackup completion bash)"            # in ~/.bashrc',
-        'eval "$(qbackup completion zsh)"             # in ~/.zshrc, after compinit',
-        "qbackup completion fish | source             # in ~/.config/fish/config.fish",
+        'eval "$(qbackup completion bash)"          # in ~/.bashrc',
+        'eval "$(qbackup completion zsh)"           # in ~/.zshrc, after compinit',
+        "qbackup completion fish | source         # in ~/.config/fish/config.fish",
     ),
 }
 """By the name of the command. A test requires one for each."""
