@@ -56,14 +56,14 @@ def _stanza(one: Distribution, *, site: Path) -> str | None:
     if not licences:
         raise SystemExit(f"{folder}: {name} comes without its licence")
     where = [f" /{path.relative_to(site.parents[3])}" for path in licences]
-    kind = facts.get("License-Expression") or (facts.get("License") or "see").splitlines()[0]
+    kinds = [*facts.get_all("License-Expression", ()), *facts.get_all("License", ())]
     return "\n".join(
         [
             f"Files: usr/lib/qbackup/site-packages/{folder.name}/*",
             f"Comment: {name} {facts['Version']}, {facts['Summary']}",
             "Copyright: its authors, as in",
             *where,
-            f"License: {kind}",
+            f"License: {kinds[0].splitlines()[0] if kinds else 'as-in-the-file'}",
             " Its text is in",
             *where,
             "",
