@@ -17,7 +17,7 @@ from qbackup.errors import QbackupError
 if TYPE_CHECKING:
     from qbackup.formats.configuration import Configuration
 
-LIMIT_S = 2
+REPOSITORY_LIMIT_S = 5
 """A repository that hangs holds up no shell for longer."""
 
 
@@ -26,8 +26,6 @@ def answer_shell(parser: Parser) -> None:
 
     The environment and descriptor 8 are argcomplete's way of asking. Does not return.
     """
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(LIMIT_S)
     for one in _with_all_below(parser):
         for action in one._actions:
             completer = _COMPLETERS.get(str(action.metavar))
@@ -66,7 +64,11 @@ def _backups(given: argparse.Namespace) -> Iterable[str]:
     """Return the ids of the backups of the VM that stands before."""
     from qbackup.repository.repository import Repository  # noqa: PLC0415 - as below
 
-    return Repository.open(_configuration(given).repository).backup_ids(given.vm)
+    path = _configuration(given).repository
+    # Ends this process, silently: a thread that hangs in the kernel could not be left behind.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(REPOSITORY_LIMIT_S)
+    return Repository.open(path).backup_ids(given.vm)
 
 
 def _configuration(given: argparse.Namespace) -> "Configuration":
