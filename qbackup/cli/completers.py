@@ -26,20 +26,12 @@ def answer_shell(parser: Parser) -> None:
 
     The environment and descriptor 8 are argcomplete's way of asking. Does not return.
     """
-    for one in _with_all_below(parser):
+    for one in parser.with_all_below():
         for action in one._actions:
             completer = _COMPLETERS.get(str(action.metavar))
             if completer is not None:
                 action.completer = completer  # type: ignore[attr-defined] # where it is looked for
     CompletionFinder()(parser, always_complete_options=False, default_completer=SuppressCompleter())
-
-
-def _with_all_below(parser: Parser) -> Iterable[Parser]:
-    yield parser
-    commands = parser.commands()
-    if commands is not None and isinstance(commands.choices, dict):
-        for below in commands.choices.values():
-            yield from _with_all_below(below)
 
 
 class _Names(BaseCompleter):

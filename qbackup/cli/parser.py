@@ -6,7 +6,7 @@ perhaps meant; argparse itself does that from Python 3.14 on, and for choices al
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from qbackup.errors import UsageError
@@ -60,6 +60,14 @@ class Parser(argparse.ArgumentParser):
             if isinstance(action, argparse._SubParsersAction):
                 return action
         return None
+
+    def with_all_below(self) -> Iterator["Parser"]:
+        """Return this parser, and those of all commands below it."""
+        yield self
+        commands = self.commands()
+        if commands is not None and isinstance(commands.choices, dict):
+            for below in commands.choices.values():
+                yield from below.with_all_below()
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Check a value against the choices, as in every version of argparse."""

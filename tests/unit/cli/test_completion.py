@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from support.cli import Qbackup
 
 from qbackup.cli.arguments import SHELLS, make_parser
 from qbackup.cli.completers import _COMPLETERS
-from qbackup.cli.parser import Parser
 from qbackup.repository.repository import Repository
 
 from ..values import ID1, ID2, VM
@@ -102,17 +100,10 @@ def test_what_cannot_be_looked_up_is_not_offered_and_not_told(
 
 
 def test_everything_that_has_names_offers_them() -> None:
-    values = {str(action.metavar): action for action in actions(make_parser())}
-    assert set(_COMPLETERS) <= set(values)
+    values = {
+        str(action.metavar) for one in make_parser().with_all_below() for action in one._actions
+    }
+    assert set(_COMPLETERS) <= values
     names = {"VM", "ID", "FILE", "DIR"}
     missed = {value for value in values if names & set(value.replace("|", " ").split())}
     assert missed <= set(_COMPLETERS)
-
-
-def actions(parser: Parser) -> Iterator[object]:
-    """Return all arguments of all commands."""
-    yield from parser._actions
-    commands = parser.commands()
-    if commands is not None and isinstance(commands.choices, dict):
-        for below in commands.choices.values():
-            yield from actions(below)

@@ -1,27 +1,16 @@
 """What `--help` shows, of every command there is: it fits a terminal, and its examples work."""
 
 import shlex
-from collections.abc import Iterator
 
 import pytest
 
 from qbackup.cli.arguments import make_parser, parse_arguments
 from qbackup.cli.examples import EXAMPLES
-from qbackup.cli.parser import Parser
 
 WIDTH = 80
 
 
-def parsers(parser: Parser) -> Iterator[Parser]:
-    """Return a parser and all below it."""
-    yield parser
-    commands = parser.commands()
-    if commands is not None and isinstance(commands.choices, dict):
-        for below in commands.choices.values():
-            yield from parsers(below)
-
-
-PARSERS = {parser.prog: parser for parser in parsers(make_parser())}
+PARSERS = {parser.prog: parser for parser in make_parser().with_all_below()}
 COMMANDS = {prog for prog in PARSERS if prog.count(" ") < 2}
 
 
