@@ -3,11 +3,17 @@
 import argparse
 import re
 from collections.abc import Callable
+from typing import TypeVar
 
 from qbackup import __version__
 from qbackup.cli.examples import EXAMPLES
 from qbackup.cli.parser import Parser
+from qbackup.errors import UsageError
+from qbackup.model.health import parse_free_limit
+from qbackup.model.limits import MAX_PARALLEL
 from qbackup.model.quantities import parse_duration_s, parse_size_bytes
+
+T = TypeVar("T")
 
 SHELLS = ("bash", "zsh", "fish")
 """Those that `qbackup completion` knows."""
@@ -26,7 +32,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     Raises:
         UsageError: it is wrong.
     """
-    return make_parser().parse(argv)
+    arguments = make_parser().parse(argv)
+    if getattr(arguments, "all", False) and arguments.vms:
+        mistake = "--all and names of VMs exclude each other"
+    elif getattr(arguments, "vms_required", False) and not (arguments.vms or arguments.all):
+        mistake = "the following arguments are required: VM (or --all)"
+    else:
+        return arguments
+    raise UsageError(mistake, hint=f"see qbackup {arguments.name} --help")
 
 
 def make_parser() -> Parser:
@@ -69,7 +82,7 @@ def make_parser() -> Parser:
     )
 
     listing = command("list", "list backups, the newest last; P marks protected ones")
-    listing.add_argument("vm", nargs="?", metavar="VM")
+    _add_vms(listing)
 
     show = command("show", "show one backup")
     show.add_argument("vm", metavar="VM")
@@ -84,15 +97,32 @@ def make_parser() -> Parser:
     restore.add_argument("--disk", action="append", default=[], metavar="NAME")
     restore.add_argument("--format", choices=("raw", "qcow2"), help="default: as the source was")
     restore.add_argument("--force", action="store_true", help="replace what is there")
+    restore.add_argument(
+        "--with-vm", action="store_true", help="write start.sh, which starts the VM on them"
+    )
     _add_lock_wait(restore)
 
     verify = command("verify", "compare every byte of the backups with what was written")
-    verify.add_argument("vm", nargs="?", metavar="VM")
+    _add_vms(verify)
+    _add_parallel(verify)
     verify.add_argument("--at", metavar="ID|TIME", help="only this backup and what it needs")
     _add_lock_wait(verify)
 
     _add_retention_commands(command)
 
+    _add_watching_commands(command)
+    _add_bitmap_command(command)
+
+    _add_status_command(command)
+    _add_units_command(command)
+    _add_report_command(command)
+
+    completion = command("completion", "print what lets a shell complete the command line")
+    completion.add_argument("shell", choices=SHELLS, metavar="|".join(SHELLS))
+    return parser
+
+
+def _add_watching_commands(command: Callable[..., Parser]) -> None:
     run = command("run", "start QEMU, and keep its bitmaps beyond its end")
     run.add_argument("vm", metavar="VM")
     run.add_argument(
@@ -113,19 +143,52 @@ def make_parser() -> Parser:
         help="a guest that has not powered off by then is paused, saved and ended",
     )  # fmt: skip
 
-    _add_bitmap_command(command)
 
+def _add_units_command(command: Callable[..., Parser]) -> None:
+    units = command(
+        "install-units", "write systemd timers and services for VMs", module="install_units"
+    )
+    _add_vms(units)
+    units.add_argument("--user", action="store_true", help="for your own systemd")
+    units.add_argument("--root", metavar="DIR", help="below this directory instead of /")
+    units.add_argument("--dry-run", action="store_true", help="only print them")
+    units.add_argument(
+        "--force", action="store_true", help="replace units that somebody has changed"
+    )
+
+
+def _add_report_command(command: Callable[..., Parser]) -> None:
+    report = command("report", "write an HTML page about backups, chains and changes")
+    _add_vms(report)
+    report.add_argument("--html", required=True, metavar="FILE", help="where to write the page")
+
+
+def _add_status_command(command: Callable[..., Parser]) -> None:
     status = command("status", "show bitmaps, changes and what interrupted runs left")
-    status.add_argument("vm", nargs="?", metavar="VM")
-
-    completion = command("completion", "print what lets a shell complete the command line")
-    completion.add_argument("shell", choices=SHELLS, metavar="|".join(SHELLS))
-    return parser
+    _add_vms(status)
+    status.add_argument(
+        "--check", action="store_true",
+        help="answer as a monitoring plug-in: exit with 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN",
+    )  # fmt: skip
+    for grade, age, free in (("warn", "26h", "10%"), ("critical", "50h", "5%")):
+        status.add_argument(
+            f"--{grade}-age", type=_argument(_parse_age), metavar=age,
+            help="if the newest backup of a disk is so old",
+        )  # fmt: skip
+        status.add_argument(
+            f"--{grade}-free", type=_argument(parse_free_limit), metavar=free,
+            help="if less is free for backups, a part or a size",
+        )  # fmt: skip
+    status.add_argument(
+        "--timeout", type=_argument(parse_duration_s), metavar="30s",
+        help="do not wait longer for a repository or a QEMU that hangs",
+    )  # fmt: skip
 
 
 def _add_retention_commands(command: Callable[..., Parser]) -> None:
     prune = command("prune", "remove the backups that no rule keeps")
-    prune.add_argument("vm", metavar="VM")
+    _add_vms(prune, required=True)
+    _add_parallel(prune)
     _add_keep_rules(prune)
     prune.add_argument(
         "--dry-run", action="store_true", help="only show what is kept, and why, and what not"
@@ -175,8 +238,27 @@ def _add_common(parser: argparse.ArgumentParser, *, defaults: bool) -> None:
     )
 
 
+def _add_vms(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add the names of VMs; none of them means all, unless they are `required`."""
+    parser.add_argument(
+        "vms", nargs="*", metavar="VM", help="a name, or a pattern in quotes, such as 'web*'"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="every VM" + ("" if required else " (the default)")
+    )
+    parser.set_defaults(vms_required=required)
+
+
+def _add_parallel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--parallel", type=_argument(_parse_parallel), metavar="N",
+        help="how many VMs at once (default: as configured, else 2)",
+    )  # fmt: skip
+
+
 def _add_backup_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("vm", metavar="VM")
+    _add_vms(parser, required=True)
+    _add_parallel(parser)
     parser.add_argument(
         "--disk", action="append", default=[], metavar="NAME", help="only this disk (repeatable)"
     )
@@ -186,7 +268,7 @@ def _add_backup_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label", metavar="TEXT", help="shown by list")
     parser.add_argument(
         "--speed-limit", type=_argument(parse_size_bytes), default=0, metavar="50M",
-        help="bytes per second, for all disks together",
+        help="bytes per second, for all disks of a VM together",
     )  # fmt: skip
     _add_lock_wait(parser)
     parser.add_argument("--compress", action="store_true", help="compress with zstd")
@@ -231,8 +313,15 @@ def _parse_count(text: str) -> int:
     return int(text)
 
 
-def _argument(parse: Callable[[str], int]) -> Callable[[str], int]:
-    def convert(text: str) -> int:
+def _parse_parallel(text: str) -> int:
+    number = _parse_count(text)
+    if number > MAX_PARALLEL:
+        raise ValueError(f"{text} are too many at once; at most {MAX_PARALLEL}")
+    return number
+
+
+def _argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    def convert(text: str) -> T:
         try:
             return parse(text)
         except ValueError as err:

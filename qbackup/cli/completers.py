@@ -53,14 +53,16 @@ def _vms(given: argparse.Namespace) -> Iterable[str]:
 
 
 def _backups(given: argparse.Namespace) -> Iterable[str]:
-    """Return the ids of the backups of the VM that stands before."""
+    """Return the ids of the backups of the VMs that stand before."""
     from qbackup.repository.repository import Repository  # noqa: PLC0415 - as below
 
     path = _configuration(given).repository
     # Ends this process, silently: a thread that hangs in the kernel could not be left behind.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(REPOSITORY_LIMIT_S)
-    return Repository.open(path).backup_ids(given.vm)
+    repository = Repository.open(path)
+    names = [given.vm] if "vm" in given else given.vms
+    return [backup_id for name in names for backup_id in repository.backup_ids(name)]
 
 
 def _configuration(given: argparse.Namespace) -> "Configuration":

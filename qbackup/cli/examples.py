@@ -23,7 +23,7 @@ EXAMPLES = {
     ),
     "incremental": _examples(
         "qbackup incremental vm1",
-        "qbackup -q incremental vm1 --lock-wait 10m # for cron: speaks of trouble",
+        "qbackup -q incremental --all --lock-wait 10m  # for cron",
         "qbackup incremental vm1 --no-fallback      # never a full backup instead",
     ),
     "list": _examples(
@@ -70,6 +70,14 @@ EXAMPLES = {
     "status": _examples(
         "qbackup status",
         "qbackup --json status vm1",
+        "qbackup status --check --warn-age 26h      # for monitoring",
+    ),
+    "install-units": _examples(
+        "qbackup install-units --dry-run",
+        "qbackup install-units vm1",
+    ),
+    "report": _examples(
+        "qbackup report --html /var/www/html/backups.html",
     ),
     "completion": _examples(
         'eval "$(qbackup completion bash)"          # in ~/.bashrc',

@@ -12,11 +12,13 @@ from collections.abc import Coroutine
 from typing import Any, NoReturn
 
 from qbackup.cli.arguments import make_parser, parse_arguments
-from qbackup.errors import InterruptedByUserError, QbackupError, UsageError
-from qbackup.ui.reporters import print_json_line, print_line
+from qbackup.cli.output import report_error
+from qbackup.errors import InterruptedByUserError, as_reported
+from qbackup.ui.reporters import print_line
 
 _THREADS_END_S = 1.0
-_BUG_HINT = "this is a bug in qbackup; run it again with -v and report what it prints"
+_GARBAGE_THRESHOLD = 50_000
+"""Ten thousand manifests are no garbage; looking for some at every 700 objects costs a fifth."""
 
 
 def main() -> NoReturn:
@@ -61,6 +63,8 @@ def run(argv: list[str]) -> int:
 def _run_and_report(argv: list[str]) -> int:
     # What stands behind `--` is QEMU's.
     ours = argv[: argv.index("--")] if "--" in argv else argv
+    # Who asks for a check takes 1 and 2 for grades, and reads stdout only.
+    check = {"status", "--check"} <= set(ours)
     json_output = "--json" in ours
     verbose = "-v" in ours or "--verbose" in ours
     try:
@@ -68,24 +72,21 @@ def _run_and_report(argv: list[str]) -> int:
         json_output, verbose = arguments.json, arguments.verbose
         module = importlib.import_module(f"qbackup.cli.{arguments.module}")
         gc.freeze()
+        gc.set_threshold(_GARBAGE_THRESHOLD)
         gc.enable()
         return _run_interruptible(module.run(arguments))
     except BrokenPipeError:
         raise
-    except QbackupError as err:
-        _report(err, json_output=json_output, verbose=verbose)
-        return err.exit_code
-    except OSError as err:
-        where = f"{err.filename}: " if err.filename else ""
-        failure = QbackupError(f"{where}{err.strerror or err}")
-        failure.__cause__ = err
-        _report(failure, json_output=json_output, verbose=verbose)
-        return failure.exit_code
     except Exception as err:
-        failure = QbackupError(f"internal error: {type(err).__name__}: {err}", hint=_BUG_HINT)
-        failure.__cause__ = err
-        _report(failure, json_output=json_output, verbose=verbose)
+        failure = as_reported(err)
+    report_error(failure, json_output=json_output, verbose=verbose)
+    if not check:
         return failure.exit_code
+    from qbackup.ui.plugin import EXIT_UNKNOWN, unknown  # noqa: PLC0415 - only a plug-in's words
+
+    if not json_output:
+        print(unknown(failure.message), flush=True)
+    return EXIT_UNKNOWN
 
 
 def _run_interruptible(command: Coroutine[Any, Any, int]) -> int:
@@ -124,31 +125,3 @@ def _run_interruptible(command: Coroutine[Any, Any, int]) -> int:
             raise interruption from err
 
     return asyncio.run(cancellable())
-
-
-def _report(err: QbackupError, *, json_output: bool, verbose: bool) -> None:
-    notes = [str(note) for note in getattr(err, "__notes__", [])]
-    if json_output:
-        document: dict[str, Any] = {
-            "type": "error",
-            "code": err.exit_code,
-            "class": type(err).__name__,
-            "message": err.message,
-            "hint": err.hint,
-        }
-        if problems := getattr(err, "problems", ()):
-            document["problems"] = list(problems)
-        if notes:
-            document["notes"] = notes
-        print_json_line(document)
-    else:
-        lines = [f"qbackup: {err.message}", *(f"  {p}" for p in getattr(err, "problems", ()))]
-        lines += [f"note: {note}" for note in notes]
-        if err.hint:
-            lines.append(f"hint: {err.hint}")
-        for line in lines:
-            print_line(line)
-    if verbose and not isinstance(err, UsageError):
-        import traceback  # noqa: PLC0415 - only when asked for
-
-        traceback.print_exception(err)

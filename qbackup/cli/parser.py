@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from qbackup.errors import UsageError
-from qbackup.model.similar import did_you_mean
+from qbackup.model.selection import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,5 +81,5 @@ class Parser(argparse.ArgumentParser):
             message += ", ".join(names)
         raise UsageError(message, hint=self._hint(did_you_mean(str(value), names)))
 
-    def _hint(self, *questions: str | None) -> str:
-        return " ".join([*filter(None, questions), f"see {self.prog} --help"])
+    def _hint(self, *questions: str) -> str:
+        return "".join([*questions, f"see {self.prog} --help"])

@@ -14,7 +14,7 @@ from qbackup.model import limits
 
 Kind = Literal["full", "incremental"]
 
-Consistency = Literal["crash", "filesystem", "paused"]
+Consistency = Literal["crash", "filesystem", "paused", "off"]
 
 Reason = Literal[
     # Why a bitmap is not trusted:
@@ -60,6 +60,14 @@ REASON_TEXT: dict[Reason, str] = {
     "chain-full": "the chain is as long as it may be; a new one begins",
 }
 """Each reason, said to people."""
+
+UNTRUSTED_REASONS: frozenset[Reason] = frozenset(REASON_TEXT) - {
+    "new-disk",
+    "requested",
+    "no-parent",
+    "chain-full",
+}
+"""Reasons for a full backup that are about the disk's bitmap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +183,18 @@ class DiskBackup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VmFile:
+    """A small file of the VM's that is no disk, as it was on the host: its path and its content.
+
+    `blake3` is the hash of the content in hexadecimal.
+    """
+
+    path: str
+    size_bytes: ByteCount
+    blake3: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VmConfiguration:
     """Enough of a VM to start it again: QEMU's command line where it can be had, else facts."""
 
@@ -207,6 +227,8 @@ class Backup:
     qemu_version: str
     vm_configuration: VmConfiguration
     left_out: dict[str, str] = field(default_factory=dict)
+    files: list[VmFile] = field(default_factory=list)
+    """In the order in which they are in the archive beside the images."""
 
     @property
     def moment(self) -> datetime:

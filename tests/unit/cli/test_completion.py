@@ -80,7 +80,7 @@ def test_a_shell_offers_commands_options_vms_and_backups(
     for backup_id in (ID1, ID2, f"{ID2}.partial"):
         (repository.path / VM / backup_id).mkdir(parents=True)
     asked = {
-        "qbackup in": {"init", "incremental", "inc"},
+        "qbackup inc": {"incremental", "inc"},
         "qbackup incremental --no": {"--no-fallback"},
         "qbackup full ": {VM},
         f"qbackup show {VM} ": {ID1, ID2},
