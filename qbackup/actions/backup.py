@@ -31,7 +31,7 @@ from qbackup.catalog.history import History
 from qbackup.errors import QbackupError, VmStateError
 from qbackup.formats.configuration import Vm
 from qbackup.host.tasks import to_its_end
-from qbackup.model.backup import Backup
+from qbackup.model.backup import REASON_TEXT, Backup
 from qbackup.model.names import new_backup_id, owner_prefix
 from qbackup.model.progress import Reporter
 from qbackup.qmp.disks import query_inventory
@@ -86,6 +86,15 @@ async def back_up(
         await reconcile.clear_jobs(monitor, vm=vm.name, prefix=prefix, reporter=reporter)
         await reconcile.remove_partials(repository, vm.name, reporter)
         history = History(repository, vm.name)
+        version = await query_version(monitor)
+        engine = await choose_engine(
+            monitor,
+            vm=vm,
+            state=state,
+            scratch=state.scratch_file(),
+            qemu_version=version,
+            reporter=reporter,
+        )
         plan = await _prepare(
             monitor,
             history,
@@ -94,21 +103,13 @@ async def back_up(
             prefix=prefix,
             migration=condition.migration,
             options=options,
+            can_compare=engine.compares,
             reporter=reporter,
         )
-        version = await query_version(monitor)
         configuration = await query_configuration(monitor)
         _compare_clock(history, reporter)
         backup_id = new_backup_id(
             now=datetime.now(UTC), newest=plan.newest_id, random_bits=secrets.randbits(16)
-        )
-        engine = await choose_engine(
-            monitor,
-            vm=vm,
-            state=state,
-            scratch=state.scratch_file(),
-            qemu_version=version,
-            reporter=reporter,
         )
         work = Work(
             vm=vm,
@@ -145,6 +146,12 @@ async def back_up(
             await to_its_end(session.publish(backup))
         await to_its_end(_forget_old_bitmaps(monitor, plan, backup, prefix, reporter))
     degraded = tuple(f"disk {name} was left out: {why}" for name, why in plan.refused.items())
+    degraded += tuple(f"disk {name}: bitmap-wrong" for name in copied.wrong_bitmaps)
+    for name in copied.wrong_bitmaps:
+        reporter.warning(
+            f"{vm.name}: disk {name}: THE BITMAP MISSED WRITES: {REASON_TEXT['bitmap-wrong']}. "
+            "This backup is right: the disk was compared with the last one"
+        )
     if copied.freeze_failed:
         degraded += ("the guest's file systems were not frozen",)
     return Outcome(backup=backup, degraded=degraded)
@@ -159,6 +166,7 @@ async def _prepare(
     prefix: str,
     migration: Migration,
     options: BackupOptions,
+    can_compare: bool,
     reporter: Reporter,
 ) -> Plan:
     """Adopt the bits that an interrupted run left, then look again and decide.
@@ -182,6 +190,7 @@ async def _prepare(
         prefix=prefix,
         not_loaded=migrated_verdicts(migration, bases, prefix) or state.read_verdicts(),
         options=options,
+        can_compare=can_compare,
         reporter=reporter,
     )
 
@@ -227,7 +236,7 @@ def _place_in_chain(plan: Plan, backup_id: str) -> tuple[str | None, str]:
     parents = [
         verdict.base.backup
         for verdict in plan.verdicts
-        if verdict.method == "incremental" and verdict.base is not None
+        if verdict.kind == "incremental" and verdict.base is not None
     ]
     if not parents:
         return None, backup_id

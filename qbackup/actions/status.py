@@ -22,10 +22,19 @@ from qbackup.bitmaps.files import NotTrustedError, is_clean, read_saved
 from qbackup.bitmaps.image_files import query_disks
 from qbackup.bitmaps.roll_back import as_rolled_back
 from qbackup.catalog.chain_check import why_not_built_upon
+from qbackup.catalog.digest_check import why_not_compared
 from qbackup.catalog.history import History
 from qbackup.errors import DiskError, MonitorBusyError, MonitorError
 from qbackup.formats.configuration import Vm
-from qbackup.model.backup import REASON_TEXT, Backup, DiskBackup, Reason, Refusal
+from qbackup.model.backup import (
+    COMPARED,
+    REASON_TEXT,
+    Backup,
+    DiskBackup,
+    Method,
+    Reason,
+    Refusal,
+)
 from qbackup.model.names import bitmap_name, checkpoint_of_bitmap, owner_prefix
 from qbackup.qmp.disks import Inventory
 from qbackup.qmp.jobs import query_jobs
@@ -59,6 +68,8 @@ class DiskStatus:
     name: str
     virtual_size_bytes: int
     last_backup: str | None
+    next_method: Method
+    """How the next incremental would be made."""
     bitmap: BitmapStatus
 
 
@@ -146,6 +157,7 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
             not_loaded=not_loaded,
             vm=vm,
             history=history,
+            compare=_can_compare(vm),
         )
         for disk in present
     ]
@@ -178,12 +190,13 @@ def _usable(history: History) -> Iterator[Backup]:
 
 def _disk_status(verdict: Verdict, vm: Vm) -> DiskStatus:
     bitmap = verdict.bitmap
-    trusted = verdict.method == "incremental"
+    trusted = verdict.method == "bitmap"
     known = trusted or verdict.reason == "chain-full"
     return DiskStatus(
         name=verdict.disk.name,
         virtual_size_bytes=verdict.disk.virtual_size_bytes,
         last_backup=verdict.base.backup.id if verdict.base else None,
+        next_method=verdict.method,
         bitmap=BitmapStatus(
             trusted=trusted,
             reason=verdict.reason,
@@ -197,6 +210,10 @@ def _disk_status(verdict: Verdict, vm: Vm) -> DiskStatus:
             where="none" if bitmap is None else "qemu",
         ),
     )
+
+
+def _can_compare(vm: Vm) -> bool:
+    return vm.compare and vm.engine == "snapshot"
 
 
 def _without_qemu(
@@ -232,15 +249,22 @@ def _saved_disks(
         why, dirty_bytes = _judge_files(ours, wanted, vm=vm.name, disk=disk)
         if why is not None and why.reason == "missing":
             why = refused.get((disk.name, wanted), why)
-        if why is None and (
-            full := why_not_built_upon(history, backup, disk.name, max_chain=vm.max_chain)
-        ):
+        full = why_not_built_upon(history, backup, disk.name, max_chain=vm.max_chain)
+        if why is None and full:
             why = Refusal(reason=full[0], detail=full[1])
+        method: Method = "copy" if why else "bitmap"
+        if why and not full and _can_compare(vm) and COMPARED[why.reason]:
+            chain = [part for _, part in reversed(history.chain(backup, disk.name))]
+            size = disk.virtual_size_bytes
+            repository = history.repository.path
+            if why_not_compared(repository, chain, size, every_byte=False) is None:
+                method = "compare"
         found.append(
             DiskStatus(
                 name=disk.name,
                 virtual_size_bytes=disk.virtual_size_bytes,
                 last_backup=backup.id,
+                next_method=method,
                 bitmap=BitmapStatus(
                     trusted=why is None,
                     reason=why.reason if why else None,

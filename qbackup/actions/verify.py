@@ -11,6 +11,7 @@ from qbackup.catalog.chain_check import too_long
 from qbackup.catalog.history import History
 from qbackup.catalog.image_check import check_header, content_differs
 from qbackup.errors import ChainBrokenError, ManifestDamagedError
+from qbackup.host.files import size_of_regular
 from qbackup.images.hashing import hash_file
 from qbackup.model.backup import Backup, DiskBackup
 from qbackup.model.progress import Reporter
@@ -62,6 +63,7 @@ class Verifier:
                 for disk in backup.disks:
                     self._check_chain(history, backup, disk)
                     await self._check_file(backup, disk)
+                    await self._check_digests(disk)
         return Verified(
             backups=self._backups,
             files=self._files,
@@ -109,6 +111,31 @@ class Verifier:
             return
         if digest != disk.blake3:
             self._add(content_differs(path))
+
+    async def _check_digests(self, disk: DiskBackup) -> None:
+        """Compare a file of digests with the manifest; a backup can be restored without it."""
+        digests = disk.digests
+        if digests is None:
+            return
+        self._files += 1
+        path = self._repository.path / digests.file
+        try:
+            size = size_of_regular(path)
+            right = (
+                size == digests.file_size_bytes
+                and await hash_file(path, on_bytes=self._count) == digests.blake3
+            )
+        except OSError as err:
+            self._add(f"{path}: {err.strerror}")
+            return
+        if not right:
+            self._add(
+                f"{path}: the digests are not what was written; the backup can be restored, but no "
+                "disk be compared with it"
+            )
+
+    def _count(self, length: int) -> None:
+        self._bytes += length
 
 
 def scope_of_chain(history: History, backup: Backup) -> Scope:

@@ -42,8 +42,8 @@ class Instant:
 
 
 def source_bitmap(verdict: Verdict) -> str | None:
-    """Return the bitmap that a disk's backup copies from, None for a full one."""
-    return verdict.bitmap.name if verdict.method == "incremental" and verdict.bitmap else None
+    """Return the bitmap that a disk's backup copies from, None if it does not go by one."""
+    return verdict.bitmap.name if verdict.method == "bitmap" and verdict.bitmap else None
 
 
 def bitmap_actions(

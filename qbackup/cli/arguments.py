@@ -72,6 +72,10 @@ def _make_parser() -> argparse.ArgumentParser:
         help="fail with exit code 4 where a disk would need a full backup",
     )  # fmt: skip
     incremental.add_argument(
+        "--no-compare", action="store_true",
+        help="back up a disk whose bitmap is not trusted in full, instead of comparing it",
+    )  # fmt: skip
+    incremental.add_argument(
         "--strict", action="store_true", help="exit with 3 if a disk got a full backup instead"
     )
 

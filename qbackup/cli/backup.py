@@ -34,6 +34,7 @@ async def run(arguments: argparse.Namespace) -> int:
         speed_limit_bytes_per_s=arguments.speed_limit,
         lock_wait_s=arguments.lock_wait,
         fallback=not (incremental and arguments.no_fallback),
+        compare=not (incremental and arguments.no_compare),
         compress=arguments.compress,
     )
     with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
@@ -56,7 +57,7 @@ def _text(backup: Backup) -> str:
     rows = [
         (
             f"  {disk.name}",
-            disk.kind,
+            "compare" if disk.made_by == "compare" else disk.kind,
             format_size(disk.virtual_size_bytes),
             format_size(disk.copied_bytes),
             format_size(disk.stored_bytes),

@@ -52,6 +52,8 @@ class Vm:
     keep: Rules | None = None
     """The VM's own rules of retention, in place of the global ones; None means these."""
     max_chain: int = DEFAULT_MAX_CHAIN
+    compare: bool = True
+    """Whether digests are kept, and a disk whose bitmap is not trusted is compared by them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +109,7 @@ class _VmTable:
     granularity: str | int = "64K"
     engine: Literal["snapshot", "direct", "drive-backup", "blockdev-backup"] = "snapshot"
     max_chain: int | None = None
+    compare: bool | None = None
     keep: dict[str, Any] | None = None
 
 
@@ -127,6 +130,7 @@ class _File:
     state: str
     trust_block_devices: bool | None = None
     max_chain: int = DEFAULT_MAX_CHAIN
+    compare: bool = True
     scratch: str | None = None
     scratch_limit: str | int | None = None
     stall_timeout: str | int | float | None = None
@@ -138,6 +142,7 @@ _EXPECTED = {
     "repository": 'a directory, such as repository = "/srv/backups"',
     "state": 'a directory, such as state = "/var/lib/qbackup"',
     "trust_block_devices": "true or false",
+    "compare": "true or false",
     "max_chain": f"a number of backups from 1 to {LARGEST_MAX_CHAIN}, such as max_chain = 100",
     "vm": "tables such as [vm.vm1]",
     "qmp": "QEMU's monitor, a socket's path or tcp:HOST:PORT",
@@ -179,7 +184,13 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
             raise ConfigurationError(f"{path}: {where}: expected a table [{where}]")
         parsed = _table(table, _VmTable, path=path, where=where)
         vms[name] = _vm(
-            name, parsed, path=path, folder=folder, max_chain=max_chain, snapshot=snapshot
+            name,
+            parsed,
+            path=path,
+            folder=folder,
+            max_chain=max_chain,
+            compare=top.compare,
+            snapshot=snapshot,
         )
         for other in vms.values():
             if other.name != name and other.qmp == vms[name].qmp:
@@ -228,6 +239,7 @@ def _vm(
     path: Path,
     folder: Path,
     max_chain: int,
+    compare: bool,
     snapshot: SnapshotSettings,
 ) -> Vm:
     where = f"{path}: vm.{name}"
@@ -254,6 +266,7 @@ def _vm(
             if table.max_chain is None
             else _max_chain(table.max_chain, where=f"{where}.max_chain")
         ),
+        compare=compare if table.compare is None else table.compare,
     )
 
 
@@ -372,6 +385,8 @@ repository = {_quoted(repository)}
 state = {_quoted(state)}
 # trust_block_devices = true          # see docs/how-to-lose-a-backup.md; must be before any table
 # max_chain = {DEFAULT_MAX_CHAIN}                     # backups in a chain; before any table
+# compare = true                      # after a crash, read the disk and store what differs from the
+#                                     # last backup; false: keep no digests, and back up in full
 # scratch = "/var/tmp/qbackup"        # local disk for what the guest overwrites during a backup;
 #                                     # default: the state directory
 # scratch_limit = "20G"               # a backup that would need more is given up; default: none

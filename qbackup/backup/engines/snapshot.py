@@ -29,9 +29,15 @@ from qbackup.backup.instant import (
 )
 from qbackup.backup.judge import Verdict
 from qbackup.errors import JobFailedError, SnapshotError, WriterError
-from qbackup.formats.manifest import backing_file, disk_file, encode_manifest
+from qbackup.formats.manifest import (
+    DIGESTS_SUFFIX,
+    backing_file,
+    digests_file,
+    disk_file,
+    encode_manifest,
+)
 from qbackup.host.tasks import task_group
-from qbackup.model.backup import Backup, DiskBackup
+from qbackup.model.backup import Backup, Digests, DiskBackup
 from qbackup.model.bitmap import Bits
 from qbackup.model.names import PARTIAL_SUFFIX
 from qbackup.model.quantities import format_duration, format_size
@@ -41,7 +47,13 @@ from qbackup.qmp.monitor import Events, Monitor
 from qbackup.qmp.sidecar import save_bitmap
 from qbackup.qmp.snapshot import EVENTS, NbdServer, Scratch, nbd_server, scratch_attached
 from qbackup.repository.state import StateDirectory
-from qbackup.writer.client import CopyRequest, CopyResult, Writer, writer_process
+from qbackup.writer.client import (
+    CopyRequest,
+    CopyResult,
+    PreviousImage,
+    Writer,
+    writer_process,
+)
 
 CHECK_S = 0.25
 """How often the snapshot is looked at while it is read."""
@@ -67,6 +79,8 @@ class _Disk:
 
 class SnapshotEngine:
     """Has a process of our own write the images. See `Engine`."""
+
+    compares = True
 
     def __init__(self, monitor: Monitor, *, state: StateDirectory) -> None:
         self._monitor, self._state = monitor, state
@@ -147,6 +161,11 @@ class SnapshotSession:
             consistency=instant.consistency,
             freeze_failed=instant.freeze_failed,
             instant=instant.time,
+            wrong_bitmaps=tuple(
+                disk.name
+                for disk, result in zip(disks, results, strict=True)
+                if result.method != disk.verdict.method
+            ),
         )
 
     async def _attach(self, number: int, verdict: Verdict, attached: AsyncExitStack) -> _Disk:
@@ -269,7 +288,27 @@ class SnapshotSession:
             backing_file=None if parent is None else backing_file(parent, disk.name),
             compress=self._work.options.compress,
             speed_limit_bytes_per_s=self._work.speed_bytes_per_s(running),
+            digests=f"{disk.name}{DIGESTS_SUFFIX}" if self._work.vm.compare else None,
+            previous=self._previous(disk.verdict),
+            compare=disk.verdict.method == "compare",
+            spot_check=self._work.options.compare,
         )
+
+    def _previous(self, verdict: Verdict) -> tuple[PreviousImage, ...]:
+        """Return what an incremental builds on, if all of it has digests."""
+        if verdict.kind == "full" or not self._work.vm.compare:
+            return ()
+        repository = self._work.repository.path
+        found = tuple(
+            PreviousImage(
+                image=repository / stored.file,
+                digests=repository / stored.digests.file,
+                root=stored.digests.root,
+            )
+            for stored in verdict.chain
+            if stored.digests is not None
+        )
+        return found if len(found) == len(verdict.chain) else ()
 
     async def _bits(self, disk: _Disk) -> Bits | None:
         """Return what an incremental copies; its bitmap was stopped at the instant."""
@@ -348,10 +387,15 @@ class SnapshotSession:
 
     def _stored(self, disk: _Disk, result: CopyResult) -> DiskBackup:
         verdict = disk.verdict
+        if result.digests_problem:
+            self._work.reporter.warning(
+                f"{self._work.vm.name}: disk {disk.name}: this backup gets no digests, nor do "
+                f"those that build on it: {result.digests_problem}"
+            )
         return DiskBackup(
             name=disk.name,
-            kind=verdict.method,
-            reason=verdict.reason,
+            kind=verdict.kind,
+            reason=verdict.reason if result.method == verdict.method else "bitmap-wrong",
             parent=verdict.parent,
             virtual_size_bytes=verdict.disk.virtual_size_bytes,
             granularity_bytes=self._work.vm.granularity_bytes,
@@ -361,4 +405,16 @@ class SnapshotSession:
             file_size_bytes=result.file_size_bytes,
             blake3=result.blake3,
             source=verdict.disk.source,
+            method=result.method,
+            digests=self._digests(disk, result),
+        )
+
+    def _digests(self, disk: _Disk, result: CopyResult) -> Digests | None:
+        if result.digests is None:
+            return None
+        return Digests(
+            file=digests_file(self._work.vm.name, self._work.backup_id, disk.name),
+            file_size_bytes=result.digests.file_size_bytes,
+            blake3=result.digests.blake3,
+            root=result.digests.root,
         )
