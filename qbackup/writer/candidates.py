@@ -227,10 +227,12 @@ def compared_candidates(
             first = start // BLOCK_CLUSTERS * BLOCK_CLUSTERS
             found.add(first, -(-end // BLOCK_CLUSTERS) * BLOCK_CLUSTERS, DATA)
             continue
-        inner, end_of_inner = _whole_blocks(start, end, found.cluster_count)
-        blocks = inner // BLOCK_CLUSTERS, -(-end_of_inner // BLOCK_CLUSTERS)
-        for first, last in not_zero_before(*blocks):
-            found.add(first * BLOCK_CLUSTERS, last * BLOCK_CLUSTERS, ZERO)
+        first, last = _whole_blocks(start, end, found.cluster_count)
+        if first == last:
+            continue
+        blocks = not_zero_before(first // BLOCK_CLUSTERS, -(-last // BLOCK_CLUSTERS))
+        for low, high in blocks:
+            found.add(low * BLOCK_CLUSTERS, high * BLOCK_CLUSTERS, ZERO)
     return found.finish()
 
 
