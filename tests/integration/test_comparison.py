@@ -11,16 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.lab import VM, Lab, disk_specs, ended, kinds, lab, reasons
+from support.lab import VM, Lab, disk_specs, ended, kinds, lab, methods, reasons
 from support.qemu import run_tool
 
 MIB = 1024 * 1024
 BLOCK = 256 * 1024
 SWEEP = os.environ.get("QBACKUP_SWEEP") == "all"
-
-
-def methods(summary: dict[str, Any]) -> dict[str, str]:
-    return {disk["name"]: disk["method"] for disk in summary["disks"]}
 
 
 async def crash(it: Lab) -> None:

@@ -194,9 +194,9 @@ class Lab:
         return summary
 
     async def incremental(self, *arguments: str) -> dict[str, Any]:
-        """Back up; every disk must be incremental."""
+        """Back up; every disk must be incremental, by its bitmap."""
         summary = await self.back_up("incremental", *arguments)
-        assert kinds(summary) == dict.fromkeys(kinds(summary), "incremental"), reasons(summary)
+        assert methods(summary) == dict.fromkeys(kinds(summary), "bitmap"), reasons(summary)
         return summary
 
     async def begin(self, command: str = "incremental", *arguments: str) -> Backup:
@@ -533,8 +533,13 @@ def kinds(summary: dict[str, Any]) -> dict[str, str]:
     return {disk["name"]: disk["kind"] for disk in summary["disks"]}
 
 
+def methods(summary: dict[str, Any]) -> dict[str, str]:
+    """Return how it was known what each disk's backup has to store."""
+    return {disk["name"]: disk["method"] for disk in summary["disks"]}
+
+
 def reasons(summary: dict[str, Any]) -> dict[str, str | None]:
-    """Return why each disk was backed up in full."""
+    """Return why each disk was not backed up by its bitmap."""
     return {disk["name"]: disk["reason"] for disk in summary["disks"]}
 
 
