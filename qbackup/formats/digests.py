@@ -1,4 +1,4 @@
-"""Digests of a disk's blocks: `<disk>.digests`, beside an image (docs/digests-file-format.md).
+"""Digests of a disk's blocks: `<disk>.digests`, beside an image (decision 11).
 
     offset  bytes
     0       8      magic, "QBDIGEST"
