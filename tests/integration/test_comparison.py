@@ -224,8 +224,8 @@ async def test_a_lost_state_directory_costs_one_comparison(tmp_path: Path) -> No
 async def test_a_sparse_disk_of_4_tib_is_compared_in_a_moment(tmp_path: Path) -> None:
     size = 4 << 40
     specs = disk_specs(tmp_path, "a", image_format="qcow2")
-    await run_tool("qemu-img", "create", "-q", "-f", "qcow2", str(specs[0].path), str(size))
-    async with lab(tmp_path, specs, size_bytes=0) as it:
+    async with lab(tmp_path, specs, size_bytes=MIB, empty=True) as it:
+        await it.qemu.qmp("block_resize", **{"node-name": "a", "size": size})
         for offset in (0, 1 << 40, size - 65536):
             await it.qemu.io("a", f"write -P 7 {offset} 64k")
         full = await it.qbackup.summary("full", VM)
