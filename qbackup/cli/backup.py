@@ -57,7 +57,7 @@ def _text(backup: Backup) -> str:
     rows = [
         (
             f"  {disk.name}",
-            "compare" if disk.made_by == "compare" else disk.kind,
+            disk.word,
             format_size(disk.virtual_size_bytes),
             format_size(disk.copied_bytes),
             format_size(disk.stored_bytes),

@@ -229,6 +229,11 @@ class DiskBackup:
         """The method, also where it was not written down."""
         return self.method or ("copy" if self.kind == "full" else "bitmap")
 
+    @property
+    def word(self) -> str:
+        """What tables say that it is: its kind, or that it was compared."""
+        return "compare" if self.made_by == "compare" else self.kind
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmConfiguration:
@@ -277,6 +282,11 @@ class Backup:
     def kind(self) -> Kind:
         """Incremental if any disk of it is: then it needs its chain."""
         return "incremental" if any(d.kind == "incremental" for d in self.disks) else "full"
+
+    @property
+    def word(self) -> str:
+        """What tables say that it is: its kind, or that a disk of it was compared."""
+        return "compare" if any(d.word == "compare" for d in self.disks) else self.kind
 
     @property
     def virtual_size_bytes(self) -> int:

@@ -127,9 +127,10 @@ class DiskCopy:
         try:
             self._before = ChainDigests(files, task.virtual_size_bytes)
         except (DigestsError, OSError) as err:
+            said = f"{err.filename}: {err.strerror}" if isinstance(err, OSError) else str(err)
             if task.compare:
-                raise OSError(errno.EIO, str(err)) from err
-            self._digests_problem = str(err)
+                raise OSError(errno.EIO, said) from err
+            self._digests_problem = said
 
     def _candidates(self, nbd: NbdConnection) -> Candidates:
         task = self.task
