@@ -64,18 +64,18 @@ class Work:
         """
         slot.steps.clear()
         slot.clusters = ends = 0
-        # Where the last block ends of which there is something in the slot; it has room for all.
+        # Where the last block ends of which anything is in the slot: there is room for all of it.
         block_end = 0
         reads: list[tuple[int, int, int]] = []
         while self._next is not None and ends < _MAX_REGION_ENDS:
             region, first, count, kind = self._next
             if kind == DATA and count:
-                room = most_clusters - slot.clusters
                 cluster = region * REGION_CLUSTERS + first
-                if room < BLOCK_CLUSTERS - first % BLOCK_CLUSTERS and cluster >= block_end:
+                most_end = cluster + most_clusters - slot.clusters
+                most_end = max(block_end, most_end // BLOCK_CLUSTERS * BLOCK_CLUSTERS)
+                count = min(count, most_end - cluster)
+                if count <= 0:
                     break
-                if count > room:
-                    count = (first + room) // BLOCK_CLUSTERS * BLOCK_CLUSTERS - first
                 block_end = -(-(cluster + count) // BLOCK_CLUSTERS) * BLOCK_CLUSTERS
                 offset = cluster * CLUSTER_BYTES
                 start = slot.clusters * CLUSTER_BYTES
