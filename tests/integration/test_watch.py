@@ -159,7 +159,7 @@ async def test_a_qemu_that_vanishes_ends_the_watcher_with_an_error(tmp_path: Pat
         await it.write("a", MIB, 512, 2)
         it.kill_qemu()
         assert await it.kept() == GONE
-        assert "next backup will be a full one" in it.keeper_said()
+        assert "next backup cannot go by the bitmaps" in it.keeper_said()
         await it.run()
         assert reasons(await it.back_up()) == {"a": "unclean"}
         await it.check_restores()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 
 from qbackup.formats.documents import convert
-from qbackup.model.backup import REASON_TEXT, Backup, Reason, SourceFile, SourceImage
+from qbackup.model.backup import COMPARED, REASON_TEXT, Backup, Reason, SourceFile, SourceImage
 
 from ..values import ID1, ID2, backups, make_backup, make_disk_backup, make_source
 
@@ -58,6 +58,10 @@ def test_a_disk_is_found_by_its_name() -> None:
 
 def test_every_reason_is_said_to_people() -> None:
     assert set(REASON_TEXT) == set(get_args(Reason))
+
+
+def test_each_reason_says_whether_a_disk_may_be_compared() -> None:
+    assert set(COMPARED) == set(get_args(Reason))
 
 
 def source_of(*files: SourceFile, process: str | None = "p1", **changes: Any) -> SourceImage:
