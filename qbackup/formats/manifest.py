@@ -10,6 +10,7 @@ from datetime import MAXYEAR, MINYEAR, datetime
 
 from qbackup.formats.digests import max_file_size_bytes
 from qbackup.formats.documents import DocumentError, convert, decode_document, encode_document
+from qbackup.formats.vm_files import check_files
 from qbackup.model.backup import MAX_DISK_BYTES, Backup, DiskBackup, SourceImage
 from qbackup.model.names import is_backup_id, is_safe_name
 from qbackup.model.secrets import redacted, redacted_command_line
@@ -58,6 +59,8 @@ def decode_manifest(data: bytes, *, repository_id: str, vm: str, backup_id: str)
         if (disk.kind == "full") != (disk.parent is None):
             raise DocumentError(f"disk {disk.name}: {disk.kind} with parent {disk.parent}")
         _check_digests(vm, backup_id, disk)
+    if backup.files:
+        check_files(backup.files)
     return backup
 
 

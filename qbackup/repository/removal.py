@@ -17,6 +17,7 @@ from pathlib import Path
 
 from qbackup.errors import RemovalError
 from qbackup.formats.manifest import DIGESTS_SUFFIX, MANIFEST_FILE
+from qbackup.formats.vm_files import ARCHIVE_FILE
 from qbackup.host import durable
 from qbackup.model.names import REMOVED_SUFFIX, is_backup_id
 from qbackup.model.progress import Reporter
@@ -24,7 +25,7 @@ from qbackup.model.progress import Reporter
 PROTECTED_FILE = "protected"
 IMAGE_SUFFIX = ".qcow2"
 _SUFFIXES = (IMAGE_SUFFIX, DIGESTS_SUFFIX)
-_OURS = frozenset({MANIFEST_FILE, PROTECTED_FILE})
+_OURS = frozenset({MANIFEST_FILE, PROTECTED_FILE, ARCHIVE_FILE})
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 

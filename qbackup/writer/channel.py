@@ -8,7 +8,8 @@ The parent says (`do`)
     copy     disk, file, socket, export …  (`client.CopyRequest`), with up to three descriptors: the
                                            bitmap's, the chain's, that of a connection
     rate     disk, bytes_per_s
-    publish  file                          with the descriptor of the last file's content
+    publish  extra                         with the descriptor of the last file's content, and, if
+                                           `extra` names one, that of another file's before it
     discard                                end everything, remove what was written
 
 The process says (`is`)

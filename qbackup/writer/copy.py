@@ -92,20 +92,19 @@ class DiskCopy:
         """
         task = self.task
         self._check()
-        nbd = NbdConnection(
-            task.server, task.export, allocation=task.allocation, timeout_s=_CONNECT_TIMEOUT_S
-        )
+        nbd = None
+        if task.server is not None:
+            nbd = NbdConnection(
+                task.server, task.export, allocation=task.allocation, timeout_s=_CONNECT_TIMEOUT_S
+            )
         try:
             self._nbd = nbd
             self._check()
-            _check_size(nbd, task.virtual_size_bytes)
             self._open_digests()
             candidates = self._candidates(nbd)
-            if self._before is not None and task.spot_check and self._method == BITMAP:
-                wrong = finds_difference(nbd, self._before, candidates, task.virtual_size_bytes)
-                if wrong:
-                    self._method = COMPARE
-                    candidates = self._candidates(nbd)
+            if nbd is not None and self._spot_check_fails(nbd, candidates):
+                self._method = COMPARE
+                candidates = self._candidates(nbd)
             self.total_bytes = _disk_bytes(candidates.total_clusters, task.virtual_size_bytes)
             return self._copy_with_digests(nbd, candidates)
         except Exception:
@@ -113,7 +112,8 @@ class DiskCopy:
                 raise self._failure from None
             raise
         finally:
-            nbd.close()
+            if nbd is not None:
+                nbd.close()
 
     def _open_digests(self) -> None:
         """Open the digests of the last backup, which a comparison needs.
@@ -132,19 +132,34 @@ class DiskCopy:
                 raise OSError(errno.EIO, said) from err
             self._digests_problem = said
 
-    def _candidates(self, nbd: NbdConnection) -> Candidates:
+    def _spot_check_fails(self, nbd: NbdConnection, candidates: Candidates) -> bool:
+        if self._before is None or self._method != BITMAP or not self.task.spot_check:
+            return False
+        size_bytes = self.task.virtual_size_bytes
+        return finds_difference(nbd, self._before, candidates, size_bytes)
+
+    def _candidates(self, nbd: NbdConnection | None) -> Candidates:
         task = self.task
+        if nbd is not None:
+            _check_size(nbd, task.virtual_size_bytes)
         if self._method == COMPARE:
-            if self._before is None:
-                raise ValueError("nothing to compare with")
+            if nbd is None or self._before is None:
+                raise NbdProtocolError("there is nothing to compare")
             return compared_candidates(nbd, task.virtual_size_bytes, self._before.not_zero)
         if task.bitmap_fd is None:
+            if nbd is None:
+                raise NbdProtocolError("there is nothing to read the disk from")
             return full_candidates(nbd, task.virtual_size_bytes)
         bitmap = SpooledBitmap(task.bitmap_fd)
         dirty = dirty_clusters(bitmap.runs, bitmap.stored, granularity_bytes=task.granularity_bytes)
-        return incremental_candidates(nbd, task.virtual_size_bytes, dirty)
+        if nbd is not None:
+            return incremental_candidates(nbd, task.virtual_size_bytes, dirty)
+        # An image that lacks what changed would be wrong, and nothing would show it.
+        if next(dirty, None) is not None:
+            raise NbdProtocolError("there is nothing to read what changed from")
+        return Candidates(task.virtual_size_bytes).finish()
 
-    def _copy_with_digests(self, nbd: NbdConnection, candidates: Candidates) -> Stored:
+    def _copy_with_digests(self, nbd: NbdConnection | None, candidates: Candidates) -> Stored:
         task = self.task
         stored = StoredChain(
             [previous.image for previous in task.previous], task.virtual_size_bytes
@@ -179,7 +194,11 @@ class DiskCopy:
             os.close(fd)
 
     def _copy(
-        self, nbd: NbdConnection, candidates: Candidates, fd: int, digests: DigestsFile | None
+        self,
+        nbd: NbdConnection | None,
+        candidates: Candidates,
+        fd: int,
+        digests: DigestsFile | None,
     ) -> Stored:
         layout = Layout(self.task.virtual_size_bytes, candidates.places())
         backing_file = self.task.backing_file
@@ -246,7 +265,10 @@ class DiskCopy:
 
     # The reader's thread
 
-    def _read_all(self, nbd: NbdConnection, candidates: Candidates) -> None:
+    def _read_all(self, nbd: NbdConnection | None, candidates: Candidates) -> None:
+        if nbd is None:
+            self._filled.put(None)
+            return
         work = Work(candidates)
         under_way: deque[Slot] = deque()
         by_number: dict[int, Slot] = {}

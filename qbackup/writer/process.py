@@ -84,7 +84,7 @@ class Process:
                     copy.rate.set(message["bytes_per_s"])
             case "publish" if fds:
                 self._publishing = True
-                self._start("publish", lambda: self._publish(fds[0]))
+                self._start("publish", lambda: self._publish(fds, message.get("extra")))
             case "discard":
                 self._stop_copies()
                 self._start("discard", self._discard)
@@ -109,8 +109,10 @@ class Process:
         # The bitmap's descriptor first, then the chain's, then that of a connection.
         fd = fds.pop(0) if message["incremental"] else None
         previous = channel.read_spooled(fds.pop(0)) if message["has_previous"] else []
-        server: str | int = message["socket"] if message["socket"] is not None else fds.pop(0)
         digests = message["digests"]
+        server: str | int | None = message["socket"]
+        if server is None and fds:
+            server = fds.pop(0)
         copy = DiskCopy(
             Task(
                 disk=disk,
@@ -161,8 +163,8 @@ class Process:
             }
         )
 
-    def _publish(self, fd: int) -> None:
-        data = os.pread(fd, os.fstat(fd).st_size, 0)
+    def _publish(self, fds: list[int], extra: str | None) -> None:
+        data, *others = (os.pread(fd, os.fstat(fd).st_size, 0) for fd in fds)
         renamed = False
 
         def on_renamed() -> None:
@@ -170,6 +172,8 @@ class Process:
             renamed = True
 
         try:
+            if extra is not None:
+                durable.write_new_file_now(self._partial / extra, others[0])
             durable.publish_directory_now(
                 self._partial,
                 self._final,

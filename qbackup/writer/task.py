@@ -19,7 +19,10 @@ class Previous:
 
 
 class Task:
-    """What to copy, as the parent says it. See `client.CopyRequest`."""
+    """What to copy, as the parent says it. See `client.CopyRequest`.
+
+    `server` None: nothing is dirty, and nothing is read.
+    """
 
     __slots__ = (
         "allocation",
@@ -44,7 +47,7 @@ class Task:
         *,
         disk: str,
         path: Path,
-        server: str | int,
+        server: str | int | None,
         export: str,
         virtual_size_bytes: int,
         granularity_bytes: int,
