@@ -221,6 +221,21 @@ async def test_a_lost_state_directory_costs_one_comparison(tmp_path: Path) -> No
         await it.check_restores()
 
 
+async def test_a_vm_that_crashed_and_is_off_is_compared_by_its_images(tmp_path: Path) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a", image_format="qcow2")) as it:
+        await it.back_up("full")
+        await it.write("a", MIB, 70_000, 9)
+        await it.qemu.io("a", "flush")
+        await it.qemu.kill()
+        await it.stop()
+        shown = (await it.qbackup.ok("status", VM)).stdout
+        assert "compare (" in shown
+        summary = await it.qbackup.summary("incremental", VM)
+        assert methods(summary) == {"a": "compare"}
+        it.remember(summary, {"a": it.models["a"].checkpoint()})
+        await it.check_restores()
+
+
 async def test_a_sparse_disk_of_4_tib_is_compared_in_a_moment(tmp_path: Path) -> None:
     size = 4 << 40
     specs = disk_specs(tmp_path, "a", image_format="qcow2")
