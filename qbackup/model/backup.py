@@ -95,6 +95,13 @@ COMPARED: dict[Reason, bool] = {
     "requested": False,
 }
 """For each reason, whether the disk may be compared with its last backup instead of copied."""
+UNTRUSTED_REASONS: frozenset[Reason] = frozenset(REASON_TEXT) - {
+    "new-disk",
+    "requested",
+    "no-parent",
+    "chain-full",
+}
+"""Reasons that are about the disk's bitmap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
