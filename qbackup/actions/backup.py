@@ -148,6 +148,7 @@ async def _back_up_running(
             owner=owner,
             migration=condition.migration,
             options=options,
+            can_compare=engine.compares,
             reporter=reporter,
         )
         version = await query_version(monitor)
@@ -194,6 +195,7 @@ async def _prepare(
     owner: Owner,
     migration: Migration,
     options: BackupOptions,
+    can_compare: bool,
     reporter: Reporter,
 ) -> Plan:
     """Adopt the bits that an interrupted run left, then look again and decide.
@@ -215,6 +217,7 @@ async def _prepare(
         owner=owner,
         not_loaded=migrated_verdicts(migration, bases, owner) or state.read_verdicts(),
         options=options,
+        can_compare=can_compare,
         reporter=reporter,
     )
 

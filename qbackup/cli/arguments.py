@@ -73,13 +73,7 @@ def make_parser() -> Parser:
         aliases=("inc",),
     )  # fmt: skip
     _add_backup_arguments(incremental)
-    incremental.add_argument(
-        "--no-fallback", action="store_true",
-        help="fail with exit code 4 where a disk would need a full backup",
-    )  # fmt: skip
-    incremental.add_argument(
-        "--strict", action="store_true", help="exit with 3 if a disk got a full backup instead"
-    )
+    _add_incremental_arguments(incremental)
 
     listing = command("list", "list backups, the newest last; P marks protected ones")
     _add_vms(listing)
@@ -183,6 +177,20 @@ def _add_status_command(command: Callable[..., Parser]) -> None:
         "--timeout", type=_argument(parse_duration_s), metavar="30s",
         help="do not wait longer for a repository or a QEMU that hangs",
     )  # fmt: skip
+
+
+def _add_incremental_arguments(incremental: argparse.ArgumentParser) -> None:
+    incremental.add_argument(
+        "--no-fallback", action="store_true",
+        help="fail with exit code 4 where a disk would need a full backup",
+    )  # fmt: skip
+    incremental.add_argument(
+        "--no-compare", action="store_true",
+        help="back up a disk whose bitmap is not trusted in full, instead of comparing it",
+    )  # fmt: skip
+    incremental.add_argument(
+        "--strict", action="store_true", help="exit with 3 if a disk got a full backup instead"
+    )
 
 
 def _add_retention_commands(command: Callable[..., Parser]) -> None:

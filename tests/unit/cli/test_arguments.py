@@ -45,12 +45,13 @@ def test_help_tells_every_command_and_exit_code(capsys: pytest.CaptureFixture[st
 def test_a_backup_takes_everything_that_is_documented(name: str) -> None:
     arguments = parse_arguments(
         f"{name} vm1 --disk a --disk b --exclude c --label x --speed-limit 50M --lock-wait 10m"
-        " --no-fallback --strict --compress".split()
+        " --no-fallback --no-compare --strict --compress".split()
     )
     assert (arguments.name, arguments.module, arguments.vms) == ("incremental", "backup", ["vm1"])
     assert (arguments.disk, arguments.exclude, arguments.label) == (["a", "b"], ["c"], "x")
     assert (arguments.speed_limit, arguments.lock_wait) == (50 * 2**20, 600)
-    assert arguments.no_fallback and arguments.strict and arguments.compress
+    assert arguments.no_fallback and arguments.no_compare
+    assert arguments.strict and arguments.compress
 
 
 def test_prune_takes_every_rule_and_they_need_not_be_given() -> None:
