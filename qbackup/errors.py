@@ -24,7 +24,9 @@ The tree, and the exit codes that other programs rely on:
     ├── ChainBrokenError               1  a backup needs another one that is not there
     ├── BackupNotFoundError            1  no backup, or several, by that name
     ├── RemovalError                   1  a backup that was to be removed is still there
-    └── RestoreError                   1  a restore cannot start, or failed
+    ├── RestoreError                   1  a restore cannot start, or failed
+    ├── ExportError                    1  a disk cannot be served where it was to be
+    └── ProgramError                   1  a program that is needed is missing, or failed
 
 The exit code 3 (done, but degraded) is no error: the command's result carries it.
 This module imports nothing of qbackup.
@@ -215,3 +217,11 @@ class RemovalError(QbackupError):
 
 class RestoreError(QbackupError):
     """A restore cannot start, or it failed; what it had written is removed."""
+
+
+class ExportError(QbackupError):
+    """A backup's disk cannot be served, or shown, where it was to be."""
+
+
+class ProgramError(QbackupError):
+    """A program that qbackup uses is not installed, does not start, or failed."""

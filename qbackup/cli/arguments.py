@@ -93,6 +93,8 @@ def _make_parser() -> argparse.ArgumentParser:
     restore.add_argument("--force", action="store_true", help="replace what is there")
     _add_lock_wait(restore)
 
+    _add_bad_day_commands(command)
+
     verify = command("verify", "compare every byte of the backups with what was written")
     verify.add_argument("vm", nargs="?", metavar="VM")
     verify.add_argument("--at", metavar="ID|TIME", help="only this backup and what it needs")
@@ -125,6 +127,24 @@ def _make_parser() -> argparse.ArgumentParser:
     status = command("status", "show bitmaps, changes and what interrupted runs left")
     status.add_argument("vm", nargs="?", metavar="VM")
     return parser
+
+
+def _add_bad_day_commands(command: Callable[..., _Parser]) -> None:
+    nbd = command("nbd", "serve a backup's disks, read-only, on a UNIX socket until Ctrl-C")
+    _add_point(nbd)
+    nbd.add_argument("--socket", metavar="PATH", help="default: one in a private directory")
+
+
+def _add_point(parser: argparse.ArgumentParser) -> None:
+    """Add what says which backup and which of its disks."""
+    parser.add_argument("vm", metavar="VM")
+    parser.add_argument(
+        "--at", metavar="ID|TIME", help="this backup, or the newest not after a time"
+    )
+    parser.add_argument(
+        "--disk", action="append", default=[], metavar="NAME", help="only this disk (repeatable)"
+    )
+    _add_lock_wait(parser)
 
 
 def _add_retention_commands(command: Callable[..., _Parser]) -> None:

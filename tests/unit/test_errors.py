@@ -32,6 +32,8 @@ EXIT_CODES = {
     "BackupNotFoundError": 1,
     "RemovalError": 1,
     "RestoreError": 1,
+    "ExportError": 1,
+    "ProgramError": 1,
 }
 
 

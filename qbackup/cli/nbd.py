@@ -1,0 +1,72 @@
+"""`qbackup nbd`: a backup's disks on a UNIX socket, until Ctrl-C."""
+
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+
+from qbackup.actions.export import Exported, PointOptions, exported_point, held_point
+from qbackup.cli.context import make_context
+from qbackup.cli.foreground import until_told_to_end
+from qbackup.cli.output import line
+from qbackup.host.private import private_directory
+from qbackup.model.quantities import format_size
+
+_SOCKET_NAME = "nbd.sock"
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    """Serve until SIGTERM (0) or Ctrl-C (130); fail if the daemon ends by itself."""
+    context = make_context(arguments)
+    repository = context.open_repository()
+    vm = context.vm_name(repository, arguments.vm)
+    options = point_options(arguments)
+    with ExitStack() as stack:
+        if arguments.socket:
+            socket = Path(arguments.socket).absolute()
+        else:
+            socket = stack.enter_context(private_directory()) / _SOCKET_NAME
+        async with (
+            held_point(repository, vm, options) as point,
+            exported_point(point, socket=socket) as exported,
+        ):
+            line(
+                {"type": "ready", **_document(exported)},
+                text=_text(exported),
+                json_output=context.json_output,
+                quiet=context.quiet,
+            )
+            return await until_told_to_end(exported.daemon)
+
+
+def point_options(arguments: argparse.Namespace) -> PointOptions:
+    """Return which backup and which disks the command line means."""
+    return PointOptions(
+        at=arguments.at, disks=tuple(arguments.disk), lock_wait_s=arguments.lock_wait
+    )
+
+
+def _document(exported: Exported) -> dict[str, object]:
+    return {
+        "vm": exported.backup.vm,
+        "id": exported.backup.id,
+        "time": exported.backup.time,
+        "socket": str(exported.socket),
+        "exports": [
+            {"name": disk.name, "uri": disk.uri, "virtual_size_bytes": disk.virtual_size_bytes}
+            for disk in exported.disks
+        ],
+    }
+
+
+def _text(exported: Exported) -> str:
+    first = exported.disks[0]
+    lines = [f"{exported.backup.vm}: backup {exported.backup.id}, read-only, until Ctrl-C"]
+    for disk in exported.disks:
+        lines += [f"  {disk.name} ({format_size(disk.virtual_size_bytes)}):", f"    {disk.uri}"]
+    lines += [
+        "to read a disk, for example:",
+        f"  qemu-img convert -f raw -O raw '{first.uri}' {first.name}.raw",
+        f"  nbdfuse -r DIR '{first.uri}'",
+        f"  nbd-client -unix {exported.socket} -N {first.name} /dev/nbd0",
+    ]
+    return "\n".join(lines)
