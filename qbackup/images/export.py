@@ -6,7 +6,6 @@ Over NBD on a UNIX socket, or as files through FUSE. The daemon ends with the bl
 import asyncio
 import os
 import socket
-import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -20,9 +19,6 @@ from qbackup.images.block_nodes import blockdev, chain_nodes
 
 _DAEMON, _PACKAGE = "qemu-storage-daemon", "qemu-system-common"
 _READY_S = 60.0
-# NBD protocol, "Newstyle negotiation": the server's greeting; a client that wants nothing.
-_GREETING, _GREETING_BYTES = b"NBDMAGIC", 18
-_GOOD_BYE = struct.pack(">I8sII", 3, b"IHAVEOPT", 2, 0)
 _PRIVATE = 0o177
 
 
@@ -62,14 +58,24 @@ async def exported(exports: Sequence[Export], *, listen: Path) -> AsyncIterator[
         if export.file is not None:
             fuse = {"type": "fuse", "id": f"fuse{number}", "mountpoint": str(export.file), **shared}
             arguments += ["--export", blockdev(fuse)]
-    with _listener(listen) as server:
+    ours, theirs = socket.socketpair()
+    with _listener(listen) as server, ours, theirs:
+        # Options take effect in their order: when there is a monitor, everything else is there.
+        arguments = [
+            *("--nbd-server", f"addr.type=fd,addr.str={server.fileno()}"),
+            *arguments,
+            *("--chardev", f"socket,id=monitor,fd={theirs.fileno()}"),
+            *("--monitor", "chardev=monitor"),
+        ]
+        fds = (server.fileno(), theirs.fileno())
         try:
-            arguments = ["--nbd-server", f"addr.type=fd,addr.str={server.fileno()}", *arguments]
             async with child(
-                _DAEMON, arguments, package=_PACKAGE, folder=folder, pass_fds=(server.fileno(),)
+                _DAEMON, arguments, package=_PACKAGE, folder=folder, pass_fds=fds
             ) as daemon:
-                server.close()  # it is the daemon's alone: if that ends, nobody listens
-                await _until_ready(daemon, listen)
+                # They are the daemon's alone: if that ends, nobody listens.
+                server.close()
+                theirs.close()
+                await _until_ready(daemon, ours)
                 yield daemon
         finally:
             listen.unlink(missing_ok=True)
@@ -114,36 +120,15 @@ def _remove_dead(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-async def _until_ready(daemon: Child, listen: Path) -> None:
-    """Wait until the daemon answers: it does when every export is there."""
-    greeting = asyncio.create_task(_greeting(listen))
-    end = asyncio.create_task(daemon.ended())
+async def _until_ready(daemon: Child, monitor: socket.socket) -> None:
+    """Wait until the daemon's monitor greets us, or the daemon ends."""
+    monitor.setblocking(False)
     try:
         async with asyncio.timeout(_READY_S):
-            await asyncio.wait({greeting, end}, return_when=asyncio.FIRST_COMPLETED)
-            if not end.done() and greeting.result().startswith(_GREETING):
-                return
+            with suppress(ConnectionError):
+                if await asyncio.get_running_loop().sock_recv(monitor, 1):
+                    return
             words = await daemon.last_words()
     except TimeoutError:
         words = f"no answer for {_READY_S:g} s"
-    finally:
-        for task in (greeting, end):
-            task.cancel()
-        await asyncio.wait({greeting, end})
     raise daemon.failed(words)
-
-
-async def _greeting(listen: Path) -> bytes:
-    """Return the first bytes that the server says; fewer if it ends."""
-    with short_address(listen) as name:
-        reader, writer = await asyncio.open_unix_connection(name)
-    try:
-        said = await reader.readexactly(_GREETING_BYTES)
-        writer.write(_GOOD_BYE)
-        await writer.drain()
-    except (OSError, asyncio.IncompleteReadError):
-        return b""
-    else:
-        return said
-    finally:
-        writer.close()
