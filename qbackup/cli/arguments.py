@@ -82,16 +82,22 @@ def _make_parser() -> argparse.ArgumentParser:
     show.add_argument("vm", metavar="VM")
     show.add_argument("id", metavar="ID", help="a backup id, or the beginning of one")
 
-    restore = command("restore", "restore disks into a directory or onto a block device")
-    restore.add_argument("vm", metavar="VM")
-    restore.add_argument("--to", required=True, metavar="DIR", help="directory or block device")
-    restore.add_argument(
-        "--at", metavar="ID|TIME", help="this backup, or the newest not after a time"
+    restore = command(
+        "restore",
+        "restore disks into a directory, onto a block device, or into the VM's own images",
     )
-    restore.add_argument("--disk", action="append", default=[], metavar="NAME")
+    _add_point(restore)
+    where = restore.add_mutually_exclusive_group(required=True)
+    where.add_argument("--to", metavar="DIR", help="directory or block device")
+    where.add_argument(
+        "--in-place", action="store_true",
+        help="overwrite the disks of the VM, which is off; needs --force",
+    )  # fmt: skip
+    restore.add_argument(
+        "-i", "--interactive", action="store_true", help="choose the backup from a list"
+    )
     restore.add_argument("--format", choices=("raw", "qcow2"), help="default: as the source was")
     restore.add_argument("--force", action="store_true", help="replace what is there")
-    _add_lock_wait(restore)
 
     _add_bad_day_commands(command)
 

@@ -35,6 +35,7 @@ REFCOUNT_BLOCK_OFFSET = 2 * CLUSTER_BYTES
 
 _BACKING_FIELDS = struct.Struct(">QI")
 _BACKING_FIELDS_OFFSET = 8
+_FEATURES_OFFSET = 72
 _INCOMPATIBLE_DIRTY = 1 << 0
 _INCOMPATIBLE_CORRUPT = 1 << 1
 _INCOMPATIBLE_DATA_FILE = 1 << 2
@@ -116,6 +117,35 @@ def read_header(data: bytes) -> Qcow2Header:
         backing_format=_backing_format(data),
         corrupt=bool(features & (_INCOMPATIBLE_DIRTY | _INCOMPATIBLE_CORRUPT)),
         has_data_file=bool(features & _INCOMPATIBLE_DATA_FILE),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceHeader:
+    """What the header of a VM's own image says, of version 2 or 3."""
+
+    virtual_size_bytes: int
+    has_other_files: bool
+    """A backing file or a data file: this file alone is not the disk."""
+    encrypted: bool
+
+
+def read_source_header(data: bytes) -> SourceHeader:
+    """Read the header of an image that QEMU made.
+
+    Raises:
+        Qcow2Error: it is none.
+    """
+    if len(data) < HEADER_BYTES or data[:4] != MAGIC:
+        raise Qcow2Error("not a qcow2 image")
+    version, backing_offset, size, encryption = struct.unpack_from(">4xIQ12xQI", data)
+    if version not in (2, 3):
+        raise Qcow2Error(f"qcow2 version {version}")
+    features = struct.unpack_from(">Q", data, _FEATURES_OFFSET)[0] if version == 3 else 0
+    return SourceHeader(
+        virtual_size_bytes=size,
+        has_other_files=bool(backing_offset or features & _INCOMPATIBLE_DATA_FILE),
+        encrypted=encryption != 0,
     )
 
 

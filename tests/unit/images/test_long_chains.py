@@ -62,9 +62,10 @@ def test_the_limit_is_right_to_the_byte(tmp_path: Path, to_the_byte: int) -> Non
     assert alone(newest, tmp_path / "out") == (to_the_byte == 0)
 
 
+@pytest.mark.parametrize("exists", [False, True])
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 async def test_a_chain_that_is_too_long_is_copied_whole(
-    tmp_path: Path, image_format: ImageFormat
+    tmp_path: Path, image_format: ImageFormat, exists: bool
 ) -> None:
     made = make_chain(tmp_path, REPOSITORY_ID, 200)
     chain = images(tmp_path, made)
@@ -72,12 +73,17 @@ async def test_a_chain_that_is_too_long_is_copied_whole(
     seen: list[float] = []
     target = tmp_path / "a target: with, odd %s{n\u00e4me}"
     before = {path: path.read_bytes() for path in chain}
+    if exists:  # the image of a VM that is off
+        command = ["qemu-img", "create", "-q", "-f", image_format, str(target), str(SIZE_BYTES)]
+        subprocess.run(command, check=True)
+        fill = ["qemu-io", "-f", image_format, "-c", "write -q -P 9 0 3M", str(target)]
+        subprocess.run(fill, check=True)
     await convert(
         chain,
         target,
         virtual_size_bytes=SIZE_BYTES,
         target_format=image_format,
-        target_exists=False,
+        target_exists=exists,
         on_fraction=seen.append,
     )
     assert seen == sorted(seen) and seen[-1] == 1.0
