@@ -12,6 +12,7 @@ The tree, and the exit codes that other programs rely on:
     │   ├── MonitorBusyError          12  another client has the monitor, or QEMU hangs
     │   └── MonitorLostError          12  the connection ended in the middle
     ├── VerificationError             13  what is stored is not what was written
+    ├── BootError                     13  a backup was booted, and did not do what was expected
     ├── InterruptedByUserError       130  Ctrl-C or SIGTERM
     ├── QmpCommandError                1  QEMU refused a command
     ├── VmStateError                   1  the VM is in no state for what was asked
@@ -113,6 +114,12 @@ class VerificationError(QbackupError):
             "chain with qbackup full VM. qemu-img can still read what is left of an image",
         )
         self.problems = tuple(problems)
+
+
+class BootError(QbackupError):
+    """A backup was booted in a throw-away VM, and what was expected was not seen."""
+
+    exit_code = 13
 
 
 class InterruptedByUserError(QbackupError):

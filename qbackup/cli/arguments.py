@@ -101,11 +101,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
     _add_bad_day_commands(command)
 
-    verify = command("verify", "compare every byte of the backups with what was written")
-    verify.add_argument("vm", nargs="?", metavar="VM")
-    verify.add_argument("--at", metavar="ID|TIME", help="only this backup and what it needs")
-    _add_lock_wait(verify)
-
+    _add_verify_command(command)
     _add_retention_commands(command)
 
     run = command("run", "start QEMU, and keep its bitmaps beyond its end")
@@ -135,10 +131,54 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_verify_command(command: Callable[..., _Parser]) -> None:
+    verify = command("verify", "compare every byte of the backups with what was written")
+    verify.add_argument("vm", nargs="?", metavar="VM")
+    verify.add_argument("--at", metavar="ID|TIME", help="only this backup and what it needs")
+    _add_lock_wait(verify)
+    verify.add_argument(
+        "--boot", action="store_true",
+        help="verify the newest backup, or --at, and start a throw-away VM from it",
+    )  # fmt: skip
+    verify.add_argument(
+        "--expect", metavar="REGEX", help="with --boot: what the serial console has to say"
+    )
+    verify.add_argument(
+        "--boot-timeout", type=_argument(parse_duration_s), default=120, metavar="2m",
+        help="with --boot: wait so long for that, or for the guest agent",
+    )  # fmt: skip
+    _add_boot_options(verify)
+
+
 def _add_bad_day_commands(command: Callable[..., _Parser]) -> None:
     nbd = command("nbd", "serve a backup's disks, read-only, on a UNIX socket until Ctrl-C")
     _add_point(nbd)
     nbd.add_argument("--socket", metavar="PATH", help="default: one in a private directory")
+
+    boot = command("boot", "start a throw-away VM, without network, from a backup")
+    _add_point(boot)
+    _add_boot_options(boot)
+    screen = boot.add_mutually_exclusive_group()
+    screen.add_argument("--vnc", metavar="ADDRESS", help="its screen by VNC, for example :0")
+    screen.add_argument("--window", action="store_true", help="its screen in a window")
+
+
+def _add_boot_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a throw-away VM may have otherwise than the backup tells."""
+    parser.add_argument(
+        "--memory", type=_argument(parse_size_bytes), metavar="2G", help="default: as the VM had"
+    )
+    parser.add_argument(
+        "--accel", choices=("tcg", "kvm"), help="default: boot_accel of the configuration, or tcg"
+    )
+    parser.add_argument("--machine", metavar="TYPE", help="a machine type of QEMU's")
+    for name, text in (
+        ("bios", "firmware"),
+        ("kernel", "start this kernel of the host's"),
+        ("initrd", "with this initial file system"),
+    ):
+        parser.add_argument(f"--{name}", metavar="FILE", help=text)
+    parser.add_argument("--append", metavar="TEXT", help="and this command line")
 
 
 def _add_point(parser: argparse.ArgumentParser) -> None:

@@ -6,8 +6,10 @@ import signal
 from qbackup.host.children import Child
 
 
-async def until_told_to_end(running: Child) -> int:
+async def until_told_to_end(running: Child, *, may_end: bool = False) -> int:
     """Wait for SIGTERM, and return 0. Ctrl-C and a hang-up interrupt, as everywhere.
+
+    If it `may_end`, its end by itself is as good, unless it failed.
 
     Raises:
         ProgramError: the program ended by itself.
@@ -18,7 +20,7 @@ async def until_told_to_end(running: Child) -> int:
     ending = asyncio.create_task(running.ended())
     try:
         await asyncio.wait({waiting, ending}, return_when=asyncio.FIRST_COMPLETED)
-        if not told.is_set():
+        if not told.is_set() and not (may_end and await ending == 0):
             raise running.failed(await running.last_words())
         return 0
     finally:

@@ -1,16 +1,20 @@
 """`qbackup verify`: is everything in the repository as it was written?"""
 
 import argparse
+import re
+from typing import Any
 
+from qbackup.actions.boot_check import Expectation, Seen, check_boot
 from qbackup.actions.verify import Scope, Verifier, scope_of_chain
 from qbackup.catalog.choose import choose_backup
 from qbackup.catalog.history import History
+from qbackup.cli.boot import boot_options
 from qbackup.cli.context import make_context
 from qbackup.cli.output import summary
 from qbackup.errors import LockedError, ManifestDamagedError, UsageError, VerificationError
 from qbackup.model.quantities import format_size
 from qbackup.repository.repository import Repository
-from qbackup.ui.reporters import make_reporter
+from qbackup.ui.reporters import LineReporter, make_reporter
 
 
 async def run(arguments: argparse.Namespace) -> int:
@@ -24,6 +28,11 @@ async def run(arguments: argparse.Namespace) -> int:
     repository = context.open_repository()
     if arguments.at is not None and arguments.vm is None:
         raise UsageError("--at needs a VM", hint="qbackup verify VM --at ID")
+    if arguments.expect and not arguments.boot:
+        raise UsageError("--expect goes with --boot")
+    if arguments.boot and arguments.vm is None:
+        raise UsageError("--boot needs a VM", hint="qbackup verify VM --boot")
+    expectation = Expectation(pattern=_pattern(arguments.expect), timeout_s=arguments.boot_timeout)
     names = [context.vm_name(repository, arguments.vm)] if arguments.vm else repository.vms()
     locked: LockedError | None = None
     with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
@@ -32,7 +41,9 @@ async def run(arguments: argparse.Namespace) -> int:
         for name in names:
             try:
                 async with repository.reading(name, wait_s=arguments.lock_wait):
-                    scope = _scope(repository, name, arguments.at)
+                    scope = _scope(repository, name, arguments.at, one=arguments.boot)
+                    if arguments.boot:
+                        arguments.at = scope.ids[-1]  # also if there is a newer one by now
                     verified = await verifier.verify([scope])
             except LockedError as err:
                 # The other VMs are verified all the same.
@@ -42,24 +53,56 @@ async def run(arguments: argparse.Namespace) -> int:
         raise VerificationError(verified.problems)
     if locked is not None:
         raise locked
+    document: dict[str, Any] = {
+        "backups": verified.backups,
+        "files": verified.files,
+        "bytes": verified.bytes_read,
+        "problems": [],
+    }
+    text = (
+        f"verified {verified.backups} backups: {verified.files} files, "
+        f"{format_size(verified.bytes_read)}, all as written"
+    )
+    if arguments.boot:
+        reporter = LineReporter(quiet=context.quiet or context.json_output)
+        arguments.disk = []
+        options = boot_options(arguments, context, names[0])
+        seen = await check_boot(repository, names[0], options, expectation, reporter)
+        document["boot"] = {
+            "id": seen.backup_id,
+            "seen": seen.sign,
+            "seconds": seen.seconds,
+            "text": seen.text,
+        }
+        text += f"\n{_seen_text(names[0], seen)}"
     summary(
-        {
-            "backups": verified.backups,
-            "files": verified.files,
-            "bytes": verified.bytes_read,
-            "problems": [],
-        },
-        text=f"verified {verified.backups} backups: {verified.files} files, "
-        f"{format_size(verified.bytes_read)}, all as written",
+        document,
+        text=text,
         json_output=context.json_output,
         quiet=context.quiet,
     )
     return 0
 
 
-def _scope(repository: Repository, vm: str, at: str | None) -> Scope:
-    """Return what there is to verify of a VM: all, or one backup and what it needs."""
-    if at is None:
+def _pattern(text: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if text is None else re.compile(text)
+    except re.error as err:
+        raise UsageError(f"--expect {text!r} is no regular expression: {err}") from err
+
+
+def _seen_text(vm: str, seen: Seen) -> str:
+    what = {
+        "pattern": f"said {seen.text!r} on its serial console",
+        "agent": "answered through its guest agent",
+        "running": "was still running, which is all that can be told without --expect or an agent",
+    }
+    return f"{vm}: backup {seen.backup_id} booted: after {seen.seconds:g} s it {what[seen.sign]}"
+
+
+def _scope(repository: Repository, vm: str, at: str | None, *, one: bool) -> Scope:
+    """Return what there is to verify of a VM: all, or `one` backup and what it needs."""
+    if at is None and not one:
         return Scope(vm=vm, ids=repository.backup_ids(vm))
     try:
         history = History(repository, vm)

@@ -27,6 +27,8 @@ from qbackup.model.retention import NO_RULES, Rules
 Engine = Literal["snapshot", "direct", "drive-backup"]
 """How the bytes get into the repository: docs/architecture.md, "Engines"."""
 
+Accelerator = Literal["tcg", "kvm"]
+
 DEFAULT_STALL_TIMEOUT_S = 300.0
 MIN_STALL_TIMEOUT_S = 1.0
 
@@ -77,6 +79,8 @@ class Configuration:
     """True: a fingerprint is enough. False: never. None: if the kernel proves that nobody wrote."""
     vms: dict[str, Vm]
     keep: Rules = NO_RULES
+    boot_accel: Accelerator = "tcg"
+    """What throw-away VMs run with; nothing else is chosen by itself."""
 
     def rules(self, name: str) -> Rules:
         """Return what of a VM's backups is kept; the VM need not be in the file (any more)."""
@@ -130,6 +134,7 @@ class _File:
     scratch: str | None = None
     scratch_limit: str | int | None = None
     stall_timeout: str | int | float | None = None
+    boot_accel: Accelerator = "tcg"
     keep: dict[str, Any] | None = None
     vm: dict[str, Any] = field(default_factory=dict)
 
@@ -139,6 +144,7 @@ _EXPECTED = {
     "state": 'a directory, such as state = "/var/lib/qbackup"',
     "trust_block_devices": "true or false",
     "max_chain": f"a number of backups from 1 to {LARGEST_MAX_CHAIN}, such as max_chain = 100",
+    "boot_accel": '"tcg" or "kvm"',
     "vm": "tables such as [vm.vm1]",
     "qmp": "QEMU's monitor, a socket's path or tcp:HOST:PORT",
     "agent": 'the guest agent\'s socket, such as agent = "/run/vm1/qga.sock"',
@@ -194,6 +200,7 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
         trust_block_devices=top.trust_block_devices,
         vms=vms,
         keep=_rules(top.keep or {}, path=path, where="keep"),
+        boot_accel=top.boot_accel,
     )
 
 
@@ -376,6 +383,7 @@ state = {_quoted(state)}
 #                                     # default: the state directory
 # scratch_limit = "20G"               # a backup that would need more is given up; default: none
 # stall_timeout = "5m"                # so is one that gets no further for so long
+# boot_accel = "kvm"                  # what qbackup boot runs with; default: "tcg"
 
 # What qbackup prune keeps: the newest backup of each of so many periods that have one. A table
 # [vm.vm1.keep] replaces this one for vm1. Without any rule, nothing is ever removed.

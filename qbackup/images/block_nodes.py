@@ -11,7 +11,7 @@ of the newest backup: then 300 images take half a second.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +60,6 @@ def chain_nodes(images: Sequence[Path], *, prefix: str) -> ChainNodes:
     return ChainNodes(folder=folder, options=tuple(options), node=below)
 
 
-def blockdev(node: dict[str, object]) -> str:
-    """Return a node as `-blockdev` takes it."""
+def blockdev(node: Mapping[str, object]) -> str:
+    """Return a node as `-blockdev` takes it; devices and exports are written alike."""
     return json.dumps(node, separators=(",", ":"))

@@ -19,6 +19,7 @@ EXIT_CODES = {
     "MonitorBusyError": 12,
     "MonitorLostError": 12,
     "VerificationError": 13,
+    "BootError": 13,
     "InterruptedByUserError": 130,
     "QmpCommandError": 1,
     "VmStateError": 1,

@@ -62,6 +62,14 @@ def test_the_limit_is_right_to_the_byte(tmp_path: Path, to_the_byte: int) -> Non
     assert alone(newest, tmp_path / "out") == (to_the_byte == 0)
 
 
+def make_image(path: Path, image_format: ImageFormat) -> None:
+    """Make an image with something in it."""
+    create = ["qemu-img", "create", "-q", "-f", image_format, str(path), str(SIZE_BYTES)]
+    subprocess.run(create, check=True)
+    fill = ["qemu-io", "-f", image_format, "-c", "write -q -P 9 0 3M", str(path)]
+    subprocess.run(fill, check=True)
+
+
 @pytest.mark.parametrize("exists", [False, True])
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 async def test_a_chain_that_is_too_long_is_copied_whole(
@@ -74,10 +82,7 @@ async def test_a_chain_that_is_too_long_is_copied_whole(
     target = tmp_path / "a target: with, odd %s{n\u00e4me}"
     before = {path: path.read_bytes() for path in chain}
     if exists:  # the image of a VM that is off
-        command = ["qemu-img", "create", "-q", "-f", image_format, str(target), str(SIZE_BYTES)]
-        subprocess.run(command, check=True)
-        fill = ["qemu-io", "-f", image_format, "-c", "write -q -P 9 0 3M", str(target)]
-        subprocess.run(fill, check=True)
+        make_image(target, image_format)
     await convert(
         chain,
         target,
