@@ -155,6 +155,15 @@ def _add_bad_day_commands(command: Callable[..., _Parser]) -> None:
     _add_point(nbd)
     nbd.add_argument("--socket", metavar="PATH", help="default: one in a private directory")
 
+    mount = command("mount", "show the files in a backup, read-only, until Ctrl-C or umount")
+    _add_point(mount)
+    mount.add_argument("dir", metavar="DIR", help="an empty directory")
+    mount.add_argument("--images", action="store_true", help="show each disk as a raw file instead")
+    mount.add_argument(
+        "--partition", metavar="DEVICE",
+        help="show this file system, for example /dev/sda1, where there is no operating system",
+    )  # fmt: skip
+
     boot = command("boot", "start a throw-away VM, without network, from a backup")
     _add_point(boot)
     _add_boot_options(boot)
