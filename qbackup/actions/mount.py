@@ -104,7 +104,8 @@ async def files_shown(
 def _guestmount_arguments(exported: Exported, folder: Path, partition: str | None) -> list[str]:
     arguments = ["--ro", "--no-fork", "--format=raw"]
     for disk in exported.disks:
-        arguments += ["-a", disk.uri]
+        # libguestfs knows UNIX sockets by its own word (guestfish(1), "Adding remote storage").
+        arguments += ["-a", disk.uri.replace("nbd+unix:", "nbd:", 1)]
     arguments += ["-i"] if partition is None else ["-m", partition]
     return [*arguments, str(folder.absolute())]
 
