@@ -84,14 +84,13 @@ def _document(guest: Booted) -> dict[str, object]:
 
 def _text(guest: Booted, arguments: argparse.Namespace) -> str:
     lines = [
-        f"{guest.backup.vm}: backup {guest.backup.id} boots: {', '.join(guest.disks)}; "
-        f"{format_size(guest.memory_bytes)} of memory, no network. "
-        "What it writes is thrown away."
+        f"{guest.backup.vm}: backup {guest.backup.id} boots; what it writes is thrown away",
+        f"  {', '.join(guest.disks)}; {format_size(guest.memory_bytes)} of memory; no network",
     ]
     if guest.left_out:
-        lines.append(f"left out: {', '.join(guest.left_out)}")
+        lines.append(f"  left out: {', '.join(guest.left_out)}")
     if arguments.vnc:
-        lines.append(f"its screen: VNC {arguments.vnc}")
+        lines.append(f"  its screen: VNC {arguments.vnc}")
     if sys.stdin.isatty():
-        lines.append("its serial console is here; Ctrl-A X ends it")
+        lines.append("  its serial console is here; Ctrl-A X ends it")
     return "\n".join(lines)

@@ -42,6 +42,8 @@ async def choose_point(repository: Repository, vm: str) -> Backup:
             found.append(backup)
     if not found:
         raise BackupNotFoundError(f"{vm}: there is no backup that can be restored")
+    labels = ["LABEL"] if any(backup.label for backup in found) else []
+    head = ["NO", "ID", "LOCAL TIME", "KIND", "STORED", *labels]
     rows = [
         [
             str(number),
@@ -49,11 +51,10 @@ async def choose_point(repository: Repository, vm: str) -> Backup:
             local_time(backup.time),
             backup.kind,
             format_size(backup.stored_bytes),
-            backup.label or "",
+            *([backup.label or ""] if labels else []),
         ]
         for number, backup in enumerate(found, start=1)
     ]
-    head = ["NUMBER", "ID", "LOCAL TIME", "KIND", "STORED", "LABEL"]
     for line in table(head, rows[::-1], right=(0, 4)).split("\n"):
         print_line(line)
     if more:

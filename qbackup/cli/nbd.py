@@ -64,9 +64,9 @@ def _text(exported: Exported) -> str:
     for disk in exported.disks:
         lines += [f"  {disk.name} ({format_size(disk.virtual_size_bytes)}):", f"    {disk.uri}"]
     lines += [
-        "to read a disk, for example:",
-        f"  qemu-img convert -f raw -O raw '{first.uri}' {first.name}.raw",
-        f"  nbdfuse -r DIR '{first.uri}'",
+        "for example, with such a URI:",
+        f"  qemu-img convert -f raw -O raw 'URI' {first.name}.raw",
+        f"  nbdfuse -r {first.name}.raw 'URI'",
         f"  nbd-client -unix {exported.socket} -N {first.name} /dev/nbd0",
     ]
     return "\n".join(lines)

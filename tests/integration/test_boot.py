@@ -79,7 +79,7 @@ async def test_boot_shows_the_serial_console_and_ends_with_the_guest(tmp_path: P
         assert process.stdout is not None
         async with asyncio.timeout(60):
             said = (await process.stdout.readuntil(b"this is point 1")).decode()
-        assert "48.0 MiB of memory, no network" in said
+        assert "no network" in said
         process.terminate()
         async with asyncio.timeout(60):
             await process.communicate()
