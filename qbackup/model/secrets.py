@@ -196,14 +196,18 @@ def _redacted_rbd_part(match: re.Match[str]) -> str:
 
 
 def _redacted_uri(match: re.Match[str]) -> str:
-    """Return a URI without the password; on the web, a user alone and the query may be one."""
+    """Return a URI without the password; on the web, the user and the query may be one too.
+
+    A token stands before the colon (`TOKEN:x-oauth-basic@`) as well as after it.
+    """
     scheme, user_info, rest, query = match[1], match[2], match[3], match[4]
     web = scheme.lower() in _WEB_SCHEMES
     who = ""
     if user_info is not None:
         separator = "%" if scheme.lower().startswith("iscsi") else ":"
         user, separated, _ = user_info.partition(separator)
-        who = f"{user}{separator}{REDACTED}@" if separated else f"{REDACTED if web else user}@"
+        kept = REDACTED if web else user
+        who = f"{kept}{separator}{REDACTED}@" if separated else f"{kept}@"
     if query and web and len(query) > 1:
         query = f"?{REDACTED}"
     return f"{scheme}://{who}{rest}{query or ''}"

@@ -17,9 +17,12 @@ from qbackup.repository.repository import Repository
 
 from .fake_qemu import FakeAgent, FakeQmp
 
-# How long one example takes says nothing on a busy machine; pytest-timeout ends what hangs.
-settings.register_profile("unit", deadline=None)
-settings.load_profile("unit")
+# How long one example takes says nothing on a busy machine; pytest-timeout ends what hangs. The
+# examples are the same each time, so that a failure tells of the change that was made; others are
+# tried with QBACKUP_TEST_EXAMPLES=random.
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("random", deadline=None)
+settings.load_profile(os.environ.get("QBACKUP_TEST_EXAMPLES", "same"))
 
 
 class RecordingReporter:

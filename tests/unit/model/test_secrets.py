@@ -81,6 +81,7 @@ URL: list[Callable[[str], list[str]]] = [
     lambda s: ["-cdrom", f"ftp://me:{s}@host/a.iso"],
     lambda s: [f"https://me:{s}@host/a,b"],
     lambda s: ["-hda", f"HTTPS://{s}@host/a"],
+    lambda s: ["-hda", f"https://{s}:x-oauth-basic@host/a"],
     lambda s: ["-drive", f"file=iscsi://me%{doubled(s)}@host/iqn/0"],
     lambda s: ["-blockdev", json.dumps({"driver": "http", "url": f"http://me:{s}@h/x"})],
     lambda s: ["-append", f"root=/dev/vda inst.ks=https://me:{s}@host/ks quiet"],

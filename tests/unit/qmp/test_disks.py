@@ -111,7 +111,7 @@ async def test_the_name_of_an_image_is_told_without_its_secrets(inventory_of: As
     unnamed = block_node(AUTOMATIC, ro=True)
     unnamed["image"]["filename"] = "iscsi://me%hunter2@host/iqn/0"
     found = await inventory_of(block_device(remote), block_device(unnamed, qdev=ANONYMOUS))
-    assert found.disks[0].source.filename == "https://me:REDACTED@host/a?REDACTED"
+    assert found.disks[0].source.filename == "https://REDACTED:REDACTED@host/a?REDACTED"
     assert found.left_out == {"iscsi://me%REDACTED@host/iqn/0": "read-only"}
 
 

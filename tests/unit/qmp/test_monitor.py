@@ -62,7 +62,7 @@ async def test_an_error_reply_is_told_without_the_secrets_in_it(monitor_of: Moni
     with pytest.raises(QmpCommandError) as caught:
         await monitor.execute(commands.job_cancel("job0"))
     assert "hunter2" not in f"{caught.value.message} {caught.value.description}"
-    assert "me:REDACTED@host/a': Permission denied" in caught.value.message
+    assert "REDACTED:REDACTED@host/a': Permission denied" in caught.value.message
 
 
 async def test_no_socket_is_told_with_a_hint(tmp_path: Path) -> None:
