@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from qbackup.actions.export import Point, PointOptions, held_point
+from qbackup.actions.point import Point, PointOptions, held_point
 from qbackup.errors import ProgramError, UsageError
 from qbackup.formats.configuration import Accelerator
 from qbackup.formats.machine import Machine, read_machine

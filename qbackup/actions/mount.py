@@ -13,7 +13,8 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from qbackup.actions.export import Exported, PointOptions, exported_point, held_point
+from qbackup.actions.export import Exported, exported_point
+from qbackup.actions.point import PointOptions, held_point
 from qbackup.errors import ExportError
 from qbackup.host.children import Child, child, missing
 from qbackup.host.private import private_directory
@@ -114,7 +115,7 @@ async def _until_mounted(program: Child, folder: Path) -> None:
     """Wait until something is mounted there, which has no event, or the program ends."""
     end = asyncio.create_task(program.ended())
     try:
-        while not folder.is_mount():
+        while not _is_mounted(folder):
             await asyncio.wait({end}, timeout=_MOUNT_POLL_S)
             if end.done():
                 raise program.failed(
@@ -126,9 +127,16 @@ async def _until_mounted(program: Child, folder: Path) -> None:
         end.cancel()
 
 
+def _is_mounted(folder: Path) -> bool:
+    try:
+        return folder.is_mount()
+    except OSError:
+        return True  # what is mounted there does not answer any more
+
+
 async def _unmount(program: Child, folder: Path) -> None:
     """Unmount what is still mounted, so that nothing is left there that does not answer."""
-    if not folder.is_mount():
+    if not _is_mounted(folder):
         return
     for unmount in ("fusermount3", "fusermount"):
         if shutil.which(unmount) is None:

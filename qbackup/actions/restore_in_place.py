@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from qbackup.actions.export import Point, PointOptions, held_point
+from qbackup.actions.point import Point, PointOptions, held_point
 from qbackup.actions.restore import Restored, RestoredDisk, check_content, progress_to
 from qbackup.bitmaps.files import forget
 from qbackup.catalog.disk_images import DiskImages
@@ -90,16 +90,17 @@ async def restore_in_place(
 async def _write_all(point: Point, targets: Sequence[_Target], reporter: Reporter) -> Restored:
     restored: list[RestoredDisk] = []
     for source, target in zip(point.disks, targets, strict=True):
+        begun = False
         try:
             # Reading the backups has taken a while.
             await in_thread(partial(_require_unused, source.disk.name, target))
+            begun = True
             await _write_over(source, target, reporter)
         except BaseException as err:
-            whole = ", ".join(disk.name for disk in restored) or "none"
-            err.add_note(
-                f"disk {source.disk.name}: {target.path} may be written in part; "
-                f"restored whole: {whole}. The same command again restores them all"
-            )
+            if begun:
+                err.add_note(f"{target.path} may be half old and half new: run it again")
+            if restored:
+                err.add_note(f"restored whole: {', '.join(disk.name for disk in restored)}")
             raise
         restored.append(
             RestoredDisk(

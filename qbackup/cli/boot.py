@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 
 from qbackup.actions.boot import Booted, BootOptions, Console, booted
+from qbackup.cli.choose_point import point_options
 from qbackup.cli.context import Context, make_context
 from qbackup.cli.foreground import until_told_to_end
-from qbackup.cli.nbd import point_options
 from qbackup.cli.output import line
 from qbackup.host.children import Streams
 from qbackup.model.quantities import format_size

@@ -1,7 +1,9 @@
-"""Let the user choose a backup from a numbered list, on a terminal."""
+"""Which backup is meant: by the command line, or by the user, from a list on a terminal."""
 
+import argparse
 import sys
 
+from qbackup.actions.point import PointOptions
 from qbackup.cli.list import local_time
 from qbackup.errors import BackupNotFoundError, UsageError
 from qbackup.host.tasks import in_thread
@@ -12,6 +14,13 @@ from qbackup.ui.reporters import print_line
 from qbackup.ui.tables import table
 
 _SHOWN = 20
+
+
+def point_options(arguments: argparse.Namespace) -> PointOptions:
+    """Return which backup and which disks the command line means."""
+    return PointOptions(
+        at=arguments.at, disks=tuple(arguments.disk), lock_wait_s=arguments.lock_wait
+    )
 
 
 def require_terminal(*, json_output: bool) -> None:

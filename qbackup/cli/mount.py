@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from qbackup.actions.mount import Mounted, disks_shown, files_shown
+from qbackup.cli.choose_point import point_options
 from qbackup.cli.context import make_context
 from qbackup.cli.foreground import until_told_to_end
-from qbackup.cli.nbd import point_options
 from qbackup.cli.output import line
 from qbackup.errors import UsageError
 

@@ -4,7 +4,9 @@ import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
-from qbackup.actions.export import Exported, PointOptions, exported_point, held_point
+from qbackup.actions.export import Exported, exported_point
+from qbackup.actions.point import held_point
+from qbackup.cli.choose_point import point_options
 from qbackup.cli.context import make_context
 from qbackup.cli.foreground import until_told_to_end
 from qbackup.cli.output import line
@@ -36,13 +38,6 @@ async def run(arguments: argparse.Namespace) -> int:
                 quiet=context.quiet,
             )
             return await until_told_to_end(exported.daemon)
-
-
-def point_options(arguments: argparse.Namespace) -> PointOptions:
-    """Return which backup and which disks the command line means."""
-    return PointOptions(
-        at=arguments.at, disks=tuple(arguments.disk), lock_wait_s=arguments.lock_wait
-    )
 
 
 def _document(exported: Exported) -> dict[str, object]:

@@ -1,12 +1,12 @@
 """`qbackup restore`: disks out of the repository."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
-from qbackup.actions.export import PointOptions
 from qbackup.actions.restore import Restored, RestoreOptions, restore
 from qbackup.actions.restore_in_place import restore_in_place
-from qbackup.cli.choose_point import choose_point, require_terminal
+from qbackup.cli.choose_point import choose_point, point_options, require_terminal
 from qbackup.cli.context import make_context
 from qbackup.cli.output import summary
 from qbackup.errors import UsageError
@@ -30,7 +30,7 @@ async def run(arguments: argparse.Namespace) -> int:
                 repository,
                 configured,
                 context.state(configured),
-                PointOptions(at=at, disks=tuple(arguments.disk), lock_wait_s=arguments.lock_wait),
+                replace(point_options(arguments), at=at),
                 reporter,
             )
         else:
