@@ -23,26 +23,13 @@ from qbackup.formats.qcow2 import write_empty_image
 from qbackup.host.children import Child, Streams, child
 from qbackup.host.files import read_bounded
 from qbackup.images.block_nodes import blockdev, chain_nodes
+from qbackup.images.firmware import MAX_FIRMWARE_BYTES, empty_variables, find_firmware
 from qbackup.model.backup import Backup
 from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_size
 from qbackup.repository.repository import Repository
 
 AGENT_PORT = "org.qemu.guest_agent.0"
-_FIRMWARE_DIRECTORIES = tuple(
-    Path("/usr/share", name)
-    for name in (
-        "OVMF",
-        "ovmf",
-        "AAVMF",
-        "qemu",
-        "qemu-efi-aarch64",
-        "seabios",
-        "edk2",
-        "edk2-ovmf",
-    )
-)
-_MAX_FIRMWARE_BYTES = 64 * 1024 * 1024
 _DEFAULT_MEMORY_BYTES = 1024 * 1024 * 1024
 _LEAST_MEMORY_BYTES = 1024 * 1024
 _MIB = 1024 * 1024
@@ -235,11 +222,11 @@ def _firmware_arguments(
     if code is None:
         return [], []
     arguments = _flash(0, str(code), read_only=True)
-    variables = _variables(code)
+    variables = empty_variables(code)
     if variables is None:
         return arguments, []
     copy = files.enter_context(_nameless(options.scratch))
-    copy.write(read_bounded(variables, _MAX_FIRMWARE_BYTES, follow=True))
+    copy.write(read_bounded(variables, MAX_FIRMWARE_BYTES, follow=True))
     copy.flush()
     name = f"/proc/self/fd/{copy.fileno()}"
     return arguments + _flash(1, name, read_only=False), [copy.fileno()]
@@ -256,33 +243,14 @@ def _flash(unit: int, filename: str, *, read_only: bool) -> list[str]:
 
 
 def _known_firmware(name: str, reporter: Reporter) -> Path | None:
-    """Return a firmware's file if it is where distributions keep theirs; say it if not."""
-    try:
-        path = Path(name).resolve(strict=True)
-        if path.is_file() and any(path.is_relative_to(d) for d in _firmware_directories()):
-            return path
-    except (OSError, ValueError, RuntimeError):
-        pass
-    reporter.warning(
-        f"the VM's firmware, {name}, is not among this host's own: QEMU's is used; "
-        "name one with --bios FILE"
-    )
-    return None
-
-
-def _firmware_directories() -> list[Path]:
-    return [directory.resolve() for directory in _FIRMWARE_DIRECTORIES if directory.is_dir()]
-
-
-def _variables(code: Path) -> Path | None:
-    """Return the empty variables that belong to a firmware's code (OVMF's and AAVMF's names)."""
-    for name in (
-        code.name.replace("CODE", "VARS"),
-        code.name.replace("CODE", "VARS").replace(".secboot", ""),
-    ):
-        if name != code.name and (code.parent / name).is_file():
-            return code.parent / name
-    return None
+    """Return a firmware's file if it is one of this host's own; say it if not."""
+    found = find_firmware(name)
+    if found is None:
+        reporter.warning(
+            f"the VM's firmware, {name}, is not among this host's own: QEMU's is used; "
+            "name one with --bios FILE"
+        )
+    return found
 
 
 def _fitting_memory(machine: Machine, reporter: Reporter) -> int:
