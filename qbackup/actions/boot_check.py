@@ -46,7 +46,7 @@ class Seen:
     text: str | None = None
 
 
-class _SerialConsole:
+class SerialConsole:
     """What the guest has said last."""
 
     def __init__(self, pattern: re.Pattern[str] | None) -> None:
@@ -98,7 +98,7 @@ async def check_boot(
 async def _watch(vm: str, guest: Booted, expectation: Expectation, agent: Path) -> Seen:
     loop = asyncio.get_running_loop()
     began = loop.time()
-    serial = _SerialConsole(expectation.pattern)
+    serial = SerialConsole(expectation.pattern)
     stream = guest.qemu.stdout
     assert stream is not None  # noqa: S101 - a pipe, as asked for; this tells mypy
     tasks: dict[str, asyncio.Task[Any]] = {
@@ -154,13 +154,13 @@ async def _until_answer(socket: Path) -> None:
 
 
 async def _ended(
-    vm: str, guest: Booted, qemu: Child, serial: _SerialConsole, seconds: float
+    vm: str, guest: Booted, qemu: Child, serial: SerialConsole, seconds: float
 ) -> BootError:
     words = await qemu.last_words()
     return _failure(vm, guest, f"QEMU ended after {seconds:.1f} s ({words})", serial)
 
 
-def _failure(vm: str, guest: Booted, what: str, serial: _SerialConsole) -> BootError:
+def _failure(vm: str, guest: Booted, what: str, serial: SerialConsole) -> BootError:
     said = serial.last_words
     return BootError(
         f"{vm}: backup {guest.backup.id} was booted, and {what}; "
