@@ -24,7 +24,7 @@ from qbackup.catalog.disk_images import DiskImages
 from qbackup.catalog.history import History
 from qbackup.errors import RestoreError
 from qbackup.formats.configuration import Vm
-from qbackup.formats.qcow2 import HEADER_BYTES, Qcow2Error, read_source_header
+from qbackup.formats.qcow2 import CLUSTER_BYTES, Qcow2Error, read_source_header
 from qbackup.host import durable
 from qbackup.host.process_files import FileIdentity, find_users, identity_of
 from qbackup.host.sockets import tcp_listener, unix_listener
@@ -239,12 +239,12 @@ def _virtual_size(name: str, target: _Target) -> int:
         if target.image_format == "raw":
             size = file.seek(0, os.SEEK_END)
             return -(-size // _SECTOR_BYTES) * _SECTOR_BYTES
-        data = file.read(HEADER_BYTES)
+        data = file.read(CLUSTER_BYTES)
     try:
         header = read_source_header(data)
     except Qcow2Error as err:
         raise RestoreError(f"disk {name}: {target.path}: {err}", hint=_ELSEWHERE) from err
-    if header.has_other_files or header.encrypted:
+    if header.backing_file is not None or header.has_data_file or header.encrypted:
         raise RestoreError(
             f"disk {name}: {target.path} is encrypted, or has a backing or a data file",
             hint=_ELSEWHERE,

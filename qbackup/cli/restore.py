@@ -40,6 +40,7 @@ async def run(arguments: argparse.Namespace) -> int:
                 disks=tuple(arguments.disk),
                 image_format=arguments.format,
                 force=arguments.force,
+                with_vm=arguments.with_vm,
                 lock_wait_s=arguments.lock_wait,
             )
             restored = await restore(repository, vm, options, reporter)
@@ -55,6 +56,8 @@ async def run(arguments: argparse.Namespace) -> int:
 def _require_sense(arguments: argparse.Namespace) -> None:
     if arguments.in_place and arguments.format:
         raise UsageError("--in-place keeps the format of the image", hint="leave out --format")
+    if arguments.in_place and arguments.with_vm:
+        raise UsageError("--with-vm needs a directory: --to DIR", hint="leave out --in-place")
     if arguments.in_place and not arguments.force:
         raise UsageError(
             "--in-place overwrites the VM's disks: what they hold now is lost",
@@ -78,6 +81,8 @@ def _document(restored: Restored) -> dict[str, object]:
             }
             for disk in restored.disks
         ],
+        "files": [{"name": file, "path": str(path)} for file, path in restored.files.items()],
+        "start_script": str(restored.script) if restored.script else None,
     }
 
 
@@ -87,4 +92,7 @@ def _text(restored: Restored) -> str:
         f"  {disk.name}: {disk.path} ({disk.image_format}, {format_size(disk.virtual_size_bytes)})"
         for disk in restored.disks
     ]
+    lines += [f"  {file}: {path}" for file, path in restored.files.items()]
+    if restored.script:
+        lines.append(f"  look at it, then start the VM with: {restored.script}")
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from datetime import MAXYEAR, MINYEAR, datetime
 
 from qbackup.formats.documents import DocumentError, convert, decode_document, encode_document
+from qbackup.formats.vm_files import check_files
 from qbackup.model.backup import MAX_DISK_BYTES, Backup, SourceImage
 from qbackup.model.names import is_backup_id, is_safe_name
 from qbackup.model.secrets import redacted, redacted_command_line
@@ -52,6 +53,8 @@ def decode_manifest(data: bytes, *, repository_id: str, vm: str, backup_id: str)
             raise DocumentError(f"disk {disk.name}: size {disk.virtual_size_bytes} is impossible")
         if (disk.kind == "full") != (disk.parent is None):
             raise DocumentError(f"disk {disk.name}: {disk.kind} with parent {disk.parent}")
+    if backup.files:
+        check_files(backup.files)
     return backup
 
 

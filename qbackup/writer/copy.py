@@ -48,7 +48,10 @@ class Stopped(Exception):  # noqa: N818 - nothing is wrong, somebody wants it to
 
 
 class Task:
-    """What to copy, as the parent says it. See `client.CopyRequest`."""
+    """What to copy, as the parent says it. See `client.CopyRequest`.
+
+    `server` None: nothing is dirty, and nothing is read.
+    """
 
     __slots__ = (
         "allocation",
@@ -69,7 +72,7 @@ class Task:
         *,
         disk: str,
         path: Path,
-        server: str | int,
+        server: str | int | None,
         export: str,
         virtual_size_bytes: int,
         granularity_bytes: int,
@@ -128,13 +131,14 @@ class DiskCopy:
         """
         task = self.task
         self._check()
-        nbd = NbdConnection(
-            task.server, task.export, allocation=task.allocation, timeout_s=_CONNECT_TIMEOUT_S
-        )
+        nbd = None
+        if task.server is not None:
+            nbd = NbdConnection(
+                task.server, task.export, allocation=task.allocation, timeout_s=_CONNECT_TIMEOUT_S
+            )
         try:
             self._nbd = nbd
             self._check()
-            _check_size(nbd, task.virtual_size_bytes)
             candidates = self._candidates(nbd)
             self.total_bytes = _disk_bytes(candidates.total_clusters, task.virtual_size_bytes)
             fd = durable.create_file_now(task.path)
@@ -147,17 +151,27 @@ class DiskCopy:
                 raise self._failure from None
             raise
         finally:
-            nbd.close()
+            if nbd is not None:
+                nbd.close()
 
-    def _candidates(self, nbd: NbdConnection) -> Candidates:
+    def _candidates(self, nbd: NbdConnection | None) -> Candidates:
         task = self.task
+        if nbd is not None:
+            _check_size(nbd, task.virtual_size_bytes)
         if task.bitmap_fd is None:
+            if nbd is None:
+                raise NbdProtocolError("there is nothing to read the disk from")
             return full_candidates(nbd, task.virtual_size_bytes)
         bitmap = SpooledBitmap(task.bitmap_fd)
         dirty = dirty_clusters(bitmap.runs, bitmap.stored, granularity_bytes=task.granularity_bytes)
-        return incremental_candidates(nbd, task.virtual_size_bytes, dirty)
+        if nbd is not None:
+            return incremental_candidates(nbd, task.virtual_size_bytes, dirty)
+        # An image that lacks what changed would be wrong, and nothing would show it.
+        if next(dirty, None) is not None:
+            raise NbdProtocolError("there is nothing to read what changed from")
+        return Candidates(task.virtual_size_bytes).finish()
 
-    def _copy(self, nbd: NbdConnection, candidates: Candidates, fd: int) -> Stored:
+    def _copy(self, nbd: NbdConnection | None, candidates: Candidates, fd: int) -> Stored:
         layout = Layout(self.task.virtual_size_bytes, candidates.places())
         backing_file = self.task.backing_file
         image: SequentialImage | CompressedImage
@@ -210,7 +224,10 @@ class DiskCopy:
 
     # The reader's thread
 
-    def _read_all(self, nbd: NbdConnection, candidates: Candidates) -> None:
+    def _read_all(self, nbd: NbdConnection | None, candidates: Candidates) -> None:
+        if nbd is None:
+            self._filled.put(None)
+            return
         work = Work(candidates)
         under_way: deque[Slot] = deque()
         by_number: dict[int, Slot] = {}

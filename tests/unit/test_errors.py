@@ -35,6 +35,7 @@ EXIT_CODES = {
     "RestoreError": 1,
     "ExportError": 1,
     "ProgramError": 1,
+    "VmStartedError": 1,
 }
 
 

@@ -9,16 +9,19 @@ write waits for one copy into a local file, and a backup that gets no further is
 A snapshot can be lost: by a full scratch file, or by somebody who ends its job. From then on the
 export shows what the disk holds now. So after the last byte was read, every job must still run,
 and no scratch file may ever have failed; else there is no backup, and no harm.
+
+Where no disk has changed since its newest backup there is nothing to read, and none of this is
+set up: the writer makes images that add nothing.
 """
 
-import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qbackup.backup.engines import Copied, Existence, Work
+from qbackup.backup.engines import Copied, Work
+from qbackup.backup.engines.writer_session import WriterSession, writer_for
 from qbackup.backup.finish import cleaned_up
 from qbackup.backup.instant import (
     Instant,
@@ -26,28 +29,21 @@ from qbackup.backup.instant import (
     guarded,
     source_bitmap,
     take_instant,
+    take_unchanged_instant,
 )
 from qbackup.backup.judge import Verdict
-from qbackup.errors import JobFailedError, SnapshotError, WriterError
-from qbackup.formats.manifest import backing_file, disk_file, encode_manifest
+from qbackup.errors import SnapshotError
 from qbackup.host.tasks import in_thread, task_group
-from qbackup.model.backup import Backup, DiskBackup
 from qbackup.model.bitmap import Bits
-from qbackup.model.names import PARTIAL_SUFFIX, Owner, short_mark
-from qbackup.model.quantities import format_duration, format_size
+from qbackup.model.names import Owner, short_mark
+from qbackup.model.quantities import format_size
 from qbackup.qmp import commands, jobs
 from qbackup.qmp.commands import Command
 from qbackup.qmp.monitor import Events, Monitor
 from qbackup.qmp.sidecar import save_bitmap
 from qbackup.qmp.snapshot import EVENTS, NbdServer, Scratch, nbd_server, scratch_attached
 from qbackup.repository.state import StateDirectory
-from qbackup.writer.client import CopyRequest, CopyResult, Writer, writer_process
-
-CHECK_S = 0.25
-"""How often the snapshot is looked at while it is read."""
-
-DISCARD_TIMEOUT_S = 2.0
-"""How long a failed backup's images may take to be removed; else the next run does it."""
+from qbackup.writer.client import CopyResult, StartedWriter, Writer
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,27 +62,20 @@ class _Disk:
 
 
 class SnapshotEngine:
-    """Has a process of our own write the images. See `Engine`."""
+    """Has a process of our own write the images. See `Engine`.
 
-    def __init__(self, monitor: Monitor, *, state: StateDirectory) -> None:
-        self._monitor, self._state = monitor, state
+    `started` is that process, which has inherited the lock.
+    """
+
+    def __init__(self, monitor: Monitor, *, state: StateDirectory, started: StartedWriter) -> None:
+        self._monitor, self._state, self._started = monitor, state, started
 
     @asynccontextmanager
     async def session(self, work: Work) -> AsyncIterator["SnapshotSession"]:
         """Begin a backup; see `Engine.session`."""
-        directory = work.repository.vm_directory(work.vm.name)
-        progress = _Progress(work)
         folder = work.vm.snapshot.scratch or self._state.path
         await in_thread(_remove_left_scratch, folder, work.owner)
-        async with writer_process(
-            partial=directory / f"{work.backup_id}{PARTIAL_SUFFIX}",
-            final=directory / work.backup_id,
-            lock=work.lock.fd,
-            on_progress=progress.tell,
-            discard_timeout_s=DISCARD_TIMEOUT_S,
-        ) as writer:
-            # From here on only the writer has anything open in the repository.
-            await work.lock.hand_over()
+        async with writer_for(work, started=self._started) as writer:
             yield SnapshotSession(
                 self._monitor, work=work, state=self._state, scratch=folder, writer=writer
             )
@@ -105,21 +94,7 @@ def _remove_left_scratch(folder: Path, owner: Owner) -> None:
                     Path(entry.path).unlink()
 
 
-class _Progress:
-    """Passes on what the writer tells."""
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-
-    def tell(self, disk: str, done_bytes: int, total_bytes: int) -> None:
-        if total_bytes == 0:
-            return  # it is not known yet
-        self._work.reporter.progress(
-            vm=self._work.vm.name, disk=disk, done_bytes=done_bytes, total_bytes=total_bytes
-        )
-
-
-class SnapshotSession:
+class SnapshotSession(WriterSession):
     """Copies the disks of one plan. Everything one run needs to know is here."""
 
     def __init__(
@@ -131,22 +106,12 @@ class SnapshotSession:
         scratch: Path,
         writer: Writer,
     ) -> None:
-        self._monitor, self._work, self._state, self._writer = monitor, work, state, writer
-        self._scratch = scratch
+        super().__init__(work, writer)
+        self._monitor, self._state, self._scratch = monitor, state, scratch
         self._owner, self._settings = work.owner, work.vm.snapshot
         # QEMU holds back an event of a node for a second if it has just told one of a node of that
         # name (monitor.c, QUORUM_REPORT_BAD): an earlier backup's must not be named like ours.
         self._mark = short_mark(work.backup_id)
-
-    @property
-    def exists(self) -> Existence:
-        """Whether the backup exists by now."""
-        return self._writer.outcome
-
-    async def publish(self, backup: Backup) -> None:
-        """Make the backup exist; see `Session.publish`."""
-        data = encode_manifest(backup, repository_id=self._work.repository.id)
-        await self._writer.publish(data, timeout_s=self._settings.stall_timeout_s)
 
     async def copy(self) -> Copied:
         """Take the instant and copy it; see `Session.copy`.
@@ -156,25 +121,56 @@ class SnapshotSession:
             NoSpaceError, WriterError: the repository could not be written.
             MonitorError: QEMU went away.
         """
+        verdicts = self._work.plan.verdicts
+        unchanged = await take_unchanged_instant(
+            self._monitor,
+            verdicts,
+            vm=self._work.vm,
+            owner=self._owner,
+            backup_id=self._work.backup_id,
+            checkpoints=self._work.plan.checkpoints,
+            reporter=self._work.reporter,
+        )
+        if unchanged is not None:
+            return self._copied(verdicts, await self._copy_nothing(verdicts), unchanged)
         async with AsyncExitStack() as attached:
             server = await attached.enter_async_context(
                 nbd_server(self._monitor, path=self._state.nbd_socket(), owner=self._owner)
             )
             disks = [
                 await self._attach(number, verdict, attached)
-                for number, verdict in enumerate(self._work.plan.verdicts)
+                for number, verdict in enumerate(verdicts)
             ]
             with self._monitor.listen(EVENTS, lambda _: True) as events:
                 async with self._ended(server):
                     instant = await self._start(disks)
                     results = await self._read(disks, server, events)
                     await self._require_kept(disks, events)
+        return self._copied([disk.verdict for disk in disks], results, instant)
+
+    def _copied(
+        self, verdicts: Sequence[Verdict], results: Sequence[CopyResult], instant: Instant
+    ) -> Copied:
         return Copied(
-            disks=[self._stored(disk, result) for disk, result in zip(disks, results, strict=True)],
+            disks=[self._stored(v, result) for v, result in zip(verdicts, results, strict=True)],
             consistency=instant.consistency,
             freeze_failed=instant.freeze_failed,
             instant=instant.time,
         )
+
+    async def _copy_nothing(self, verdicts: Sequence[Verdict]) -> list[CopyResult]:
+        """Have the writer make images of disks that have not changed."""
+        async with task_group() as group:
+            copies = {}
+            for verdict in verdicts:
+                bits = Bits.empty(
+                    virtual_size_bytes=verdict.disk.virtual_size_bytes,
+                    granularity_bytes=self._work.vm.granularity_bytes,
+                )
+                request = self._request(verdict, bits, running=len(verdicts))
+                copies[verdict.disk.name] = group.create_task(self._copy(verdict, request))
+            await self._follow(copies)
+        return [copy.result() for copy in copies.values()]
 
     async def _attach(self, number: int, verdict: Verdict, attached: AsyncExitStack) -> _Disk:
         sound = await guarded(
@@ -245,57 +241,17 @@ class SnapshotSession:
     ) -> list[CopyResult]:
         """Have the writer copy every disk, and watch over the snapshot meanwhile."""
         async with task_group() as group:
-            copies = []
+            copies = {}
             for disk in disks:
-                request = await self._request(disk, server, running=len(disks))
-                copies.append(group.create_task(self._copy(disk, request)))
-            running = set(copies)
-            while running:
-                done, running = await asyncio.wait(
-                    running, timeout=CHECK_S, return_when=asyncio.FIRST_COMPLETED
+                bits = await self._bits(disk)
+                request = replace(
+                    self._request(disk.verdict, bits, running=len(disks)),
+                    connection=await server.connect(node=disk.scratch.node, export=disk.export),
+                    export=disk.export,
                 )
-                for copy in done:
-                    copy.result()
-                if running:
-                    await self._require_kept(disks, events)
-                    self._require_progress()
-                if done and running:
-                    await self._share_speed(disks, copies)
-        return [copy.result() for copy in copies]
-
-    async def _copy(self, disk: _Disk, request: CopyRequest) -> CopyResult:
-        try:
-            result = await self._writer.copy(request)
-        except WriterError as err:
-            if err.kind != "source":
-                raise
-            raise JobFailedError(
-                disk.name,
-                os.strerror(err.errno) if err.errno else err.message,
-                hint=f"QEMU could not read {disk.verdict.disk.source.filename}",
-            ) from err
-        self._work.reporter.progress(
-            vm=self._work.vm.name,
-            disk=disk.name,
-            done_bytes=result.copied_bytes,
-            total_bytes=result.copied_bytes,
-        )
-        return result
-
-    async def _request(self, disk: _Disk, server: NbdServer, *, running: int) -> CopyRequest:
-        parent = disk.verdict.parent
-        bits = await self._bits(disk)
-        return CopyRequest(
-            disk=disk.name,
-            file=f"{disk.name}.qcow2",
-            connection=await server.connect(node=disk.scratch.node, export=disk.export),
-            export=disk.export,
-            virtual_size_bytes=disk.verdict.disk.virtual_size_bytes,
-            bits=bits,
-            backing_file=None if parent is None else backing_file(parent, disk.name),
-            compress=self._work.options.compress,
-            speed_limit_bytes_per_s=self._work.speed_bytes_per_s(running),
-        )
+                copies[disk.name] = group.create_task(self._copy(disk.verdict, request))
+            await self._follow(copies, lambda: self._require_kept(disks, events))
+        return [copy.result() for copy in copies.values()]
 
     async def _bits(self, disk: _Disk) -> Bits | None:
         """Return what an incremental copies; its bitmap was stopped at the instant."""
@@ -311,27 +267,6 @@ class SnapshotSession:
             path=self._state.scratch_file(),
             owner=self._owner,
         )
-
-    async def _share_speed(
-        self, disks: Sequence[_Disk], copies: Sequence["asyncio.Task[CopyResult]"]
-    ) -> None:
-        """Let the copies that still run have what the finished ones leave of the limit."""
-        if not self._work.options.speed_limit_bytes_per_s:
-            return
-        running = [disk for disk, copy in zip(disks, copies, strict=True) if not copy.done()]
-        for disk in running:
-            await self._writer.set_speed(disk.name, self._work.speed_bytes_per_s(len(running)))
-
-    def _require_progress(self) -> None:
-        limit_s = self._settings.stall_timeout_s
-        if self._writer.stalled_s > limit_s:
-            directory = self._work.repository.vm_directory(self._work.vm.name)
-            raise WriterError(
-                f"{directory}: nothing could be written for {format_duration(limit_s)}",
-                kind="stalled",
-                hint="does the repository's file system answer? (stall_timeout in the "
-                "configuration is how long a backup waits)",
-            )
 
     async def _require_kept(self, disks: Sequence[_Disk], events: Events) -> None:
         """Require that every snapshot still shows the instant.
@@ -370,21 +305,4 @@ class SnapshotSession:
             f"disk {disk.name}: the snapshot was lost: {disk.scratch.path.parent}: {why}",
             hint="what the guest overwrites during a backup is kept there; 'scratch' in the "
             "configuration can name a directory with more room",
-        )
-
-    def _stored(self, disk: _Disk, result: CopyResult) -> DiskBackup:
-        verdict = disk.verdict
-        return DiskBackup(
-            name=disk.name,
-            kind=verdict.method,
-            reason=verdict.reason,
-            parent=verdict.parent,
-            virtual_size_bytes=verdict.disk.virtual_size_bytes,
-            granularity_bytes=self._work.vm.granularity_bytes,
-            copied_bytes=result.copied_bytes,
-            stored_bytes=result.stored_bytes,
-            file=disk_file(self._work.vm.name, self._work.backup_id, disk.name),
-            file_size_bytes=result.file_size_bytes,
-            blake3=result.blake3,
-            source=verdict.disk.source,
         )

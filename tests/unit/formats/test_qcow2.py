@@ -21,7 +21,6 @@ from qbackup.formats.qcow2 import (
     Qcow2Error,
     Qcow2Header,
     read_header,
-    read_source_header,
     write_backing_file,
     write_empty_image,
 )
@@ -274,35 +273,3 @@ def test_of_two_backing_formats_the_last_one_counts_as_in_qemu() -> None:
     end = HEADER_BYTES + 16
     data[end : end + 24] = extension + struct.pack(">II", 0, 0)
     assert read_header(bytes(data)).backing_format == "raw"
-
-
-@pytest.mark.parametrize(
-    ("options", "other_files"),
-    [
-        (("-o", "compat=0.10"), False),
-        (("-o", "compat=1.1"), False),
-        (("-o", "compat=0.10", "-F", "raw", "-b", "base"), True),
-        (("-F", "raw", "-b", "base"), True),
-        (("-o", "data_file=data"), True),
-    ],
-)
-def test_the_header_of_a_vms_own_image_is_read(
-    tmp_path: Path, options: tuple[str, ...], other_files: bool
-) -> None:
-    (tmp_path / "base").touch()
-    command = ["qemu-img", "create", "-q", "-f", "qcow2", *options, "image", "4M"]
-    subprocess.run(command, check=True, cwd=tmp_path)
-    data = bytearray((tmp_path / "image").read_bytes()[:HEADER_BYTES])
-    header = read_source_header(bytes(data))
-    assert header.virtual_size_bytes == 4 * 2**20
-    assert (header.has_other_files, header.encrypted) == (other_files, False)
-    struct.pack_into(">I", data, 32, 2)  # qcow2 spec, "crypt_method": LUKS
-    assert read_source_header(bytes(data)).encrypted
-
-
-@given(st.binary(max_size=200))
-def test_random_bytes_are_no_header_of_an_image(data: bytes) -> None:
-    with pytest.raises(Qcow2Error):
-        read_source_header(data)
-    with pytest.raises(Qcow2Error, match="version 9"):
-        read_source_header(b"QFI\xfb" + (9).to_bytes(4, "big") + data.ljust(HEADER_BYTES))
