@@ -38,6 +38,8 @@ T = TypeVar("T")
 Engine = Literal["snapshot", "direct", "drive-backup"]
 """How the bytes get into the repository: docs/architecture.md, "Engines"."""
 
+Accelerator = Literal["tcg", "kvm"]
+
 DEFAULT_STALL_TIMEOUT_S = 300.0
 MIN_STALL_TIMEOUT_S = 1.0
 
@@ -120,6 +122,8 @@ class Configuration:
     """True: a fingerprint is enough. False: never. None: if the kernel proves that nobody wrote."""
     vms: dict[str, Vm]
     keep: Rules = NO_RULES
+    boot_accel: Accelerator = "tcg"
+    """What throw-away VMs run with; nothing else is chosen by itself."""
     parallel: int = DEFAULT_PARALLEL
     """How many VMs are worked on at once."""
     metrics: Path | None = None
@@ -203,6 +207,7 @@ class _File:
     metrics: str | None = None
     warn_free: str | None = None
     critical_free: str | None = None
+    boot_accel: Accelerator = "tcg"
     keep: dict[str, Any] | None = None
     hooks: dict[str, Any] | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -237,6 +242,7 @@ _EXPECTED = {
     "trust_block_devices": "true or false",
     "compare": "true or false",
     "max_chain": f"a number of backups from 1 to {LARGEST_MAX_CHAIN}, such as max_chain = 100",
+    "boot_accel": '"tcg" or "kvm"',
     "parallel": f"how many VMs at once, a number from 1 to {MAX_PARALLEL}",
     "defaults": "a table [defaults] with keys that every VM has",
     "vm": "tables such as [vm.vm1]",
@@ -303,6 +309,7 @@ def parse_configuration(
             for key in ("warn_free", "critical_free")
             if (value := getattr(top, key)) is not None
         },
+        boot_accel=top.boot_accel,
     )
 
 
@@ -659,6 +666,7 @@ state = {_quoted(state)}
 # metrics = "/var/lib/prometheus/node-exporter/qbackup.prom"  # for Prometheus's node exporter
 # warn_free = "10%"                   # for qbackup status --check: of the room for backups
 # critical_free = "5%"
+# boot_accel = "kvm"                  # what qbackup boot runs with; default: "tcg"
 # parallel = {DEFAULT_PARALLEL}                        # how many VMs at once (--all)
 
 # What qbackup prune keeps: the newest backup of each of so many periods that have one. A table
