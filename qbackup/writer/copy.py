@@ -36,6 +36,7 @@ from qbackup.writer.image import Buffer, SequentialImage
 from qbackup.writer.nbd import MAX_REQUESTS, NbdConnection, NbdProtocolError
 from qbackup.writer.rate import RateLimit
 from qbackup.writer.slots import SLOT_BYTES, SLOTS, Slot, Work
+from qbackup.writer.source import Source
 from qbackup.writer.syncing import Syncing
 
 READ_BYTES = 512 * 1024
@@ -105,7 +106,7 @@ class DiskCopy:
         self.done_bytes = self.total_bytes = 0
         self.beats = 0
         """Changes with every step forward, also with those that no byte count shows."""
-        self._nbd: NbdConnection | None = None
+        self._nbd: Source | None = None
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
         self._empty: SimpleQueue[Slot | None] = SimpleQueue()
@@ -128,9 +129,7 @@ class DiskCopy:
         """
         task = self.task
         self._check()
-        nbd = NbdConnection(
-            task.server, task.export, allocation=task.allocation, timeout_s=_CONNECT_TIMEOUT_S
-        )
+        nbd = self._connect()
         try:
             self._nbd = nbd
             self._check()
@@ -149,15 +148,22 @@ class DiskCopy:
         finally:
             nbd.close()
 
-    def _candidates(self, nbd: NbdConnection) -> Candidates:
+    def _connect(self) -> Source:
         task = self.task
+        return NbdConnection(
+            task.server, task.export, allocation=task.allocation, timeout_s=_CONNECT_TIMEOUT_S
+        )
+
+    def _candidates(self, nbd: Source) -> Candidates:
+        task = self.task
+        assert isinstance(nbd, NbdConnection)  # noqa: S101 - `_connect` makes it so
         if task.bitmap_fd is None:
             return full_candidates(nbd, task.virtual_size_bytes)
         bitmap = SpooledBitmap(task.bitmap_fd)
         dirty = dirty_clusters(bitmap.runs, bitmap.stored, granularity_bytes=task.granularity_bytes)
         return incremental_candidates(nbd, task.virtual_size_bytes, dirty)
 
-    def _copy(self, nbd: NbdConnection, candidates: Candidates, fd: int) -> Stored:
+    def _copy(self, nbd: Source, candidates: Candidates, fd: int) -> Stored:
         layout = Layout(self.task.virtual_size_bytes, candidates.places())
         backing_file = self.task.backing_file
         image: SequentialImage | CompressedImage
@@ -210,7 +216,7 @@ class DiskCopy:
 
     # The reader's thread
 
-    def _read_all(self, nbd: NbdConnection, candidates: Candidates) -> None:
+    def _read_all(self, nbd: Source, candidates: Candidates) -> None:
         work = Work(candidates)
         under_way: deque[Slot] = deque()
         by_number: dict[int, Slot] = {}
@@ -246,7 +252,7 @@ class DiskCopy:
 
     def _submit(
         self,
-        nbd: NbdConnection,
+        nbd: Source,
         slot: Slot,
         by_number: dict[int, Slot],
         *,
@@ -342,7 +348,7 @@ class DiskCopy:
             raise self._failure
 
 
-def _check_size(nbd: NbdConnection, virtual_size_bytes: int) -> None:
+def _check_size(nbd: Source, virtual_size_bytes: int) -> None:
     if nbd.size_bytes != virtual_size_bytes:
         raise NbdProtocolError(f"the export has {nbd.size_bytes} bytes, not {virtual_size_bytes}")
 

@@ -1,0 +1,351 @@
+"""Several images of one disk's chain, each on the one before, as the one that stands for them.
+
+What is read is what they hold together: of each cluster the newest entry. What no image holds is
+left to whatever is below the oldest, or is zero if that is a full. The copy itself is the one of
+every backup (`copy`): one pass from front to back, hashed as it goes by, synced.
+
+`difference` then reads the new image back, as it is in the file, and compares it cluster by
+cluster with the images that it stands for: by their tables and by their bytes.
+
+Must not know backups. Whether the images are what was written is for the caller to check.
+"""
+
+import os
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TypeVar
+
+from qbackup.formats.qcow2_layout import CLUSTER_BYTES, REGION_CLUSTERS, Qcow2Error
+from qbackup.formats.qcow2_map import (
+    ClusterMap,
+    empty_table,
+    holds,
+    is_compressed,
+    is_zero,
+    overlay,
+    packed_bytes,
+)
+from qbackup.host.files import open_regular
+from qbackup.writer.candidates import DATA, NONE, ZERO, Candidates
+from qbackup.writer.copy import DiskCopy, Task
+from qbackup.writer.source import Source
+
+Kind = TypeVar("Kind")
+
+_OPEN_FILES = 128
+_READ_CLUSTERS = 16
+_REGION_BYTES = REGION_CLUSTERS * CLUSTER_BYTES
+
+
+class _Files:
+    """Images that are read now and then, of which only some are open at a time."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, int] = OrderedDict()
+
+    def fd(self, path: Path) -> int:
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
+        if len(self._open) == _OPEN_FILES:
+            _, oldest = self._open.popitem(last=False)
+            os.close(oldest)
+        with open_regular(path) as file:
+            self._open[path] = os.dup(file.fileno())
+        return self._open[path]
+
+    def close(self) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+        self._open.clear()
+
+
+class Images(Source):
+    """What some images of a disk hold together, the newest first; `bottom` if the last is a full.
+
+    As a `Source` it is read synchronously. Close it.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, virtual_size_bytes: int, bottom: bool) -> None:
+        """Read the images' headers.
+
+        Raises:
+            Qcow2Error: one is not as a backup has it; the message names it.
+            OSError: one cannot be read.
+        """
+        self._paths, self._bottom = paths, bottom
+        self.size_bytes, self.max_read_bytes = virtual_size_bytes, _READ_CLUSTERS * CLUSTER_BYTES
+        self._files = _Files()
+        self._done: deque[int] = deque()
+        self._number = 0
+        self._region, self._found = -1, False
+        self._entries = self._owners = empty_table()
+        try:
+            self._maps = [self._map(path) for path in paths]
+        except BaseException:
+            self.close()
+            raise
+        self.compressed = False
+        """Whether any cluster that counts is compressed: known after `candidates` or `measure`."""
+
+    # What they hold
+
+    def candidates(self) -> Candidates:
+        """Return the clusters that the image of them all holds."""
+        found = Candidates(self.size_bytes)
+        for region in range(self._maps[0].regions):
+            if self._decide(region):
+                base = region * REGION_CLUSTERS
+                for first, last, kind in _runs(self._kinds()):
+                    found.add(base + first, base + last, kind)
+        return found.finish()
+
+    def measure(self) -> int:
+        """Return about how many bytes the image of them all takes."""
+        total = 2 * CLUSTER_BYTES
+        for region in range(self._maps[0].regions):
+            if self._decide(region):
+                kinds = self._kinds()
+                if any(kinds):
+                    total += CLUSTER_BYTES
+                for entry, kind in zip(self._entries, kinds, strict=True):
+                    if kind == DATA:
+                        total += packed_bytes(entry) if is_compressed(entry) else CLUSTER_BYTES
+        return total
+
+    def _decide(self, region: int) -> bool:
+        """Find out which image each cluster of a region is read from; tell whether any is."""
+        if region == self._region:
+            return self._found
+        entries, owners, found = empty_table(), array("Q", bytes(8 * REGION_CLUSTERS)), False
+        for owner, image in enumerate(self._maps):
+            with _named(self._paths[owner]):
+                table = image.table(region)
+            if table is not None:
+                overlay(entries, owners, table, owner)
+                found = True
+        self._region, self._entries, self._owners = region, entries, owners
+        self._found = found
+        return found
+
+    def _kinds(self) -> bytearray:
+        """Return the kind of each cluster of the region that was decided on."""
+        kinds = bytearray(REGION_CLUSTERS)
+        for index, entry in enumerate(self._entries):
+            if entry:
+                if is_zero(entry):
+                    kinds[index] = NONE if self._bottom else ZERO
+                else:
+                    kinds[index] = DATA
+                    self.compressed = self.compressed or is_compressed(entry)
+        return kinds
+
+    # As a source
+
+    @property
+    def outstanding(self) -> int:
+        """How many reads were submitted and not completed."""
+        return len(self._done)
+
+    def submit(self, offset: int, view: memoryview) -> int:
+        """Read, at once."""
+        self.read_into(offset, view)
+        self._number += 1
+        self._done.append(self._number)
+        return self._number
+
+    def complete(self) -> int:
+        """Return the number of the oldest read."""
+        return self._done.popleft()
+
+    def abort(self) -> None:
+        """Do nothing: reads wait for nobody but the file system."""
+
+    def close(self) -> None:
+        """Close the images."""
+        self._files.close()
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Read what the images hold together; where they hold nothing, zeroes.
+
+        Raises:
+            Qcow2Error: an image is damaged.
+            OSError: it cannot be read.
+        """
+        done = 0
+        while done < len(view):
+            region, within = divmod(offset + done, _REGION_BYTES)
+            self._decide(region)
+            index = within // CLUSTER_BYTES
+            count = -(-(len(view) - done) // CLUSTER_BYTES)
+            for first, number, owner, entry in self._extents(index, count):
+                start = done + (first - index) * CLUSTER_BYTES
+                self._fill(view[start : start + number * CLUSTER_BYTES], owner, entry)
+            done += min(count, REGION_CLUSTERS - index) * CLUSTER_BYTES
+
+    def _extents(self, index: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (first cluster, number, owner, entry) of what one read gets, in the region."""
+        end = min(index + count, REGION_CLUSTERS)
+        entries, owners = self._entries, self._owners
+        while index < end:
+            first, entry, owner = index, entries[index], owners[index]
+            index += 1
+            if holds(entry) and not is_zero(entry) and not is_compressed(entry):
+                expected = entry + CLUSTER_BYTES
+                while index < end and entries[index] == expected and owners[index] == owner:
+                    expected += CLUSTER_BYTES
+                    index += 1
+            yield first, index - first, owner, entry
+
+    def _fill(self, view: memoryview, owner: int, entry: int) -> None:
+        image, path = self._maps[owner], self._paths[owner]
+        with _named(path):
+            if not holds(entry) or is_zero(entry):
+                view[:] = bytes(len(view))
+            elif is_compressed(entry):
+                view[:] = image.unpacked(entry)[: len(view)]
+            else:
+                image.data_offset(entry + (len(view) - 1) // CLUSTER_BYTES * CLUSTER_BYTES)
+                done = os.preadv(self._files.fd(path), [view], image.data_offset(entry))
+                view[done:] = bytes(len(view) - done)  # the file ends within its last cluster
+
+    def _map(self, path: Path) -> ClusterMap:
+        def read(offset: int, length: int) -> bytes:
+            return os.pread(self._files.fd(path), length, offset)
+
+        size = os.fstat(self._files.fd(path)).st_size
+        with _named(path):
+            return ClusterMap(read, file_size_bytes=size, virtual_size_bytes=self.size_bytes)
+
+    # Comparing
+
+    def difference(self, path: Path, check: Callable[[], None]) -> str | None:
+        """Compare an image, as it is in its file, with what it should hold.
+
+        Return what is wrong, or None. `check` is called again and again, and may raise.
+
+        Raises:
+            Qcow2Error, OSError: one of the images cannot be read.
+        """
+        made = Images([path], virtual_size_bytes=self.size_bytes, bottom=self._bottom)
+        try:
+            for region in range(self._maps[0].regions):
+                check()
+                wanted, found = self._decide(region), made._decide(region)
+                if not wanted and not found:
+                    continue
+                base = region * REGION_CLUSTERS
+                for first, last, kinds in _runs(zip(self._kinds(), made._kinds(), strict=True)):
+                    if not self._alike(made, base + first, base + last, kinds, check):
+                        return f"{path}: not what it should hold, at cluster {base + first}"
+        finally:
+            made.close()
+        return None
+
+    def _alike(
+        self,
+        made: "Images",
+        first: int,
+        last: int,
+        kinds: tuple[int, int],
+        check: Callable[[], None],
+    ) -> bool:
+        wanted, found = kinds
+        if wanted != DATA:
+            return wanted == found
+        # Zeroes may be stored as such; if nothing is below, they may be left out.
+        if found == NONE and not self._bottom:
+            return False
+        for cluster in range(first, last, _READ_CLUSTERS):
+            check()
+            offset = cluster * CLUSTER_BYTES
+            end = min(last, cluster + _READ_CLUSTERS) * CLUSTER_BYTES
+            length = min(end, self.size_bytes) - offset
+            one, other = bytearray(length), bytearray(length)
+            self.read_into(offset, memoryview(one))
+            made.read_into(offset, memoryview(other))
+            if one != other:
+                return False
+        return True
+
+
+class MergeCopy(DiskCopy):
+    """The image of several images on its way; see `DiskCopy`. `run` compares it, too."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        target: Path,
+        *,
+        virtual_size_bytes: int,
+        backing_file: str | None,
+    ) -> None:
+        """Merge the images at `paths`, the newest first, into the new file `target`."""
+        super().__init__(
+            Task(
+                disk="",
+                path=target,
+                server="",
+                export="",
+                virtual_size_bytes=virtual_size_bytes,
+                granularity_bytes=CLUSTER_BYTES,
+                bitmap_fd=None,
+                backing_file=backing_file,
+                allocation=False,
+                compress=False,
+                rate_bytes_per_s=0,
+            )
+        )
+        self._paths = paths
+
+    def compare(self) -> str | None:
+        """Compare the finished image with the images that it stands for; see `difference`.
+
+        Raises:
+            Qcow2Error, OSError: one of them cannot be read.
+            Stopped: `stop` was called.
+        """
+        images = self._connect()
+        try:
+            return images.difference(self.task.path, self._check)
+        finally:
+            images.close()
+
+    def _connect(self) -> Images:
+        return Images(
+            self._paths,
+            virtual_size_bytes=self.task.virtual_size_bytes,
+            bottom=self.task.backing_file is None,
+        )
+
+    def _candidates(self, nbd: Source) -> Candidates:
+        assert isinstance(nbd, Images)  # noqa: S101 - `_connect` makes it so
+        candidates = nbd.candidates()
+        # What was compressed stays so.
+        self.task.compress = nbd.compressed
+        return candidates
+
+
+class _named:  # noqa: N801 - used like a function
+    """Say in which file something is wrong."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, err: BaseException | None, _: object) -> None:
+        if isinstance(err, Qcow2Error) and not str(err).startswith(f"{self._path}: "):
+            raise Qcow2Error(f"{self._path}: {err}") from err
+
+
+def _runs(kinds: Iterable[Kind]) -> Iterator[tuple[int, int, Kind]]:
+    """Yield (start, end, kind) of the runs of one kind."""
+    at = 0
+    for kind, run in groupby(kinds):
+        start, at = at, at + sum(1 for _ in run)
+        yield start, at, kind
