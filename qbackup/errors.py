@@ -24,6 +24,7 @@ The tree, and the exit codes that other programs rely on:
     ├── ChainBrokenError               1  a backup needs another one that is not there
     ├── BackupNotFoundError            1  no backup, or several, by that name
     ├── RemovalError                   1  a backup that was to be removed is still there
+    ├── ConsolidationError             1  a backup could not take in what others hold
     └── RestoreError                   1  a restore cannot start, or failed
 
 The exit code 3 (done, but degraded) is no error: the command's result carries it.
@@ -211,6 +212,17 @@ class RemovalError(QbackupError):
     def __init__(self, directory: object, fact: str, *, hint: str | None = None) -> None:
         super().__init__(f"{directory}: cannot be removed: {fact}", hint=hint)
         self.directory = directory
+
+
+class ConsolidationError(QbackupError):
+    """A backup could not be given images that hold what others do; it can be restored as before."""
+
+    def __init__(self, backup_id: str, fact: str) -> None:
+        super().__init__(
+            f"backup {backup_id} could not be merged with older ones: {fact}",
+            hint="nothing is lost; the older ones stay, because it needs them",
+        )
+        self.backup_id, self.fact = backup_id, fact
 
 
 class RestoreError(QbackupError):

@@ -22,6 +22,7 @@ async def remove_partials(repository: Repository, vm: str, reporter: Reporter) -
             reporter.warning(f"{path}: left by an interrupted run, cannot be removed: {err}")
         else:
             reporter.notice(f"{vm}: removed {path.name}, left by an interrupted run")
+    await repository.finish_replacements(vm, reporter, alone=False)
     await removal.finish(repository.vm_directory(vm), reporter)
 
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from qbackup.actions.prune import Pruned, PruneOptions, prune
+from qbackup.cli.backup import EXIT_DEGRADED
 from qbackup.cli.context import make_context
 from qbackup.cli.output import summary
 from qbackup.model.quantities import format_size
@@ -22,6 +23,8 @@ async def run(arguments: argparse.Namespace) -> int:
     given = _rules(arguments)
     options = PruneOptions(
         rules=given if given.are_given else context.configuration.rules(vm),
+        consolidate=arguments.consolidate or context.configuration.consolidate,
+        max_chain=context.configuration.longest_chain(vm),
         dry_run=arguments.dry_run,
         lock_wait_s=arguments.lock_wait,
     )
@@ -38,7 +41,7 @@ async def run(arguments: argparse.Namespace) -> int:
         json_output=context.json_output,
         quiet=context.quiet,
     )
-    return 0
+    return EXIT_DEGRADED if pruned.failures else 0
 
 
 def _rules(arguments: argparse.Namespace) -> Rules:
@@ -72,7 +75,14 @@ def _document(pruned: Pruned) -> dict[str, Any]:
         ],
         "removed": len(pruned.removed),
         "freed_bytes": pruned.freed_bytes,
+        "written_bytes": pruned.written_bytes,
+        "failed": [{"id": err.backup_id, "message": err.message} for err in pruned.failures],
     }
+
+
+def _size(size_bytes: int) -> str:
+    """Write a size that may be negative: merging scattered little images can take room."""
+    return f"{'-' if size_bytes < 0 else ''}{format_size(abs(size_bytes))}"
 
 
 def _text(pruned: Pruned) -> str:
@@ -89,8 +99,9 @@ def _text(pruned: Pruned) -> str:
         )
         for verdict in reversed(pruned.verdicts)
     ]
+    written = f"{format_size(pruned.written_bytes)} written, " if pruned.merges else ""
     return (
         f"{pruned.vm}: {removed} of {count} backup{'s' if count > 1 else ''} {would}removed, "
-        f"{format_size(pruned.freed_bytes)} {would}freed\n"
+        f"{written}{_size(pruned.freed_bytes)} {would}freed\n"
         f"{table(('  ID', 'STORED', 'WHY'), rows, right=(1,))}"
     )

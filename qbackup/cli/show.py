@@ -8,7 +8,7 @@ from qbackup.cli.context import make_context
 from qbackup.cli.output import answer
 from qbackup.errors import UsageError
 from qbackup.formats.manifest import without_secrets
-from qbackup.model.backup import REASON_TEXT, Backup, DiskBackup
+from qbackup.model.backup import REASON_TEXT, Backup, DiskBackup, Merged
 from qbackup.model.quantities import format_duration, format_size
 from qbackup.ui.tables import facts
 
@@ -35,6 +35,12 @@ def _encryption(disk: DiskBackup) -> list[tuple[str, str]]:
     return [("  encrypted", "the source is; this backup is not")] if disk.source.encrypted else []
 
 
+def _merging(merged: Merged) -> str:
+    taken = "taken as a full" if merged.parent is None else f"taken on {merged.parent}"
+    many = "s" if merged.count > 1 else ""
+    return f"{taken}; holds the data of {merged.count} older backup{many}, from {merged.oldest} on"
+
+
 def _text(backup: Backup, repository: str, *, protected: bool) -> str:
     command_line = backup.vm_configuration.command_line
     lines = [
@@ -56,6 +62,8 @@ def _text(backup: Backup, repository: str, *, protected: bool) -> str:
     ]
     for disk in backup.disks:
         why = f" ({REASON_TEXT[disk.reason]})" if disk.reason else ""
+        if disk.merged:
+            why += f" ({_merging(disk.merged)})"
         lines += [
             "",
             facts(

@@ -8,7 +8,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from qbackup.model.backup import (
     MIN_GRANULARITY_BYTES,
 )
 from qbackup.model.chain import DEFAULT_MAX_CHAIN, LARGEST_MAX_CHAIN
+from qbackup.model.consolidation import When
 from qbackup.model.names import check_name
 from qbackup.model.quantities import parse_duration_s, parse_size_bytes
 from qbackup.model.retention import NO_RULES, Rules
@@ -52,6 +53,8 @@ class Vm:
     keep: Rules | None = None
     """The VM's own rules of retention, in place of the global ones; None means these."""
     max_chain: int = DEFAULT_MAX_CHAIN
+    consolidate: When = "worthwhile"
+    """When backups may be merged; a chain that is full begins anew from its images, or never."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +80,12 @@ class Configuration:
     """True: a fingerprint is enough. False: never. None: if the kernel proves that nobody wrote."""
     vms: dict[str, Vm]
     keep: Rules = NO_RULES
+    consolidate: When = "worthwhile"
+    max_chain: int = DEFAULT_MAX_CHAIN
+
+    def longest_chain(self, name: str) -> int:
+        """Return how many backups a VM's chains may have; the VM need not be in the file."""
+        return self.vms[name].max_chain if name in self.vms else self.max_chain
 
     def rules(self, name: str) -> Rules:
         """Return what of a VM's backups is kept; the VM need not be in the file (any more)."""
@@ -127,6 +136,7 @@ class _File:
     state: str
     trust_block_devices: bool | None = None
     max_chain: int = DEFAULT_MAX_CHAIN
+    consolidate: When = "worthwhile"
     scratch: str | None = None
     scratch_limit: str | int | None = None
     stall_timeout: str | int | float | None = None
@@ -139,6 +149,7 @@ _EXPECTED = {
     "state": 'a directory, such as state = "/var/lib/qbackup"',
     "trust_block_devices": "true or false",
     "max_chain": f"a number of backups from 1 to {LARGEST_MAX_CHAIN}, such as max_chain = 100",
+    "consolidate": '"always", "worthwhile" or "never"',
     "vm": "tables such as [vm.vm1]",
     "qmp": "QEMU's monitor, a socket's path or tcp:HOST:PORT",
     "agent": 'the guest agent\'s socket, such as agent = "/run/vm1/qga.sock"',
@@ -181,6 +192,7 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
         vms[name] = _vm(
             name, parsed, path=path, folder=folder, max_chain=max_chain, snapshot=snapshot
         )
+        vms[name] = replace(vms[name], consolidate=top.consolidate)
         for other in vms.values():
             if other.name != name and other.qmp == vms[name].qmp:
                 raise ConfigurationError(
@@ -194,6 +206,8 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
         trust_block_devices=top.trust_block_devices,
         vms=vms,
         keep=_rules(top.keep or {}, path=path, where="keep"),
+        consolidate=top.consolidate,
+        max_chain=max_chain,
     )
 
 
@@ -372,6 +386,8 @@ repository = {_quoted(repository)}
 state = {_quoted(state)}
 # trust_block_devices = true          # see docs/how-to-lose-a-backup.md; must be before any table
 # max_chain = {DEFAULT_MAX_CHAIN}                     # backups in a chain; before any table
+# consolidate = "worthwhile"          # merge backups that no rule keeps into those that need them:
+#                                     # "always", "worthwhile" (no full for little), "never"
 # scratch = "/var/tmp/qbackup"        # local disk for what the guest overwrites during a backup;
 #                                     # default: the state directory
 # scratch_limit = "20G"               # a backup that would need more is given up; default: none

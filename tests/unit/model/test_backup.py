@@ -22,6 +22,7 @@ DISK_KEYS = {
     "copied_bytes",
     "stored_bytes",
     "file",
+    "merged",
 }
 
 

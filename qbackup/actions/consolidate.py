@@ -1,0 +1,311 @@
+"""Merge backups from their images alone; what is kept keeps its id and shows the same bytes.
+
+    check what is read → write the new image → compare it → exchange it → only then others may go
+
+A new image is written beside the backup (`writer/merge.py`) while every byte that it is made of
+is compared with the manifests, is read back and compared with the images that it stands for, and is
+put in its place when it is durable (`repository/replacement.py`). A failure before that leaves the
+backup as it was; killed anywhere, the next run finishes or removes what is left.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from qbackup.catalog.image_check import check_header, content_differs
+from qbackup.errors import ConsolidationError
+from qbackup.formats.manifest import backing_file
+from qbackup.formats.qcow2 import Qcow2Error
+from qbackup.host.tasks import in_thread, task_group
+from qbackup.images.hashing import hash_file
+from qbackup.model.backup import Backup, DiskBackup, Merged
+from qbackup.model.consolidation import DiskMerge, Group, When, is_worthwhile
+from qbackup.model.progress import Reporter
+from qbackup.model.quantities import format_size
+from qbackup.repository.replacement import Place
+from qbackup.repository.repository import Repository
+from qbackup.writer.copy import Stored
+from qbackup.writer.merge import Images, MergeCopy
+
+T = TypeVar("T")
+
+_REPORT_S = 0.2
+_STOP_S = 10.0
+_ROOM_BYTES = 1024 * 1024
+"""What manifests and directories take at most, besides the images."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What merging a group writes, and by how much the repository is smaller afterwards."""
+
+    group: Group
+    written_bytes: int
+    freed_bytes: int
+
+
+def worthwhile(
+    repository: Repository,
+    found: Iterable[Group],
+    backups: Mapping[str, Backup],
+    *,
+    when: When,
+    max_chain: int,
+) -> list[Estimate]:
+    """Return the groups that are to be merged now. Reads tables of images, no data.
+
+    A group whose images cannot be read is returned, too: merging it tells what is wrong.
+    """
+    if when == "never":
+        return []
+    accepted = []
+    for group in found:
+        guess = _at_best(group, backups)
+        if when == "worthwhile" and not _is_worthwhile(guess, max_chain):
+            continue
+        estimate = _measured(repository, group, backups)
+        if when == "always" or _is_worthwhile(estimate, max_chain):
+            accepted.append(estimate)
+    return accepted
+
+
+def _is_worthwhile(estimate: Estimate, max_chain: int) -> bool:
+    return is_worthwhile(
+        estimate.group,
+        written_bytes=estimate.written_bytes,
+        freed_bytes=estimate.freed_bytes,
+        max_chain=max_chain,
+    )
+
+
+def _at_best(group: Group, backups: Mapping[str, Backup]) -> Estimate:
+    """Estimate without looking at images: a new image is no smaller than the largest in it."""
+    written = sum(
+        max(disk.stored_bytes for disk in _disks(backups[child], merge, backups))
+        for child, merges in group.into.items()
+        for merge in merges
+    )
+    return _estimate(group, backups, written)
+
+
+def _measured(repository: Repository, group: Group, backups: Mapping[str, Backup]) -> Estimate:
+    written = sum(
+        measure(repository, backups[child], merge, backups)
+        for child, merges in group.into.items()
+        for merge in merges
+    )
+    return _estimate(group, backups, written)
+
+
+def _estimate(group: Group, backups: Mapping[str, Backup], written_bytes: int) -> Estimate:
+    replaced = sum(
+        _disk(backups[child], merge.disk).stored_bytes
+        for child, merges in group.into.items()
+        for merge in merges
+    )
+    gone = sum(backups[backup_id].stored_bytes for backup_id in group.going)
+    return Estimate(
+        group=group, written_bytes=written_bytes, freed_bytes=gone + replaced - written_bytes
+    )
+
+
+def measure(
+    repository: Repository, backup: Backup, merge: DiskMerge, backups: Mapping[str, Backup]
+) -> int:
+    """Return about how many bytes a new image takes; of images that cannot be read, 0."""
+    disks = _disks(backup, merge, backups)
+    try:
+        images = _images(repository, disks, bottom=merge.base is None)
+        try:
+            return images.measure()
+        finally:
+            images.close()
+    except (OSError, Qcow2Error):
+        return 0
+
+
+async def merge_into(
+    repository: Repository,
+    backup: Backup,
+    merges: Sequence[DiskMerge],
+    backups: Mapping[str, Backup],
+    reporter: Reporter,
+    *,
+    place: Place | None = None,
+) -> Backup:
+    """Give a backup images that hold what others did, too; return it as it is then.
+
+    `backups` are the manifests of those. Call it alone with the VM's backups.
+
+    Raises:
+        ConsolidationError: an image is damaged, or the new ones cannot be written. The backup is as
+            it was, or as it will be; it can be restored in any case.
+    """
+    place = place or repository.replacement(backup.vm, backup.id)
+    try:
+        merged = await write_images(repository, backup, merges, backups, reporter, place=place)
+        await place.commit(merged)
+    except OSError as err:
+        raise _failure(backup, err.strerror or str(err)) from err
+    finally:
+        await discard(place, reporter)
+    return repository.backup(backup.vm, backup.id)
+
+
+async def write_images(
+    repository: Repository,
+    backup: Backup,
+    merges: Sequence[DiskMerge],
+    backups: Mapping[str, Backup],
+    reporter: Reporter,
+    *,
+    place: Place,
+) -> Backup:
+    """Write, compare and sync the new images; return the backup with them, to be committed.
+
+    The backups must not be removed meanwhile. The caller discards what is not committed.
+
+    Raises:
+        ConsolidationError: an image is damaged.
+        OSError: the new ones cannot be written.
+    """
+    await _require_room(repository, backup, merges, backups)
+    await place.begin()
+    new = {}
+    for merge in merges:
+        sources = _disks(backup, merge, backups)
+        for source in sources:
+            if problem := check_header(repository.path, source):
+                raise _failure(backup, problem)
+        paths = [repository.path / source.file for source in sources]
+        copy = MergeCopy(
+            paths,
+            place.image(merge.disk),
+            virtual_size_bytes=sources[0].virtual_size_bytes,
+            backing_file=None if merge.base is None else backing_file(merge.base, merge.disk),
+        )
+        expected = {path: source.blake3 for path, source in zip(paths, sources, strict=True)}
+        stored = await _run(copy, expected, backup, merge.disk, reporter)
+        new[merge.disk] = sources[0].with_image(
+            parent=merge.base,
+            merged=_merged(sources, merge.taken),
+            stored_bytes=stored.stored_bytes,
+            file_size_bytes=stored.file_size_bytes,
+            blake3=stored.blake3,
+        )
+    return backup.with_disks([new.get(disk.name, disk) for disk in backup.disks])
+
+
+async def discard(place: Place, reporter: Reporter) -> None:
+    """Remove new images that were not committed."""
+    if place.is_committed:
+        return
+    try:
+        await place.discard()
+    except OSError as err:
+        reporter.warning(f"{place.staging}: cannot be removed: {err.strerror}")
+
+
+async def _require_room(
+    repository: Repository,
+    backup: Backup,
+    merges: Sequence[DiskMerge],
+    backups: Mapping[str, Backup],
+) -> None:
+    needed = _ROOM_BYTES
+    for merge in merges:
+        needed += await in_thread(measure, repository, backup, merge, backups)
+    free = repository.free_bytes()
+    if needed > free:
+        raise _failure(
+            backup, f"that needs about {format_size(needed)}, and {format_size(free)} are free"
+        )
+
+
+async def _run(
+    copy: MergeCopy, expected: Mapping[Path, str], backup: Backup, disk: str, reporter: Reporter
+) -> Stored:
+    try:
+        async with task_group() as group:
+            checking = group.create_task(_check_content(backup, expected))
+            telling = group.create_task(_tell_progress(copy, backup, disk, reporter))
+            try:
+                stored = await _in_thread(copy, copy.run)
+                problem = await _in_thread(copy, copy.compare)
+                await checking
+            finally:
+                telling.cancel()
+    except Qcow2Error as err:
+        raise _failure(backup, str(err)) from err
+    if problem:
+        raise _failure(backup, problem)
+    return stored
+
+
+async def _in_thread(copy: MergeCopy, step: Callable[[], T]) -> T:
+    """Run a step of a copy in a thread, which has ended when this is cancelled."""
+    task = asyncio.create_task(in_thread(step))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        copy.stop()
+        await asyncio.wait({task}, timeout=_STOP_S)  # longer only if the file system hangs
+        raise
+
+
+async def _check_content(backup: Backup, expected: Mapping[Path, str]) -> None:
+    """Compare every byte that is read with the manifests: damage must not become a new truth."""
+    for path, digest in expected.items():
+        if await hash_file(path) != digest:
+            raise _failure(backup, content_differs(path))
+
+
+async def _tell_progress(copy: MergeCopy, backup: Backup, disk: str, reporter: Reporter) -> None:
+    while True:
+        if copy.total_bytes:
+            reporter.progress(
+                vm=backup.vm,
+                disk=f"{disk} {backup.id}",
+                done_bytes=copy.done_bytes,
+                total_bytes=copy.total_bytes,
+            )
+        await asyncio.sleep(_REPORT_S)
+
+
+def _merged(sources: Sequence[DiskBackup], taken: Sequence[str]) -> Merged:
+    own = sources[0].merged
+    return Merged(
+        kind=own.kind if own else sources[0].kind,
+        parent=own.parent if own else sources[0].parent,
+        count=(own.count if own else 0)
+        + sum(1 + (one.merged.count if one.merged else 0) for one in sources[1:]),
+        oldest=min([taken[-1], *(one.merged.oldest for one in sources if one.merged)]),
+    )
+
+
+def _disks(backup: Backup, merge: DiskMerge, backups: Mapping[str, Backup]) -> list[DiskBackup]:
+    """Return the disk in everything that its new image holds, the newest first."""
+    return [
+        _disk(backup, merge.disk),
+        *(_disk(backups[backup_id], merge.disk) for backup_id in merge.taken),
+    ]
+
+
+def _disk(backup: Backup, name: str) -> DiskBackup:
+    disk = backup.disk(name)
+    assert disk is not None  # noqa: S101 - whoever planned the merge had it from this backup
+    return disk
+
+
+def _images(repository: Repository, disks: Sequence[DiskBackup], *, bottom: bool) -> Images:
+    return Images(
+        [repository.path / disk.file for disk in disks],
+        virtual_size_bytes=disks[0].virtual_size_bytes,
+        bottom=bottom,
+    )
+
+
+def _failure(backup: Backup, why: str) -> ConsolidationError:
+    return ConsolidationError(backup.id, why)
