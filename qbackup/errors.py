@@ -25,13 +25,14 @@ The tree, and the exit codes that other programs rely on:
     ├── BackupNotFoundError            1  no backup, or several, by that name
     ├── RemovalError                   1  a backup that was to be removed is still there
     ├── ConsolidationError             1  a backup could not take in what others hold
+    ├── ChainsFullError                1  chains must begin anew before the next incremental
     └── RestoreError                   1  a restore cannot start, or failed
 
 The exit code 3 (done, but degraded) is no error: the command's result carries it.
 This module imports nothing of qbackup.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class QbackupError(Exception):
@@ -223,6 +224,14 @@ class ConsolidationError(QbackupError):
             hint="nothing is lost; the older ones stay, because it needs them",
         )
         self.backup_id, self.fact = backup_id, fact
+
+
+class ChainsFullError(QbackupError):
+    """Chains are as long as they may be; `bases` are the backups to begin anew with, and disks."""
+
+    def __init__(self, bases: Mapping[str, Sequence[str]]) -> None:
+        super().__init__(f"chains are full: {', '.join(sorted(bases))}")
+        self.bases = bases
 
 
 class RestoreError(QbackupError):

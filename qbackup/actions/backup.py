@@ -9,9 +9,10 @@ it, the backup exists and only QEMU's old bitmaps remain to be removed.
 
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from qbackup.actions.consolidate import begin_chains_anew
 from qbackup.backup import reconcile
 from qbackup.backup.engines import Work
 from qbackup.backup.engines.choose import choose_engine
@@ -28,7 +29,7 @@ from qbackup.bitmaps.image_files import query_disks
 from qbackup.bitmaps.load import distrust_present
 from qbackup.bitmaps.roll_back import prune_bitmaps, roll_back_bitmaps
 from qbackup.catalog.history import History
-from qbackup.errors import QbackupError, VmStateError
+from qbackup.errors import ChainsFullError, QbackupError, VmStateError
 from qbackup.formats.configuration import Vm
 from qbackup.host.tasks import to_its_end
 from qbackup.model.backup import Backup
@@ -65,12 +66,32 @@ async def back_up(
 ) -> Outcome:
     """Back up a VM.
 
+    If a chain is full, the backup that an incremental would build on first gets images that need no
+    other, made from the chain; only where that fails, a full is copied from the guest.
+
     Raises:
         LockedError: another run is at work.
         MonitorError: QEMU cannot be reached, or went away.
         RefusedError: a full backup would be needed and was ruled out.
         QbackupError: anything else; nothing of the backup remains.
     """
+    try:
+        return await _back_up(repository, vm, state, options, reporter)
+    except ChainsFullError as err:
+        bases = err.bases
+    wait_s = options.lock_wait_s
+    if not await begin_chains_anew(repository, vm.name, bases, reporter, wait_s=wait_s):
+        vm = replace(vm, consolidate="never")
+    return await _back_up(repository, vm, state, options, reporter)
+
+
+async def _back_up(
+    repository: Repository,
+    vm: Vm,
+    state: StateDirectory,
+    options: BackupOptions,
+    reporter: Reporter,
+) -> Outcome:
     started = time.monotonic()
     await repository.ensure_vm_directory(vm.name)
     prefix = owner_prefix(repository.id, vm.name)
@@ -84,7 +105,7 @@ async def back_up(
             await distrust_present(monitor, state)
         _require_fit(condition, vm.name)
         await reconcile.clear_jobs(monitor, vm=vm.name, prefix=prefix, reporter=reporter)
-        await reconcile.remove_partials(repository, vm.name, reporter)
+        await reconcile.remove_partials(repository, vm.name, reporter, lock=lock)
         history = History(repository, vm.name)
         plan = await _prepare(
             monitor,

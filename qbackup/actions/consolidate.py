@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from qbackup.catalog.history import History
 from qbackup.catalog.image_check import check_header, content_differs
-from qbackup.errors import ConsolidationError
+from qbackup.errors import ConsolidationError, QbackupError
 from qbackup.formats.manifest import backing_file
 from qbackup.formats.qcow2 import Qcow2Error
 from qbackup.host.tasks import in_thread, task_group
@@ -132,8 +133,6 @@ async def merge_into(
     merges: Sequence[DiskMerge],
     backups: Mapping[str, Backup],
     reporter: Reporter,
-    *,
-    place: Place | None = None,
 ) -> Backup:
     """Give a backup images that hold what others did, too; return it as it is then.
 
@@ -143,7 +142,7 @@ async def merge_into(
         ConsolidationError: an image is damaged, or the new ones cannot be written. The backup is as
             it was, or as it will be; it can be restored in any case.
     """
-    place = place or repository.replacement(backup.vm, backup.id)
+    place = repository.replacement(backup.vm, backup.id)
     try:
         merged = await write_images(repository, backup, merges, backups, reporter, place=place)
         await place.commit(merged)
@@ -151,7 +150,61 @@ async def merge_into(
         raise _failure(backup, err.strerror or str(err)) from err
     finally:
         await discard(place, reporter)
-    return repository.backup(backup.vm, backup.id)
+    found = repository.backup(backup.vm, backup.id)
+    for merge in merges:
+        if _disk(found, merge.disk).parent != merge.base:
+            raise _failure(backup, f"disk {merge.disk} still has its old image")
+    return found
+
+
+async def begin_chains_anew(
+    repository: Repository,
+    vm: str,
+    bases: Mapping[str, Sequence[str]],
+    reporter: Reporter,
+    *,
+    wait_s: float,
+) -> bool:
+    """Give disks of backups images that need no other, so that a new chain begins with them.
+
+    `bases` names the disks of each backup. Readers go on while the images are written; only to
+    exchange them, they are waited for, at most `wait_s`. Tell whether all that could be done.
+
+    Raises:
+        LockedError: a backup or a prune is at work.
+    """
+    async with repository.lock(vm, wait_s=wait_s) as lock:
+        history = History(repository, vm)
+        for backup_id, disks in bases.items():
+            place = repository.replacement(vm, backup_id)
+            try:
+                backup = history.backup(backup_id)
+                merges, backups = _all_below(history, backup, disks)
+                reporter.notice(
+                    f"{vm}: chain full: backup {backup_id} is made one that needs no other"
+                )
+                new = await write_images(repository, backup, merges, backups, reporter, place=place)
+                async with lock.alone(vm=vm, wait_s=wait_s):
+                    await place.commit(new)
+            except (QbackupError, OSError) as err:
+                reporter.warning(f"{vm}: its chain stays full: {err}")
+                return False
+            finally:
+                await discard(place, reporter)
+    return True
+
+
+def _all_below(
+    history: History, backup: Backup, disks: Sequence[str]
+) -> tuple[list[DiskMerge], dict[str, Backup]]:
+    merges: list[DiskMerge] = []
+    backups: dict[str, Backup] = {}
+    for name in disks:
+        below = [owner for owner, _ in history.chain(backup, name)][-2::-1]
+        backups |= {owner.id: owner for owner in below}
+        taken = tuple(owner.id for owner in below)
+        merges.append(DiskMerge(disk=name, taken=taken, base=None))
+    return merges, backups
 
 
 async def write_images(

@@ -16,6 +16,7 @@ from qbackup.backup.judge import (
     checkpoints,
     migrated_verdicts,
     newest_bases,
+    renews,
 )
 from qbackup.backup.plan import LEFT_OUT_BY_CHOICE
 from qbackup.bitmaps.files import NotTrustedError, is_clean, read_saved
@@ -236,8 +237,10 @@ def _saved_disks(
         why, dirty_bytes = _judge_files(ours, wanted, vm=vm.name, disk=disk)
         if why is not None and why.reason == "missing":
             why = refused.get((disk.name, wanted), why)
-        if why is None and (
-            full := why_not_built_upon(history, backup, disk.name, max_chain=vm.max_chain)
+        if (
+            why is None
+            and (full := why_not_built_upon(history, backup, disk.name, max_chain=vm.max_chain))
+            and not (full[0] == "chain-full" and renews(disk, vm))
         ):
             why = Refusal(reason=full[0], detail=full[1])
         found.append(

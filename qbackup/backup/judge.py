@@ -40,6 +40,8 @@ class Verdict:
     reason: Reason | None
     problem: str | None = None
     """What exactly is wrong, where the reason alone does not say it."""
+    renews: bool = False
+    """Whether the chain is full, and the base is given an image of its own first."""
 
     @property
     def method(self) -> Kind:
@@ -111,7 +113,14 @@ def assess(
     if found is None:
         return verdict
     reason, problem = found
+    if reason == "chain-full" and renews(verdict.base.disk, vm):
+        return replace(verdict, problem=problem, renews=True)
     return replace(verdict, reason=reason, problem=problem)
+
+
+def renews(disk: DiskBackup, vm: Vm) -> bool:
+    """Tell whether the chain of a disk's newest image can begin anew with that image."""
+    return disk.parent is not None and vm.consolidate != "never"
 
 
 def judge(

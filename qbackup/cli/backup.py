@@ -5,13 +5,11 @@ import argparse
 from qbackup.actions.backup import Outcome, back_up
 from qbackup.backup.plan import BackupOptions
 from qbackup.cli.context import make_context
-from qbackup.cli.output import summary
+from qbackup.cli.output import EXIT_DEGRADED, summary
 from qbackup.model.backup import Backup
 from qbackup.model.quantities import format_duration, format_size
 from qbackup.ui.reporters import make_reporter
 from qbackup.ui.tables import table
-
-EXIT_DEGRADED = 3
 
 _CONSISTENCY_TEXT = {
     "crash": "crash-consistent, as after a power cut",

@@ -5,6 +5,9 @@ from typing import Any
 
 from qbackup.ui.tables import printable
 
+EXIT_DEGRADED = 3
+"""Done, but not as it was asked for."""
+
 
 def answer(document: Any, *, text: str, json_output: bool, quiet: bool = False) -> None:
     """Print `document` with `--json`, else `text` unless everything was to be quiet."""

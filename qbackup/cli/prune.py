@@ -6,9 +6,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from qbackup.actions.prune import Pruned, PruneOptions, prune
-from qbackup.cli.backup import EXIT_DEGRADED
 from qbackup.cli.context import make_context
-from qbackup.cli.output import summary
+from qbackup.cli.output import EXIT_DEGRADED, summary
 from qbackup.model.quantities import format_size
 from qbackup.model.retention import Rules
 from qbackup.ui.reporters import make_reporter

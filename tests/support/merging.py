@@ -9,6 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 
+from qbackup.actions.verify import Scope, Verifier
+from qbackup.formats.manifest import backing_file
+from qbackup.formats.qcow2 import CLUSTER_BYTES
+from qbackup.formats.qcow2_layout import Layout
+from qbackup.model.backup import Backup
+from qbackup.repository.repository import Repository
+from qbackup.ui.reporters import LineReporter
+from qbackup.writer.compressed import CompressedImage, make_packer
 from support.chains import (
     CLUSTERS,
     SIZE_BYTES,
@@ -21,15 +29,6 @@ from support.chains import (
     write_manifest,
 )
 from support.qemu import raw_bytes
-
-from qbackup.actions.verify import Scope, Verifier
-from qbackup.formats.manifest import backing_file
-from qbackup.formats.qcow2 import CLUSTER_BYTES
-from qbackup.formats.qcow2_layout import Layout
-from qbackup.model.backup import Backup
-from qbackup.repository.repository import Repository
-from qbackup.ui.reporters import LineReporter
-from qbackup.writer.compressed import CompressedImage, make_packer
 
 QUIET = LineReporter(quiet=True)
 
@@ -66,15 +65,11 @@ class Model:
             for index, value in clusters.items():
                 at = index * CLUSTER_BYTES
                 content[at : at + CLUSTER_BYTES] = bytes([max(value, 0)]) * CLUSTER_BYTES
-            if parent is None:  # everything that the disk holds
-                clusters = {
-                    index: content[index * CLUSTER_BYTES]
-                    for index in range(CLUSTERS)
-                    if content[index * CLUSTER_BYTES]
-                }
+            held = {index: content[index * CLUSTER_BYTES] for index in range(CLUSTERS)}
+            whole = {index: value for index, value in held.items() if value}
             image = folder / f"{name}.qcow2"
             write = write_compressed if compressed else write_image
-            write(image, clusters, parent=parent, disk=name)
+            write(image, clusters if parent else whole, parent=parent, disk=name)
             stored.append(disk_backup(image, backup_id, parent))
             self._newest[name] = backup_id
         backup = made_backup(backup_id, stored, chain=backup_id)
