@@ -20,10 +20,11 @@ async def run(arguments: argparse.Namespace) -> int:
     repository = context.open_repository()
     vm = context.vm_name(repository, arguments.vm)
     given = _rules(arguments)
+    when, max_chain = context.configuration.consolidation(vm)
     options = PruneOptions(
         rules=given if given.are_given else context.configuration.rules(vm),
-        consolidate=arguments.consolidate or context.configuration.consolidate,
-        max_chain=context.configuration.longest_chain(vm),
+        consolidate=arguments.consolidate or when,
+        max_chain=max_chain,
         dry_run=arguments.dry_run,
         lock_wait_s=arguments.lock_wait,
     )

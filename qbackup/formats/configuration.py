@@ -83,9 +83,13 @@ class Configuration:
     consolidate: When = "worthwhile"
     max_chain: int = DEFAULT_MAX_CHAIN
 
-    def longest_chain(self, name: str) -> int:
-        """Return how many backups a VM's chains may have; the VM need not be in the file."""
-        return self.vms[name].max_chain if name in self.vms else self.max_chain
+    def consolidation(self, name: str) -> tuple[When, int]:
+        """Return when a VM's backups are merged, and how many a chain may have.
+
+        The VM need not be in the file.
+        """
+        vm = self.vms.get(name, self)
+        return vm.consolidate, vm.max_chain
 
     def rules(self, name: str) -> Rules:
         """Return what of a VM's backups is kept; the VM need not be in the file (any more)."""
@@ -116,6 +120,7 @@ class _VmTable:
     granularity: str | int = "64K"
     engine: Literal["snapshot", "direct", "drive-backup", "blockdev-backup"] = "snapshot"
     max_chain: int | None = None
+    consolidate: When | None = None
     keep: dict[str, Any] | None = None
 
 
@@ -192,7 +197,7 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
         vms[name] = _vm(
             name, parsed, path=path, folder=folder, max_chain=max_chain, snapshot=snapshot
         )
-        vms[name] = replace(vms[name], consolidate=top.consolidate)
+        vms[name] = replace(vms[name], consolidate=parsed.consolidate or top.consolidate)
         for other in vms.values():
             if other.name != name and other.qmp == vms[name].qmp:
                 raise ConfigurationError(
@@ -412,7 +417,7 @@ state = {_quoted(state)}
 # granularity = "{granularity}"                 # bytes per bit of the dirty bitmap, 4K to 2M
 # engine = "snapshot"                 # or "direct": QEMU writes the backup itself, and a slow
 #                                     # repository slows the guest; "drive-backup" is like it
-# max_chain = {DEFAULT_MAX_CHAIN}                     # for this VM alone
+# max_chain = {DEFAULT_MAX_CHAIN}                     # for this VM alone; so is consolidate
 """
 
 
