@@ -19,6 +19,7 @@ import backups
 import bitmaps
 from fingerprint import fingerprint
 from measure import TMPFS, TOP, Failed, Row, print_table
+from merging import merging
 from run_overhead import run_overhead
 from writer import writer
 
@@ -31,6 +32,7 @@ def all_benchmarks(rounds: int, disk: Path) -> dict[str, Benchmark]:
         "full": lambda: backups.full(rounds, TMPFS, "tmpfs"),
         "full-disk": lambda: backups.full(rounds, disk, "disk"),
         "writer": lambda: writer(rounds),
+        "merging": lambda: merging(rounds, disk),
         "nothing": lambda: backups.nothing(rounds),
         "dirty": lambda: backups.dirty(rounds),
         "restore": lambda: backups.restore(rounds),
