@@ -253,7 +253,7 @@ async def write_images(
 
 async def discard(place: Place, reporter: Reporter) -> None:
     """Remove new images that were not committed."""
-    if place.is_committed:
+    if place.is_committed or not place.is_begun:
         return
     try:
         await place.discard()

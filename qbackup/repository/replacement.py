@@ -47,6 +47,7 @@ class Place:
         self._repository_id = repository_id
         self.staging = vm_directory / f"{backup_id}{MERGED_SUFFIX}"
         self.target = vm_directory / backup_id
+        self.is_begun = False
         self.is_committed = False
         """Whether the backup has the new images, or will when the exchange is finished."""
 
@@ -57,6 +58,7 @@ class Place:
     async def begin(self) -> None:
         """Make the directory for the new images."""
         await durable.make_directory(self.staging)
+        self.is_begun = True
 
     async def discard(self) -> None:
         """Remove what is not committed.

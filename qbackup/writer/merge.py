@@ -4,8 +4,9 @@ What is read is what they hold together: of each cluster the newest entry. What 
 left to whatever is below the oldest, or is zero if that is a full. The copy itself is the one of
 every backup (`copy`): one pass from front to back, hashed as it goes by, synced.
 
-`difference` then reads the new image back, as it is in the file, and compares it cluster by
-cluster with the images that it stands for: by their tables and by their bytes.
+`difference` then reads the new image back, as it is in the file, and compares it with the images
+that it stands for: their tables cluster by cluster, its data with a hash of what was copied. So
+the images' data are read once, however much there is.
 
 Must not know backups. Whether the images are what was written is for the caller to check.
 """
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
+
+from blake3 import blake3
 
 from qbackup.formats.qcow2_layout import CLUSTER_BYTES, REGION_CLUSTERS, Qcow2Error
 from qbackup.formats.qcow2_map import (
@@ -30,7 +33,7 @@ from qbackup.formats.qcow2_map import (
 )
 from qbackup.host.files import open_regular
 from qbackup.writer.candidates import DATA, NONE, ZERO, Candidates
-from qbackup.writer.copy import DiskCopy, Task
+from qbackup.writer.copy import DiskCopy, Stored, Task
 from qbackup.writer.source import Source
 
 Kind = TypeVar("Kind")
@@ -82,6 +85,8 @@ class Images(Source):
         self._done: deque[int] = deque()
         self._number = 0
         self._region, self._found = -1, False
+        self.digest = blake3()
+        """Of the data that were submitted, in that order."""
         self._entries = self._owners = empty_table()
         try:
             self._maps = [self._map(path) for path in paths]
@@ -152,7 +157,7 @@ class Images(Source):
 
     def submit(self, offset: int, view: memoryview) -> int:
         """Read, at once."""
-        self.read_into(offset, view)
+        self.read_into(offset, view, hashing=True)
         self._number += 1
         self._done.append(self._number)
         return self._number
@@ -168,7 +173,7 @@ class Images(Source):
         """Close the images."""
         self._files.close()
 
-    def read_into(self, offset: int, view: memoryview) -> None:
+    def read_into(self, offset: int, view: memoryview, *, hashing: bool = False) -> None:
         """Read what the images hold together; where they hold nothing, zeroes.
 
         Raises:
@@ -183,7 +188,11 @@ class Images(Source):
             count = -(-(len(view) - done) // CLUSTER_BYTES)
             for first, number, owner, entry in self._extents(index, count):
                 start = done + (first - index) * CLUSTER_BYTES
-                self._fill(view[start : start + number * CLUSTER_BYTES], owner, entry)
+                part = view[start : start + number * CLUSTER_BYTES]
+                self._fill(part, owner, entry)
+                # What is zero may be submitted, too (`candidates`).
+                if hashing and holds(entry) and not is_zero(entry):
+                    self.digest.update(part)
             done += min(count, REGION_CLUSTERS - index) * CLUSTER_BYTES
 
     def _extents(self, index: int, count: int) -> Iterator[tuple[int, int, int, int]]:
@@ -222,10 +231,11 @@ class Images(Source):
 
     # Comparing
 
-    def difference(self, path: Path, check: Callable[[], None]) -> str | None:
+    def difference(self, path: Path, digest: bytes, check: Callable[[], None]) -> str | None:
         """Compare an image, as it is in its file, with what it should hold.
 
-        Return what is wrong, or None. `check` is called again and again, and may raise.
+        `digest` is that of all data that was copied, in the order of the disk. Return what is
+        wrong, or None. `check` is called again and again, and may raise.
 
         Raises:
             Qcow2Error, OSError: one of the images cannot be read.
@@ -234,42 +244,35 @@ class Images(Source):
         try:
             for region in range(self._maps[0].regions):
                 check()
-                wanted, found = self._decide(region), made._decide(region)
-                if not wanted and not found:
+                if not self._decide(region) | made._decide(region):
                     continue
                 base = region * REGION_CLUSTERS
                 for first, last, kinds in _runs(zip(self._kinds(), made._kinds(), strict=True)):
-                    if not self._alike(made, base + first, base + last, kinds, check):
+                    if not self._alike(*kinds):
                         return f"{path}: not what it should hold, at cluster {base + first}"
+                    if kinds[0] == DATA:
+                        made.read_data(base + first, base + last, check)
         finally:
             made.close()
+        if made.digest.digest() != digest:
+            return f"{path}: its data are not what was copied"
         return None
 
-    def _alike(
-        self,
-        made: "Images",
-        first: int,
-        last: int,
-        kinds: tuple[int, int],
-        check: Callable[[], None],
-    ) -> bool:
-        wanted, found = kinds
-        if wanted != DATA:
-            return wanted == found
-        # Zeroes may be stored as such; if nothing is below, they may be left out.
-        if found == NONE and not self._bottom:
-            return False
+    def _alike(self, wanted: int, found: int) -> bool:
+        """Tell whether a cluster may be stored so: zeroes need not be, if nothing is below."""
+        if wanted == DATA:
+            return found != NONE or self._bottom
+        return wanted == found
+
+    def read_data(self, first: int, last: int, check: Callable[[], None]) -> None:
+        """Read clusters, and hash whatever they hold."""
         for cluster in range(first, last, _READ_CLUSTERS):
             check()
             offset = cluster * CLUSTER_BYTES
             end = min(last, cluster + _READ_CLUSTERS) * CLUSTER_BYTES
-            length = min(end, self.size_bytes) - offset
-            one, other = bytearray(length), bytearray(length)
-            self.read_into(offset, memoryview(one))
-            made.read_into(offset, memoryview(other))
-            if one != other:
-                return False
-        return True
+            content = bytearray(min(end, self.size_bytes) - offset)
+            self.read_into(offset, memoryview(content))
+            self.digest.update(content)
 
 
 class MergeCopy(DiskCopy):
@@ -300,6 +303,13 @@ class MergeCopy(DiskCopy):
             )
         )
         self._paths = paths
+        self._digest = b""
+
+    def run(self) -> Stored:
+        """Do as `DiskCopy.run`, and keep what `compare` needs."""
+        stored = super().run()
+        self._digest = self._images.digest.digest()
+        return stored
 
     def compare(self) -> str | None:
         """Compare the finished image with the images that it stands for; see `difference`.
@@ -310,7 +320,7 @@ class MergeCopy(DiskCopy):
         """
         images = self._connect()
         try:
-            return images.difference(self.task.path, self._check)
+            return images.difference(self.task.path, self._digest, self._check)
         finally:
             images.close()
 
@@ -323,6 +333,7 @@ class MergeCopy(DiskCopy):
 
     def _candidates(self, nbd: Source) -> Candidates:
         assert isinstance(nbd, Images)  # noqa: S101 - `_connect` makes it so
+        self._images = nbd
         candidates = nbd.candidates()
         # What was compressed stays so.
         self.task.compress = nbd.compressed
