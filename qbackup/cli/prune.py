@@ -99,7 +99,7 @@ def _text(pruned: Pruned) -> str:
         )
         for verdict in reversed(pruned.verdicts)
     ]
-    written = f"{format_size(pruned.written_bytes)} written, " if pruned.merges else ""
+    written = f"{format_size(pruned.written_bytes)} {would}written, " if pruned.merges else ""
     return (
         f"{pruned.vm}: {removed} of {count} backup{'s' if count > 1 else ''} {would}removed, "
         f"{written}{_size(pruned.freed_bytes)} {would}freed\n"

@@ -35,10 +35,14 @@ def _encryption(disk: DiskBackup) -> list[tuple[str, str]]:
     return [("  encrypted", "the source is; this backup is not")] if disk.source.encrypted else []
 
 
-def _merging(merged: Merged) -> str:
-    taken = "taken as a full" if merged.parent is None else f"taken on {merged.parent}"
+def _merging(merged: Merged | None) -> list[tuple[str, str]]:
+    if merged is None:
+        return []
     many = "s" if merged.count > 1 else ""
-    return f"{taken}; holds the data of {merged.count} older backup{many}, from {merged.oldest} on"
+    return [
+        ("  merged", f"{merged.count} older backup{many}, from {merged.oldest} on"),
+        ("  taken", "in full" if merged.parent is None else f"on {merged.parent}"),
+    ]
 
 
 def _text(backup: Backup, repository: str, *, protected: bool) -> str:
@@ -62,8 +66,6 @@ def _text(backup: Backup, repository: str, *, protected: bool) -> str:
     ]
     for disk in backup.disks:
         why = f" ({REASON_TEXT[disk.reason]})" if disk.reason else ""
-        if disk.merged:
-            why += f" ({_merging(disk.merged)})"
         lines += [
             "",
             facts(
@@ -74,6 +76,7 @@ def _text(backup: Backup, repository: str, *, protected: bool) -> str:
                     ("  stored", format_size(disk.stored_bytes)),
                     ("  file", f"{repository}/{disk.file}"),
                     ("  parent", disk.parent or "-"),
+                    *_merging(disk.merged),
                     ("  BLAKE3", disk.blake3),
                     ("  source", f"{disk.source.filename} ({disk.source.format})"),
                     *_encryption(disk),

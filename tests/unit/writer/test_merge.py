@@ -62,7 +62,7 @@ def merge(tmp_path: Path) -> MergeCopy:
     for number, name in enumerate(("a", "b", "c")):
         (tmp_path / name).mkdir()
         clusters = {number: 1 + number, 5 + number: ZERO, 9: 9 + number}
-        parent = "a" if number else None
+        parent = "abc"[number - 1] if number else None
         write_image(tmp_path / name / "data.qcow2", clusters, parent=parent)
     paths = [tmp_path / name / "data.qcow2" for name in ("c", "b")]
     return MergeCopy(
