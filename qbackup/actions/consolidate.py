@@ -290,6 +290,7 @@ async def _run(
                 await checking
             finally:
                 telling.cancel()
+            _tell(copy, backup, disk, reporter)
     except Qcow2Error as err:
         raise _failure(backup, str(err)) from err
     if problem:
@@ -318,13 +319,17 @@ async def _check_content(backup: Backup, expected: Mapping[Path, str]) -> None:
 async def _tell_progress(copy: MergeCopy, backup: Backup, disk: str, reporter: Reporter) -> None:
     while True:
         if copy.total_bytes:
-            reporter.progress(
-                vm=backup.vm,
-                disk=f"{disk} {backup.id}",
-                done_bytes=copy.done_bytes,
-                total_bytes=copy.total_bytes,
-            )
+            _tell(copy, backup, disk, reporter)
         await asyncio.sleep(_REPORT_S)
+
+
+def _tell(copy: MergeCopy, backup: Backup, disk: str, reporter: Reporter) -> None:
+    reporter.progress(
+        vm=backup.vm,
+        disk=f"{disk} {backup.id}",
+        done_bytes=copy.done_bytes,
+        total_bytes=copy.total_bytes,
+    )
 
 
 def _merged(sources: Sequence[DiskBackup], taken: Sequence[str]) -> Merged:
