@@ -51,6 +51,7 @@ _REPLACEMENTS: list[tuple[str, str]] = [
     (rf"\bin {_DURATION}(?![\w.])", "in TIME"),
     (rf"^took( +){_DURATION}$", r"took\1TIME"),
     (r"\bqbackup-[0-9a-f]{12}-", "qbackup-OWNER-"),
+    (r"\b(qbackup-OWNER-s)[0-9a-f]{4}(?=\d)", r"\1"),
     (r"\b[0-9a-f]{64}\b", "HASH"),
     (r"\(process \d+\)", "(process PID)"),
     (r"^(  stored +).*$", r"\1SIZE"),

@@ -33,7 +33,7 @@ from qbackup.errors import ChainsFullError, QbackupError, VmStateError
 from qbackup.formats.configuration import Vm
 from qbackup.host.tasks import to_its_end
 from qbackup.model.backup import Backup
-from qbackup.model.names import new_backup_id, owner_prefix
+from qbackup.model.names import Owner, new_backup_id, owner_of
 from qbackup.model.progress import Reporter
 from qbackup.qmp.disks import query_inventory
 from qbackup.qmp.monitor import Monitor
@@ -94,7 +94,7 @@ async def _back_up(
 ) -> Outcome:
     started = time.monotonic()
     await repository.ensure_vm_directory(vm.name)
-    prefix = owner_prefix(repository.id, vm.name)
+    owner = owner_of(repository.id, vm.name)
     async with (
         repository.lock(vm.name, wait_s=options.lock_wait_s) as lock,
         vm_monitor(vm, state.control_socket) as (monitor, watched),
@@ -104,7 +104,7 @@ async def _back_up(
             # This VM runs unseen: whatever its files say, they must not be believed later.
             await distrust_present(monitor, state)
         _require_fit(condition, vm.name)
-        await reconcile.clear_jobs(monitor, vm=vm.name, prefix=prefix, reporter=reporter)
+        await reconcile.clear_jobs(monitor, vm=vm.name, owner=owner, reporter=reporter)
         await reconcile.remove_partials(repository, vm.name, reporter, lock=lock)
         history = History(repository, vm.name)
         plan = await _prepare(
@@ -112,7 +112,7 @@ async def _back_up(
             history,
             vm=vm,
             state=state,
-            prefix=prefix,
+            owner=owner,
             migration=condition.migration,
             options=options,
             reporter=reporter,
@@ -135,7 +135,7 @@ async def _back_up(
             vm=vm,
             plan=plan,
             options=options,
-            prefix=prefix,
+            owner=owner,
             backup_id=backup_id,
             repository=repository,
             lock=lock,
@@ -164,7 +164,7 @@ async def _back_up(
             )
             # An interruption that comes now is too late: the backup is about to exist.
             await to_its_end(session.publish(backup))
-        await to_its_end(_forget_old_bitmaps(monitor, plan, backup, prefix, reporter))
+        await to_its_end(_forget_old_bitmaps(monitor, plan, backup, owner, reporter))
     degraded = tuple(f"disk {name} was left out: {why}" for name, why in plan.refused.items())
     if copied.freeze_failed:
         degraded += ("the guest's file systems were not frozen",)
@@ -177,7 +177,7 @@ async def _prepare(
     *,
     vm: Vm,
     state: StateDirectory,
-    prefix: str,
+    owner: Owner,
     migration: Migration,
     options: BackupOptions,
     reporter: Reporter,
@@ -188,20 +188,18 @@ async def _prepare(
     written since.
     """
     if migration.given_away:
-        await prune_bitmaps(monitor, prefix=prefix, checkpoints={})
+        await prune_bitmaps(monitor, owner=owner, checkpoints={})
     inventory = await query_inventory(monitor)
     disks = disks_to_look_up(inventory, vm=vm, options=options)
     bases = newest_bases(readable_backups(history, reporter), disks)
-    await roll_back_bitmaps(
-        monitor, prefix=prefix, checkpoints=checkpoints(bases), uncommitted=None
-    )
+    await roll_back_bitmaps(monitor, owner=owner, checkpoints=checkpoints(bases), uncommitted=None)
     return make_plan(
         await query_disks(monitor, monitor.peer_pid()),
         bases,
         vm=vm,
         history=history,
-        prefix=prefix,
-        not_loaded=migrated_verdicts(migration, bases, prefix) or state.read_verdicts(),
+        owner=owner,
+        not_loaded=migrated_verdicts(migration, bases, owner) or state.read_verdicts(),
         options=options,
         reporter=reporter,
     )
@@ -257,11 +255,11 @@ def _place_in_chain(plan: Plan, backup_id: str) -> tuple[str | None, str]:
 
 
 async def _forget_old_bitmaps(
-    monitor: Monitor, plan: Plan, backup: Backup, prefix: str, reporter: Reporter
+    monitor: Monitor, plan: Plan, backup: Backup, owner: Owner, reporter: Reporter
 ) -> None:
     """Remove what the backup has replaced. The backup exists whatever happens here."""
     newest = plan.checkpoints | {disk.name: backup.id for disk in backup.disks}
     try:
-        await prune_bitmaps(monitor, prefix=prefix, checkpoints=newest)
+        await prune_bitmaps(monitor, owner=owner, checkpoints=newest)
     except QbackupError as err:
         reporter.warning(f"{backup.vm}: old bitmaps remain in QEMU for now: {err}")

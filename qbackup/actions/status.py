@@ -27,7 +27,7 @@ from qbackup.catalog.history import History
 from qbackup.errors import DiskError, MonitorBusyError, MonitorError
 from qbackup.formats.configuration import Vm
 from qbackup.model.backup import REASON_TEXT, Backup, DiskBackup, Reason, Refusal
-from qbackup.model.names import bitmap_name, checkpoint_of_bitmap, owner_prefix
+from qbackup.model.names import Owner, owner_of
 from qbackup.qmp.disks import Inventory
 from qbackup.qmp.jobs import query_jobs
 from qbackup.qmp.monitor import Looker
@@ -89,7 +89,7 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
     """
     running = repository.is_locked(vm.name)
     history = History(repository, vm.name)
-    prefix = owner_prefix(repository.id, vm.name)
+    owner = owner_of(repository.id, vm.name)
     status = VmStatus(
         vm=vm.name,
         state="busy" if running else "unreachable",
@@ -112,15 +112,13 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
             condition = await query_condition(monitor)
             state = condition.state.status
             inventory = await query_disks(monitor, monitor.peer_pid())
-            left_in_qemu = await _left_in_qemu(monitor, inventory, prefix)
+            left_in_qemu = await _left_in_qemu(monitor, inventory, owner)
     except MonitorBusyError as err:
         return replace(status, state="busy", detail=err.message)
     except DiskError as err:
         return replace(status, state=state, detail=err.message)
     except MonitorError as err:
-        disks = await asyncio.to_thread(
-            _saved_disks, state_directory, history, vm=vm, prefix=prefix
-        )
+        disks = await asyncio.to_thread(_saved_disks, state_directory, history, vm=vm, owner=owner)
         if err.absent:
             state, detail = await asyncio.to_thread(
                 _without_qemu, state_directory, disks, status.last_backup, err.message
@@ -136,18 +134,18 @@ async def query_status(repository: Repository, vm: Vm, state_directory: StateDir
     ]
     bases = newest_bases(_usable(history), present)
     not_loaded = (
-        migrated_verdicts(condition.migration, bases, prefix) or state_directory.read_verdicts()
+        migrated_verdicts(condition.migration, bases, owner) or state_directory.read_verdicts()
     )
     verdicts = [
         assess(
             as_rolled_back(
                 # What was recorded before a migration is worth nothing.
                 replace(disk, bitmaps=()) if condition.migration.given_away else disk,
-                prefix,
+                owner,
                 checkpoints(bases).get(disk.name),
             ),
             bases=bases,
-            prefix=prefix,
+            owner=owner,
             not_loaded=not_loaded,
             vm=vm,
             history=history,
@@ -220,7 +218,7 @@ def _without_qemu(
 
 
 def _saved_disks(
-    state: StateDirectory, history: History, *, vm: Vm, prefix: str
+    state: StateDirectory, history: History, *, vm: Vm, owner: Owner
 ) -> tuple[DiskStatus, ...]:
     """Look at the files of a VM that is off. Whether its images changed is seen when it starts."""
     files = state.bitmap_files()
@@ -231,9 +229,9 @@ def _saved_disks(
         ours = {
             bitmap: path
             for (name, bitmap), path in files.items()
-            if name == disk.name and checkpoint_of_bitmap(prefix, bitmap)
+            if name == disk.name and owner.checkpoint(bitmap)
         }
-        wanted = bitmap_name(prefix, backup.id)
+        wanted = owner.bitmap(backup.id)
         why, dirty_bytes = _judge_files(ours, wanted, vm=vm.name, disk=disk)
         if why is not None and why.reason == "missing":
             why = refused.get((disk.name, wanted), why)
@@ -304,12 +302,12 @@ def _judge_files(
     return None, file.bits.dirty_bytes()
 
 
-async def _left_in_qemu(monitor: Looker, inventory: Inventory, prefix: str) -> list[str]:
-    left = [f"job {job.job}" for job in await query_jobs(monitor, prefix=prefix)]
-    left += [f"node {node}" for node in inventory.nodes if node.startswith(prefix)]
+async def _left_in_qemu(monitor: Looker, inventory: Inventory, owner: Owner) -> list[str]:
+    left = [f"job {job.job}" for job in await query_jobs(monitor, owner=owner)]
+    left += [f"node {node}" for node in inventory.nodes if owner.owns(node)]
     left += [
         f"stopped bitmap {bitmap.name}"
         for _, bitmap in inventory.bitmaps
-        if checkpoint_of_bitmap(prefix, bitmap.name) and not bitmap.recording
+        if owner.checkpoint(bitmap.name) and not bitmap.recording
     ]
     return left

@@ -31,7 +31,7 @@ async def rolled_back_on_failure(
                 err,
                 roll_back_bitmaps(
                     monitor,
-                    prefix=work.prefix,
+                    owner=work.owner,
                     checkpoints=work.plan.checkpoints,
                     uncommitted=work.backup_id,
                 ),

@@ -16,7 +16,7 @@ from qbackup.bitmaps.size_guard import ensure_size_guard
 from qbackup.errors import JobFailedError
 from qbackup.formats.configuration import Vm
 from qbackup.model.backup import Consistency
-from qbackup.model.names import bitmap_name, size_guard_name
+from qbackup.model.names import Owner
 from qbackup.model.progress import Reporter
 from qbackup.qmp import commands
 from qbackup.qmp.commands import Command
@@ -47,14 +47,14 @@ def source_bitmap(verdict: Verdict) -> str | None:
 
 
 def bitmap_actions(
-    verdict: Verdict, *, prefix: str, backup_id: str, granularity_bytes: int
+    verdict: Verdict, *, owner: Owner, backup_id: str, granularity_bytes: int
 ) -> list[Command]:
     """Return what the transaction does to a disk's bitmaps."""
     disk, bitmap = verdict.disk, verdict.bitmap
     actions = [
         commands.bitmap_add(
             node=disk.node,
-            name=bitmap_name(prefix, backup_id),
+            name=owner.bitmap(backup_id),
             granularity_bytes=granularity_bytes,
         )
     ]
@@ -68,13 +68,13 @@ def bitmap_actions(
 
 
 async def guarded(
-    monitor: Monitor, verdict: Verdict, *, prefix: str, granularity_bytes: int, scratch: Path
+    monitor: Monitor, verdict: Verdict, *, owner: Owner, granularity_bytes: int, scratch: Path
 ) -> Verdict:
     """Put a size guard on a disk if it has none, and return the verdict as it is then."""
     guarded_anew = await ensure_size_guard(
         monitor,
         verdict.disk,
-        prefix=prefix,
+        owner=owner,
         granularity_bytes=granularity_bytes,
         scratch=scratch,
     )
@@ -88,7 +88,7 @@ async def take_instant(
     verdicts: Sequence[Verdict],
     *,
     vm: Vm,
-    prefix: str,
+    owner: Owner,
     reporter: Reporter,
 ) -> Instant:
     """Do `actions` at one instant, and require that the disks still are what was judged.
@@ -99,7 +99,7 @@ async def take_instant(
     """
     consistency, freeze_failed = await _act(monitor, actions, vm=vm, reporter=reporter)
     time = datetime.now(UTC)
-    dirty_bytes = await _require_as_planned(monitor, verdicts, prefix=prefix)
+    dirty_bytes = await _require_as_planned(monitor, verdicts, owner=owner)
     return Instant(
         consistency=consistency, freeze_failed=freeze_failed, dirty_bytes=dirty_bytes, time=time
     )
@@ -119,7 +119,7 @@ async def _act(
 
 
 async def _require_as_planned(
-    monitor: Monitor, verdicts: Sequence[Verdict], *, prefix: str
+    monitor: Monitor, verdicts: Sequence[Verdict], *, owner: Owner
 ) -> dict[str, int]:
     """Look again, now that the jobs run and nobody can resize: is all still what was judged?
 
@@ -132,7 +132,7 @@ async def _require_as_planned(
         disk = verdict.disk
         # While its job runs a device shows the job's filter, and is no disk at all.
         shown = [now for now in inventory.disks if now.source.qdev == disk.source.qdev]
-        guard = size_guard_name(prefix, disk.virtual_size_bytes)
+        guard = owner.size_guard(disk.virtual_size_bytes)
         if any(now.node != disk.node for now in shown):
             problem = "the disk got another root node"
         elif any(

@@ -14,7 +14,7 @@ from qbackup.catalog.chain_check import why_not_built_upon
 from qbackup.catalog.history import History
 from qbackup.formats.configuration import Vm
 from qbackup.model.backup import Backup, DiskBackup, Kind, Reason, Refusal
-from qbackup.model.names import bitmap_name, checkpoint_of_bitmap
+from qbackup.model.names import Owner
 from qbackup.qmp.disks import Bitmap, Disk
 from qbackup.qmp.vm import Migration
 
@@ -76,20 +76,20 @@ def checkpoints(bases: Mapping[str, Base]) -> dict[str, str]:
 
 
 def migrated_verdicts(
-    migration: Migration, bases: Mapping[str, Base], prefix: str
+    migration: Migration, bases: Mapping[str, Base], owner: Owner
 ) -> dict[tuple[str, str], Refusal]:
     """Say why QEMU has no bitmap of a guest that came from another QEMU, or went to one."""
     if not migration.images_passed:
         return {}
     why = Refusal(reason="migrated")
-    return {(disk, bitmap_name(prefix, base.backup.id)): why for disk, base in bases.items()}
+    return {(disk, owner.bitmap(base.backup.id)): why for disk, base in bases.items()}
 
 
 def assess(
     disk: Disk,
     *,
     bases: Mapping[str, Base],
-    prefix: str,
+    owner: Owner,
     not_loaded: Mapping[tuple[str, str], Refusal],
     vm: Vm,
     history: History,
@@ -101,7 +101,7 @@ def assess(
     verdict = judge(
         disk,
         bases=bases,
-        prefix=prefix,
+        owner=owner,
         not_loaded=not_loaded,
         granularity_bytes=vm.granularity_bytes,
     )
@@ -127,7 +127,7 @@ def judge(
     disk: Disk,
     *,
     bases: Mapping[str, Base],
-    prefix: str,
+    owner: Owner,
     not_loaded: Mapping[tuple[str, str], Refusal],
     granularity_bytes: int,
 ) -> Verdict:
@@ -137,7 +137,7 @@ def judge(
     or not given to QEMU when it started.
     """
     base = bases.get(disk.name)
-    name = bitmap_name(prefix, base.backup.id) if base else ""
+    name = owner.bitmap(base.backup.id) if base else ""
     never: Reason | None = "throw-away" if disk.throw_away else "shared" if disk.shared else None
     if never is not None:
         return Verdict(disk=disk, base=base, bitmap=disk.bitmap(name), reason=never)
@@ -149,7 +149,7 @@ def judge(
         return Verdict(disk=disk, base=base, bitmap=None, reason=None)
     bitmap = disk.bitmap(name)
     if bitmap is None:
-        why = _why_absent(disk, base, prefix, not_loaded)
+        why = _why_absent(disk, base, owner, not_loaded)
         return Verdict(disk=disk, base=base, bitmap=None, reason=why.reason, problem=why.detail)
     return Verdict(
         disk=disk,
@@ -159,28 +159,28 @@ def judge(
             disk,
             base,
             bitmap,
-            guarded=is_guarded(disk, prefix),
+            guarded=is_guarded(disk, owner),
             granularity_bytes=granularity_bytes,
         ),
     )
 
 
 def _why_absent(
-    disk: Disk, base: Base, prefix: str, not_loaded: Mapping[tuple[str, str], Refusal]
+    disk: Disk, base: Base, owner: Owner, not_loaded: Mapping[tuple[str, str], Refusal]
 ) -> Refusal:
     """Return why QEMU has no bitmap of the newest checkpoint.
 
     What was refused may be of an older checkpoint: the VM then crashed after backups that no file
     knows of.
     """
-    if any(checkpoint_of_bitmap(prefix, other.name) for other in disk.bitmaps):
+    if any(owner.checkpoint(other.name) for other in disk.bitmaps):
         return Refusal(reason="wrong-checkpoint")
     refused = {
         bitmap: why
         for (name, bitmap), why in not_loaded.items()
-        if name == disk.name and checkpoint_of_bitmap(prefix, bitmap)
+        if name == disk.name and owner.checkpoint(bitmap)
     }
-    if exact := refused.get(bitmap_name(prefix, base.backup.id)):
+    if exact := refused.get(owner.bitmap(base.backup.id)):
         return exact
     # Why an older one was not saved says nothing of this one.
     older = [name for name, why in refused.items() if why.reason != "missing"]

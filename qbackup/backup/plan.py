@@ -18,7 +18,7 @@ from qbackup.errors import (
 )
 from qbackup.formats.configuration import Vm
 from qbackup.model.backup import REASON_TEXT, Backup, Kind, Refusal
-from qbackup.model.names import has_successor, split_bitmap_name
+from qbackup.model.names import Owner, has_successor, split_bitmap_name
 from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_size
 from qbackup.qmp.disks import Disk, Inventory
@@ -66,7 +66,7 @@ def make_plan(
     *,
     vm: Vm,
     history: History,
-    prefix: str,
+    owner: Owner,
     not_loaded: Mapping[tuple[str, str], Refusal],
     options: BackupOptions,
     reporter: Reporter,
@@ -85,7 +85,7 @@ def make_plan(
         assess(
             disk,
             bases=bases,
-            prefix=prefix,
+            owner=owner,
             not_loaded=not_loaded,
             vm=vm,
             history=history,

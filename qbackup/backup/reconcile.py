@@ -5,6 +5,7 @@ Bitmaps are not removed but rolled back: `bitmaps/roll_back.py`.
 
 from qbackup.errors import LockedError
 from qbackup.host.lock import HeldLock
+from qbackup.model.names import Owner
 from qbackup.model.progress import Reporter
 from qbackup.qmp.exports import end_exports
 from qbackup.qmp.jobs import end_jobs
@@ -35,11 +36,11 @@ async def remove_partials(
     await removal.finish(repository.vm_directory(vm), reporter)
 
 
-async def clear_jobs(monitor: Monitor, *, vm: str, prefix: str, reporter: Reporter) -> None:
+async def clear_jobs(monitor: Monitor, *, vm: str, owner: Owner, reporter: Reporter) -> None:
     """End exports and jobs, and remove what else an interrupted run left in QEMU."""
-    exports = await end_exports(monitor, prefix=prefix)
-    ended = await end_jobs(monitor, prefix=prefix)
-    nodes = await remove_leftovers(monitor, prefix=prefix)
+    exports = await end_exports(monitor, owner=owner)
+    ended = await end_jobs(monitor, owner=owner)
+    nodes = await remove_leftovers(monitor, owner=owner)
     if exports or ended or nodes:
         reporter.notice(
             f"{vm}: an interrupted run had left {ended} jobs, {exports} exports and {nodes} nodes "

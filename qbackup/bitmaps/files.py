@@ -9,7 +9,7 @@ from qbackup.host.files import NotRegularError, open_regular
 from qbackup.host.tasks import in_thread
 from qbackup.model.backup import Reason, Refusal
 from qbackup.model.bitmap import FileStamp
-from qbackup.model.names import split_bitmap_name
+from qbackup.model.names import Owner, split_bitmap_name
 from qbackup.qmp.disks import Bitmap, Disk
 from qbackup.repository.state import HEADER_BYTES, StateDirectory, free_name
 
@@ -138,12 +138,12 @@ async def remember(
     What was known before stays known, until another bitmap of that disk and owner is refused or
     is `settled`: saved, or loaded. It is only for people: if it cannot be kept, nothing is.
     """
-    fresh = {(disk, owner_of(name)) for disk, name in (*refusals, *settled)}
+    fresh = {(disk, owner_in(name)) for disk, name in (*refusals, *settled)}
     known = await in_thread(state.read_verdicts)
     earlier = {
         (disk, name): why
         for (disk, name), why in known.items()
-        if (disk, owner_of(name)) not in fresh
+        if (disk, owner_in(name)) not in fresh
     }
     try:
         await state.write_verdicts({**earlier, **refusals})
@@ -155,10 +155,10 @@ def sidecar_path(path: Path) -> Path:
     return free_name(path.with_name(f".{path.name}.qcow2"))
 
 
-def owner_of(name: str) -> str:
-    """Return the part of a bitmap's name that tells whose it is."""
-    _, checkpoint = split_bitmap_name(name) or ("", "")
-    return name.removesuffix(checkpoint)
+def owner_in(name: str) -> Owner:
+    """Return whose a bitmap is by its name; one that is nobody's of us stands for itself."""
+    parts = split_bitmap_name(name)
+    return parts[0] if parts else Owner(name)
 
 
 def our_bitmaps(disk: Disk) -> list[Bitmap]:

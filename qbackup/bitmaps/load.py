@@ -15,7 +15,7 @@ from qbackup.bitmaps.files import (
     NotTrustedError,
     distrust_all,
     our_bitmaps,
-    owner_of,
+    owner_in,
     read_saved,
     remember,
     sidecar_path,
@@ -27,14 +27,14 @@ from qbackup.host.tasks import in_thread
 from qbackup.images.stamp import take_stamp
 from qbackup.model.backup import Refusal
 from qbackup.model.bitmap import Bits, DeviceStamp, ImageStamp, Sameness, compare_stamps
-from qbackup.model.names import RESERVED_PREFIX
+from qbackup.model.names import ANY_OWNER
 from qbackup.qmp import commands
 from qbackup.qmp.disks import Disk, query_inventory, query_written_nodes
 from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.sidecar import load_bitmap
 from qbackup.repository.state import StateDirectory
 
-_RECORDER_PREFIX = f"{RESERVED_PREFIX}loading-"
+_RECORDER_PREFIX = ANY_OWNER.named("loading-")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class _Candidate:
     @property
     def recorder(self) -> str:
         """The bitmap that records while this one is not complete; no backup looks at it."""
-        return _RECORDER_PREFIX + self.name.removeprefix(RESERVED_PREFIX)
+        return _RECORDER_PREFIX + self.name.removeprefix(ANY_OWNER.prefix)
 
 
 async def load_saved_bitmaps(
@@ -202,7 +202,7 @@ async def _load_one(monitor: Monitor, candidate: _Candidate) -> None:
         name=candidate.recorder,
         bits=candidate.bits,
         path=await in_thread(sidecar_path, candidate.path),
-        prefix=RESERVED_PREFIX,
+        owner=ANY_OWNER,
         into_existing=True,
     )
     await _give_name(monitor, candidate)
@@ -225,14 +225,14 @@ async def _give_name(monitor: Monitor, candidate: _Candidate) -> None:
 
 def _share_guard(one: _Candidate, other: _Candidate) -> bool:
     """Tell whether two bitmaps are of one disk and one repository, which has one size guard."""
-    return one.disk.node == other.disk.node and owner_of(one.name) == owner_of(other.name)
+    return one.disk.node == other.disk.node and owner_in(one.name) == owner_in(other.name)
 
 
 async def _guard_size(monitor: Monitor, candidate: _Candidate) -> None:
     await ensure_size_guard(
         monitor,
         candidate.disk,
-        prefix=owner_of(candidate.name),
+        owner=owner_in(candidate.name),
         granularity_bytes=candidate.bits.granularity_bytes,
         scratch=await in_thread(sidecar_path, candidate.path),
     )

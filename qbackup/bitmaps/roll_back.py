@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum, auto
 
-from qbackup.model.names import bitmap_name, checkpoint_of_bitmap, split_bitmap_name
+from qbackup.model.names import Owner, split_bitmap_name
 from qbackup.qmp import commands
 from qbackup.qmp.commands import Command
 from qbackup.qmp.disks import Bitmap, Disk, query_inventory
@@ -19,7 +19,7 @@ from qbackup.qmp.monitor import Monitor
 
 
 async def roll_back_bitmaps(
-    monitor: Monitor, *, prefix: str, checkpoints: Mapping[str, str], uncommitted: str | None
+    monitor: Monitor, *, owner: Owner, checkpoints: Mapping[str, str], uncommitted: str | None
 ) -> None:
     """Give the newest committed bitmap of every disk all bits recorded since.
 
@@ -30,29 +30,29 @@ async def roll_back_bitmaps(
     inventory = await query_inventory(monitor)
     actions: list[Command] = []
     for disk in inventory.disks:
-        actions += _roll_back(disk, prefix, checkpoints.get(disk.name), uncommitted)
+        actions += _roll_back(disk, owner, checkpoints.get(disk.name), uncommitted)
     if actions:
         await monitor.execute(commands.transaction(actions))
 
 
-async def prune_bitmaps(monitor: Monitor, *, prefix: str, checkpoints: Mapping[str, str]) -> None:
+async def prune_bitmaps(monitor: Monitor, *, owner: Owner, checkpoints: Mapping[str, str]) -> None:
     """Remove our bitmaps that no disk needs any more: call after the commit."""
     inventory = await query_inventory(monitor)
     needed = {
-        (disk.node, bitmap_name(prefix, checkpoints[disk.name]))
+        (disk.node, owner.bitmap(checkpoints[disk.name]))
         for disk in (*inventory.disks, *inventory.busy)
         if disk.name in checkpoints
     }
     # The oldest first: what remains, if we are killed here, never has a gap in the middle.
     for node, bitmap in sorted(inventory.bitmaps, key=lambda entry: entry[1].name):
-        ours = checkpoint_of_bitmap(prefix, bitmap.name) is not None
+        ours = owner.checkpoint(bitmap.name) is not None
         if ours and (node, bitmap.name) not in needed:
             await monitor.execute(commands.bitmap_remove(node=node, name=bitmap.name))
 
 
-def as_rolled_back(disk: Disk, prefix: str, checkpoint: str | None) -> Disk:
+def as_rolled_back(disk: Disk, owner: Owner, checkpoint: str | None) -> Disk:
     """Return the disk with its bitmaps as `roll_back_bitmaps` would leave them."""
-    base = disk.bitmap(bitmap_name(prefix, checkpoint)) if checkpoint else None
+    base = disk.bitmap(owner.bitmap(checkpoint)) if checkpoint else None
     if base is None:
         return disk
     younger = younger_bitmaps(disk, base.name)
@@ -116,7 +116,7 @@ def recover(bitmap: Bitmap, younger: Sequence[Bitmap]) -> Recovery:
 
 def younger_bitmaps(disk: Disk, name: str) -> list[Bitmap]:
     """Return the disk's bitmaps of the same owner and of later checkpoints, the oldest first."""
-    owner, checkpoint = split_bitmap_name(name) or ("", "")
+    owner, checkpoint = split_bitmap_name(name) or (None, "")
     found = [
         (other[1], bitmap)
         for bitmap in disk.bitmaps
@@ -126,11 +126,11 @@ def younger_bitmaps(disk: Disk, name: str) -> list[Bitmap]:
 
 
 def _roll_back(
-    disk: Disk, prefix: str, checkpoint: str | None, uncommitted: str | None
+    disk: Disk, owner: Owner, checkpoint: str | None, uncommitted: str | None
 ) -> Iterable[Command]:
-    base = disk.bitmap(bitmap_name(prefix, checkpoint)) if checkpoint else None
+    base = disk.bitmap(owner.bitmap(checkpoint)) if checkpoint else None
     if base is None:
-        own = disk.bitmap(bitmap_name(prefix, uncommitted)) if uncommitted else None
+        own = disk.bitmap(owner.bitmap(uncommitted)) if uncommitted else None
         return [commands.bitmap_remove(node=disk.node, name=own.name)] if own else []
     removals = (
         commands.bitmap_remove(node=disk.node, name=bitmap.name)

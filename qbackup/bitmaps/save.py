@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from qbackup.bitmaps.files import our_bitmaps, owner_of, read_header, remember, sidecar_path
+from qbackup.bitmaps.files import our_bitmaps, owner_in, read_header, remember, sidecar_path
 from qbackup.bitmaps.image_files import (
     ImageFiles,
     no_bitmap_reason,
@@ -33,7 +33,7 @@ from qbackup.host.tasks import in_thread
 from qbackup.images.stamp import take_stamp
 from qbackup.model.backup import REASON_TEXT, Reason, Refusal
 from qbackup.model.bitmap import DeviceStamp, Identity, ImageStamp, Sameness, compare_stamps
-from qbackup.model.names import RESERVED_PREFIX, owner_prefix, split_bitmap_name
+from qbackup.model.names import ANY_OWNER, EVERYONE, owner_of, split_bitmap_name
 from qbackup.model.progress import Reporter
 from qbackup.qmp import commands, jobs, targets
 from qbackup.qmp.disks import Bitmap, Disk, query_inventory
@@ -88,9 +88,9 @@ async def save_bitmaps(
     Exports are ended first: their clients could write after the bits were taken.
     `repository` is the configured one, if it is there; bitmaps of others are saved, too.
     """
-    await end_exports(monitor)
-    await jobs.end_jobs(monitor, prefix=RESERVED_PREFIX)
-    await targets.remove_leftovers(monitor, prefix=RESERVED_PREFIX)
+    await end_exports(monitor, owner=EVERYONE)
+    await jobs.end_jobs(monitor, owner=ANY_OWNER)
+    await targets.remove_leftovers(monitor, owner=ANY_OWNER)
     await complete_stopped_bitmaps(monitor, (await query_inventory(monitor)).disks)
     saved: list[Saved] = []
     refused: dict[tuple[str, str], Refusal] = {}
@@ -171,7 +171,7 @@ class _NotKeptError(Exception):
 def _require_savable(disk: Disk, bitmap: Bitmap, images: ImageFiles | None) -> ImageFiles:
     if bitmap.busy or bitmap.inconsistent or not bitmap.recording:
         raise _NotKeptError("at the VM's end its bitmap was in use or did not record")
-    if not is_guarded(disk, owner_of(bitmap.name)):
+    if not is_guarded(disk, owner_in(bitmap.name)):
         raise _NotKeptError("the disk had another size in between")
     if images is None:
         raise _NotKeptError(
@@ -275,7 +275,7 @@ async def _save_one(
         virtual_size_bytes=disk.virtual_size_bytes,
         granularity_bytes=bitmap.granularity_bytes,
         path=await in_thread(sidecar_path, path),
-        prefix=RESERVED_PREFIX,
+        owner=ANY_OWNER,
     )
     data = await in_thread(
         qbm.encode,
@@ -303,16 +303,16 @@ async def _identify(
 
     The chain is for people: a repository that does not answer keeps no bitmap from being saved.
     """
-    owner, checkpoint = split_bitmap_name(bitmap.name) or ("", "")
-    chain = None
-    if repository and bitmap.name.startswith(owner_prefix(repository.id, vm)):
-        owner = repository.id
+    owner, checkpoint = split_bitmap_name(bitmap.name) or (EVERYONE, "")
+    mark, chain = owner.mark, None
+    if repository and owner == owner_of(repository.id, vm):
+        mark = repository.id
         with suppress(ManifestDamagedError, OSError):
             async with asyncio.timeout(_REPOSITORY_TIMEOUT_S):
                 backup = await in_thread(repository.find, vm, checkpoint)
             chain = backup.chain if backup else None
     return Identity(
-        repository=owner,
+        repository=mark,
         vm=vm,
         disk=disk.name,
         checkpoint=checkpoint,

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+_FIRST_INHERITED = 3  # what comes after stdin, stdout and stderr
 _STOPPED = frozenset({"T", "t"})  # proc_pid_stat(5): stopped by a signal, or by a debugger
 
 
@@ -96,3 +97,18 @@ class HostProcess:
             return Path(f"/proc/{self.pid}/comm").read_text(errors="replace").strip()
         except OSError:
             return "?"
+
+
+def inherited_descriptors() -> list[int]:
+    """Return the open files that we were given for QEMU (`-add-fd`, `-netdev tap,fd=3`).
+
+    What this process opens itself is closed in its children (O_CLOEXEC), so what is not was
+    inherited. Call it before anything else is opened.
+    """
+    found = []
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names are all that is wanted
+        fd = int(name)
+        with suppress(OSError):  # the descriptor of this very directory is gone by now
+            if fd >= _FIRST_INHERITED and os.get_inheritable(fd):
+                found.append(fd)
+    return sorted(found)

@@ -6,6 +6,7 @@ here before it becomes part of a path. This module must not touch the file syste
 
 import hashlib
 import re
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from qbackup.errors import UsageError
@@ -14,7 +15,7 @@ _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 _BACKUP_ID = re.compile(
     r"([0-9]{4})([0-9]{2})([0-9]{2})-([0-9]{2})([0-9]{2})([0-9]{2})\.([0-9]{3})-[0-9a-f]{4}\Z"
 )
-_BITMAP_NAME = re.compile(r"qbackup-([0-9a-f]{12})-(.+)\Z")
+_BITMAP_NAME = re.compile(r"(qbackup-[0-9a-f]{12}-)(.+)\Z")
 _TIME_FORMAT = "%Y%m%d-%H%M%S.%f"
 _LAST_YEAR = 9998
 """What is named after a later year is no backup: there must be room for ids after any id."""
@@ -92,6 +93,12 @@ def backup_time(backup_id: str) -> datetime:
     return moment
 
 
+def short_mark(backup_id: str) -> str:
+    """Return four characters that no other backup of the VM has within a minute of this one."""
+    milliseconds = round(backup_time(backup_id).timestamp() * 1000)
+    return f"{milliseconds & 0xFFFF:04x}"
+
+
 def _time_of(backup_id: str) -> datetime | None:
     match = _BACKUP_ID.match(backup_id)
     if match is None:
@@ -105,34 +112,58 @@ def _time_of(backup_id: str) -> datetime | None:
         return None
 
 
-def owner_prefix(repository_id: str, vm: str) -> str:
-    """Return the prefix of everything that backups of `vm` into this repository leave in QEMU.
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose something in QEMU is: jobs, nodes, exports, fd sets and bitmaps carry its prefix."""
+
+    prefix: str
+
+    @property
+    def mark(self) -> str:
+        """What tells this owner from others, without what all of ours begin with."""
+        return self.prefix.removeprefix(RESERVED_PREFIX).rstrip("-")
+
+    def owns(self, name: str) -> bool:
+        """Tell whether what is named so was left by this owner."""
+        return name.startswith(self.prefix)
+
+    def named(self, name: str) -> str:
+        """Return the name in QEMU of something of this owner."""
+        return self.prefix + name
+
+    def bitmap(self, checkpoint: str) -> str:
+        """Return the name of the bitmap that records what changed since `checkpoint`."""
+        return self.prefix + checkpoint
+
+    def size_guard(self, size_bytes: int) -> str:
+        """Return the name of the bitmap that tells whether a disk of this size was ever smaller."""
+        return f"{self.prefix}size-{size_bytes}"
+
+    def checkpoint(self, bitmap: str) -> str | None:
+        """Return the checkpoint in a bitmap's name, None if the bitmap is not this owner's."""
+        checkpoint = bitmap.removeprefix(self.prefix)
+        return checkpoint if self.owns(bitmap) and is_backup_id(checkpoint) else None
+
+
+ANY_OWNER = Owner(RESERVED_PREFIX)
+"""Whoever uses qbackup: its own are all things of ours."""
+
+EVERYONE = Owner("")
+"""Us or not: its own is everything."""
+
+
+def owner_of(repository_id: str, vm: str) -> Owner:
+    """Return the owner of everything that backups of `vm` into this repository leave in QEMU.
 
     QEMU's node names hold 31 bytes (QAPI block-core, "node-name"): the 12 hexadecimal digits
     stand for the repository and the VM, so that two repositories can back up one VM without
     touching each other's bitmaps.
     """
     digest = hashlib.sha256(f"{repository_id}/{vm}".encode()).hexdigest()[:12]
-    return f"{RESERVED_PREFIX}{digest}-"
+    return Owner(f"{RESERVED_PREFIX}{digest}-")
 
 
-def bitmap_name(prefix: str, checkpoint: str) -> str:
-    """Return the name of the bitmap that records what changed since `checkpoint`."""
-    return prefix + checkpoint
-
-
-def size_guard_name(prefix: str, size_bytes: int) -> str:
-    """Return the name of the bitmap that tells whether a disk of this size was ever smaller."""
-    return f"{prefix}size-{size_bytes}"
-
-
-def split_bitmap_name(name: str) -> tuple[str, str] | None:
+def split_bitmap_name(name: str) -> tuple[Owner, str] | None:
     """Return the owner and the checkpoint in the name of a bitmap of any repository's."""
     match = _BITMAP_NAME.match(name)
-    return (match.group(1), match.group(2)) if match and is_backup_id(match.group(2)) else None
-
-
-def checkpoint_of_bitmap(prefix: str, name: str) -> str | None:
-    """Return the checkpoint in a bitmap's name, None if the bitmap is not ours."""
-    checkpoint = name.removeprefix(prefix)
-    return checkpoint if name.startswith(prefix) and is_backup_id(checkpoint) else None
+    return (Owner(match[1]), match[2]) if match and is_backup_id(match[2]) else None

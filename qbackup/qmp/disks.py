@@ -16,7 +16,7 @@ import msgspec
 
 from qbackup.errors import DiskError
 from qbackup.model.backup import MAX_DISK_BYTES, SourceFile, SourceImage
-from qbackup.model.names import RESERVED_PREFIX, is_safe_name
+from qbackup.model.names import ANY_OWNER, is_safe_name
 from qbackup.model.secrets import redacted
 from qbackup.qmp import commands
 from qbackup.qmp.graph import BlockGraph, NodeFacts, NodeFile, chain_files, query_graph
@@ -217,7 +217,7 @@ class _Blocks:
         return tuple(
             f"{job!r} ({self.job_types.get(job, 'of unknown kind')})"
             for job in self.graph.jobs_on(node, filters)
-            if not job.startswith(RESERVED_PREFIX)
+            if not ANY_OWNER.owns(job)
         )
 
 

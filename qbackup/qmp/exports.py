@@ -5,12 +5,13 @@ closed once QEMU has been told to end the export (`qmp/snapshot.py` says why).
 """
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
 
 from qbackup.errors import MonitorError, QmpCommandError
-from qbackup.model.names import RESERVED_PREFIX
+from qbackup.model.names import ANY_OWNER, Owner
 from qbackup.qmp import commands
 from qbackup.qmp.monitor import Events, Monitor
 
@@ -24,8 +25,8 @@ class Export(msgspec.Struct, frozen=True):
     type: str = "nbd"
 
 
-async def end_exports(monitor: Monitor, *, prefix: str = "") -> int:
-    """End every export whose id begins with `prefix`, whoever made it, and wait until none is left.
+async def end_exports(monitor: Monitor, *, owner: Owner) -> int:
+    """End every export of an owner, and wait until none is left.
 
     Return how many there were (QAPI block-export).
 
@@ -33,10 +34,10 @@ async def end_exports(monitor: Monitor, *, prefix: str = "") -> int:
         MonitorError: one did not end in time, or QEMU went away.
     """
     with monitor.listen(("BLOCK_EXPORT_DELETED",), lambda _: True) as events:
-        exports = [e.id for e in await query_exports(monitor) if e.id.startswith(prefix)]
+        exports = [e.id for e in await query_exports(monitor) if owner.owns(e.id)]
         for export in exports:
             await delete_export(monitor, export)
-        await until_deleted(monitor, events, prefix=prefix)
+        await until_deleted(monitor, events, owner.owns)
     return len(exports)
 
 
@@ -45,19 +46,19 @@ async def delete_export(monitor: Monitor, export: str) -> None:
     # It may be ending already; if it does not end, that shows when waiting.
     with suppress(QmpCommandError):
         await monitor.execute(commands.export_delete(export))
-    if export.startswith(RESERVED_PREFIX):
+    if ANY_OWNER.owns(export):
         with suppress(QmpCommandError):  # over TCP none was kept
             await monitor.execute(commands.close_fd(export))
 
 
-async def until_deleted(monitor: Monitor, events: Events, *, prefix: str) -> None:
-    """Wait until no export of this prefix is left. `events` has listened since before the end.
+async def until_deleted(monitor: Monitor, events: Events, awaited: Callable[[str], bool]) -> None:
+    """Wait until no export whose id is `awaited` is left; `events` has listened since before.
 
     Raises:
         MonitorError: one did not end in time, or QEMU went away.
     """
     deadline = asyncio.get_running_loop().time() + END_TIMEOUT_S
-    while left := [e.id for e in await query_exports(monitor) if e.id.startswith(prefix)]:
+    while left := [e.id for e in await query_exports(monitor) if awaited(e.id)]:
         if asyncio.get_running_loop().time() > deadline:
             names = ", ".join(left)
             raise MonitorError(f"exports did not end within {END_TIMEOUT_S:.0f} s: {names}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from qbackup.errors import MonitorError, QmpCommandError
+from qbackup.model.names import EVERYONE, Owner
 from qbackup.model.secrets import redacted
 from qbackup.qmp import commands
 from qbackup.qmp.monitor import Event, Events, Looker, Monitor
@@ -49,8 +50,8 @@ class _Job(msgspec.Struct, rename="kebab"):
     error: str | None = None
 
 
-async def query_jobs(monitor: Looker, *, prefix: str) -> list[JobState]:
-    """Return the jobs whose id begins with `prefix`."""
+async def query_jobs(monitor: Looker, *, owner: Owner) -> list[JobState]:
+    """Return the jobs of an owner."""
     jobs = await monitor.query(commands.query("jobs"), list[_Job])
     return [
         JobState(
@@ -62,19 +63,19 @@ async def query_jobs(monitor: Looker, *, prefix: str) -> list[JobState]:
             error=None if job.error is None else redacted(job.error),
         )
         for job in jobs
-        if job.id.startswith(prefix)
+        if owner.owns(job.id)
     ]
 
 
-def is_event_of(prefix: str, event: Event) -> bool:
-    """Tell whether an event is about a job whose id begins with `prefix`."""
-    return event.subject.startswith(prefix)
+def is_event_of(owner: Owner, event: Event) -> bool:
+    """Tell whether an event is about a job of `owner`."""
+    return owner.owns(event.subject)
 
 
 async def follow(
-    monitor: Monitor, events: Events, *, prefix: str
+    monitor: Monitor, events: Events, *, owner: Owner
 ) -> AsyncIterator[list[JobState] | JobError]:
-    """Yield the states of the jobs of this prefix whenever they changed, and their I/O errors.
+    """Yield the states of the owner's jobs whenever they changed, and their I/O errors.
 
     Never ends by itself. `events` must have been listening for `EVENTS` since before the
     jobs started.
@@ -84,17 +85,17 @@ async def follow(
         if event is not None and event.name == "BLOCK_JOB_ERROR":
             yield JobError(job=event.subject, operation=event.operation)
         elif event is None or event.status == "concluded":
-            yield await query_jobs(monitor, prefix=prefix)
+            yield await query_jobs(monitor, owner=owner)
 
 
-async def end_jobs(monitor: Monitor, *, prefix: str) -> int:
-    """Cancel and dismiss every job of this prefix; return how many there were.
+async def end_jobs(monitor: Monitor, *, owner: Owner) -> int:
+    """Cancel and dismiss every job of an owner; return how many there were.
 
     Raises:
         MonitorError: a job did not end in time, or QEMU went away.
     """
-    with monitor.listen(EVENTS, lambda event: is_event_of(prefix, event)) as events:
-        jobs = await query_jobs(monitor, prefix=prefix)
+    with monitor.listen(EVENTS, lambda event: is_event_of(owner, event)) as events:
+        jobs = await query_jobs(monitor, owner=owner)
         for job in jobs:
             if not job.concluded:
                 await cancel(monitor, job.job)
@@ -117,7 +118,7 @@ async def _until_concluded(monitor: Monitor, events: Events, jobs: Iterable[str]
     waiting = set(jobs)
     waited_s = 0.0
     while waiting:
-        concluded = {s.job for s in await query_jobs(monitor, prefix="") if s.concluded}
+        concluded = {s.job for s in await query_jobs(monitor, owner=EVERYONE) if s.concluded}
         waiting -= concluded
         if not waiting:
             return

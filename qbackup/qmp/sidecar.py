@@ -24,6 +24,7 @@ from qbackup.formats.qcow2 import Qcow2Error, write_empty_image
 from qbackup.formats.qcow2_bitmap import fits_qcow2, read_sidecar, write_sidecar
 from qbackup.host.tasks import in_thread
 from qbackup.model.bitmap import Bits
+from qbackup.model.names import Owner
 from qbackup.qmp import commands
 from qbackup.qmp.lending import named_for_qemu, undone_by
 from qbackup.qmp.monitor import Monitor
@@ -66,12 +67,12 @@ async def save_bitmap(
     virtual_size_bytes: int,
     granularity_bytes: int,
     path: Path,
-    prefix: str,
+    owner: Owner,
 ) -> Bits:
     """Return the bits of a disk's bitmap as they are at one instant; the bitmap stays.
 
     `path` is for a temporary file, which is gone afterwards; where a UNIX socket leads to
-    QEMU it has no name from the start, and QEMU needs no right to it. `prefix` is of the node
+    QEMU it has no name from the start, and QEMU needs no right to it. `owner` is of the node
     that QEMU has meanwhile. One call at a time on one monitor.
 
     Raises:
@@ -79,7 +80,7 @@ async def save_bitmap(
         QmpCommandError: QEMU refused, for example because a job uses the bitmap.
         MonitorLostError: QEMU went away.
     """
-    node = _node_name(prefix)
+    node = _node_name(owner)
     async with _scratch(path, named=not monitor.can_send_descriptors) as scratch:
         with _told(path, "cannot write"):
             await in_thread(_write_empty, scratch.fd, virtual_size_bytes)
@@ -112,13 +113,13 @@ async def load_bitmap(
     name: str,
     bits: Bits,
     path: Path,
-    prefix: str,
+    owner: Owner,
     into_existing: bool,
     recording: bool = True,
 ) -> None:
     """Make a bitmap on a disk with these bits set, or set them in one that is there.
 
-    `path` and `prefix` are as for `save_bitmap`. One call at a time on one monitor.
+    `path` and `owner` are as for `save_bitmap`. One call at a time on one monitor.
 
     Raises:
         SidecarError: QEMU did not take the bits as they are; the disk's bitmap is unchanged.
@@ -130,7 +131,7 @@ async def load_bitmap(
             f"bitmap {name} of {disk_node}: QEMU takes no bitmap of more than 512 MiB",
             hint="choose a larger granularity",
         )
-    node = _node_name(prefix)
+    node = _node_name(owner)
     add = commands.bitmap_add(
         node=disk_node,
         name=name,
@@ -148,11 +149,11 @@ async def load_bitmap(
             await monitor.execute(commands.transaction([merge] if into_existing else [add, merge]))
 
 
-def _node_name(prefix: str) -> str:
+def _node_name(owner: Owner) -> str:
     """Return a node name of our own that no other node has."""
-    name = f"{prefix}bm{secrets.token_hex(_SUFFIX_BYTES // 2)}"[:MAX_NODE_NAME_BYTES]
-    if len(name) < len(prefix) + _SUFFIX_BYTES:
-        raise ValueError(f"the prefix {prefix!r} leaves no room in a node name")
+    name = owner.named(f"bm{secrets.token_hex(_SUFFIX_BYTES // 2)}")[:MAX_NODE_NAME_BYTES]
+    if len(name) < len(owner.prefix) + _SUFFIX_BYTES:
+        raise ValueError(f"the prefix {owner.prefix!r} leaves no room in a node name")
     return name
 
 

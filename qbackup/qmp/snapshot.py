@@ -23,12 +23,14 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from operator import eq
 from pathlib import Path
 
 from qbackup.errors import QbackupError, QmpCommandError, SnapshotError
 from qbackup.formats import qcow2
 from qbackup.host.sockets import short_address
-from qbackup.model.names import SERVER_MARKER
+from qbackup.model.names import SERVER_MARKER, Owner
 from qbackup.qmp import commands
 from qbackup.qmp.exports import delete_export, until_deleted
 from qbackup.qmp.lending import named_for_qemu, undone_by
@@ -146,13 +148,13 @@ class NbdServer:
                         connection.shutdown(socket.SHUT_RDWR)
                     connection.close()
             for export in self._exports:
-                await until_deleted(self._monitor, events, prefix=export)
+                await until_deleted(self._monitor, events, partial(eq, export))
         self._exports.clear()
         self._connections.clear()
 
 
 @asynccontextmanager
-async def nbd_server(monitor: Monitor, *, path: Path, prefix: str) -> AsyncIterator[NbdServer]:
+async def nbd_server(monitor: Monitor, *, path: Path, owner: Owner) -> AsyncIterator[NbdServer]:
     """Have QEMU serve NBD on a socket at `path`, which has a name only while the block lasts.
 
     When the block ends, all exports must have been ended.
@@ -160,7 +162,7 @@ async def nbd_server(monitor: Monitor, *, path: Path, prefix: str) -> AsyncItera
     Raises:
         SnapshotError: QEMU serves somebody else already.
     """
-    marker = f"{prefix}{SERVER_MARKER}"
+    marker = owner.named(SERVER_MARKER)
     try:
         await monitor.execute(commands.null_add(marker))
     except QmpCommandError as err:

@@ -14,7 +14,7 @@ import msgspec
 
 from qbackup.errors import QmpCommandError
 from qbackup.formats.configuration import Engine
-from qbackup.model.names import SERVER_MARKER
+from qbackup.model.names import SERVER_MARKER, Owner
 from qbackup.qmp import commands
 from qbackup.qmp.disks import query_inventory
 from qbackup.qmp.exports import query_exports
@@ -63,7 +63,7 @@ async def attached(
             yield Target(name=node)
 
 
-async def remove_leftovers(monitor: Monitor, *, prefix: str) -> int:
+async def remove_leftovers(monitor: Monitor, *, owner: Owner) -> int:
     """Remove nodes, fd sets and our NBD server that an interrupted run left; return how many nodes.
 
     Exports and jobs must have been ended.
@@ -72,9 +72,7 @@ async def remove_leftovers(monitor: Monitor, *, prefix: str) -> int:
     """
     inventory = await query_inventory(monitor)
     nodes = [
-        node
-        for node in inventory.nodes
-        if node.startswith(prefix) and not node.endswith(_GO_WITH_ANOTHER)
+        node for node in inventory.nodes if owner.owns(node) and not node.endswith(_GO_WITH_ANOTHER)
     ]
     markers = [node for node in nodes if node.endswith(f"-{SERVER_MARKER}")]
     if markers and not await _stop_server(monitor):
@@ -85,7 +83,7 @@ async def remove_leftovers(monitor: Monitor, *, prefix: str) -> int:
     fdsets = [
         fdset.fdset_id
         for fdset in await monitor.query(commands.query("fdsets"), list[_FdSet])
-        if any((fd.opaque or "").startswith(prefix) for fd in fdset.fds)
+        if any(owner.owns(fd.opaque or "") for fd in fdset.fds)
     ]
     for fdset in fdsets:
         await monitor.execute(commands.remove_fd(fdset))

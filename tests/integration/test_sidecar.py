@@ -16,12 +16,13 @@ from qbackup.errors import MonitorLostError, QmpCommandError
 from qbackup.formats.qcow2 import Qcow2Error, write_empty_image
 from qbackup.formats.qcow2_bitmap import read_sidecar
 from qbackup.model.bitmap import Bits, Fill
+from qbackup.model.names import Owner
 from qbackup.qmp import commands
 from qbackup.qmp.monitor import Monitor, connected
 from qbackup.qmp.sidecar import SidecarError, load_bitmap, save_bitmap
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
-PREFIX = "qbackup-0123456789ab-"
+OWNER = Owner("qbackup-0123456789ab-")
 GRANULARITIES = [4 * KIB, 64 * KIB, 2 * MIB]
 DISK = "disk"
 
@@ -95,7 +96,7 @@ async def save(monitor: Monitor, bits: Bits, name: str, path: Path) -> Bits:
         virtual_size_bytes=bits.virtual_size_bytes,
         granularity_bytes=bits.granularity_bytes,
         path=path,
-        prefix=PREFIX,
+        owner=OWNER,
     )
 
 
@@ -109,7 +110,7 @@ async def load(
         name=name,
         bits=bits,
         path=path,
-        prefix=PREFIX,
+        owner=OWNER,
         into_existing=into_existing,
     )
 
@@ -144,7 +145,7 @@ async def check_round_trips(
     qemu: Qemu, monitor: Monitor, path: Path, size: int, granularity: int
 ) -> None:
     for what, bits in patterns(size, granularity).items():
-        name = f"{PREFIX}{what}"
+        name = OWNER.named(what)
         await load(monitor, bits, name, path)
         assert await hash_in_qemu(qemu, name) == qemu_hash(bits), what
         (shown,) = [b for b in await qemu.bitmaps(DISK) if b["name"] == name]

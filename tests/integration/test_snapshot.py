@@ -66,6 +66,20 @@ async def test_qemu_opens_nothing_in_the_repository_and_the_scratch_has_no_name(
         await it.finish(backup)
 
 
+async def test_the_snapshot_of_a_backup_is_not_named_as_the_one_before(tmp_path: Path) -> None:
+    # QEMU holds back events of a node of the same name for up to a second: one of the backup before
+    # would fail the next, and the first of the next might come too late.
+    seen: list[set[str]] = []
+    async with lab(tmp_path, disk_specs(tmp_path, "a")) as it:
+        for _ in range(2):
+            backup = await it.begin_snapshot("full")
+            nodes = await it.qemu.qmp("query-named-block-nodes", flat=True)
+            names = {node["node-name"] for node in nodes if node["node-name"].startswith(OURS)}
+            seen.append({name for name in names if not name.endswith("-nbd")})
+            await it.interrupt(backup, signal.SIGINT)
+    assert all(seen) and seen[0].isdisjoint(seen[1])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_an_interrupted_backup_to_a_repository_that_hangs_ends_soon(
     tmp_path: Path, number: signal.Signals
@@ -212,8 +226,27 @@ async def test_over_tcp_the_snapshot_works_by_name(tmp_path: Path) -> None:
         await it.finish(backup)
         await it.incremental()
         await it.check_restores()
-        left = [path for path in (tmp_path / "state").rglob(".*") if path.name != ".scratch"]
-        assert left == []
+        assert files_left(tmp_path) == []
+
+
+async def test_scratch_files_with_names_that_a_killed_backup_left_are_removed(
+    tmp_path: Path,
+) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a"), tcp_port=free_port()) as it:
+        await it.back_up("full")
+        await overwrite(it, 0x31)
+        backup = await it.begin_snapshot()
+        assert backup.writer is not None
+        await it.interrupt(backup, signal.SIGKILL)
+        os.kill(backup.writer, signal.SIGKILL)
+        assert files_left(tmp_path)
+        await it.incremental()
+        assert files_left(tmp_path) == []
+
+
+def files_left(folder: Path) -> list[Path]:
+    """Return what a backup uses in the state directory while it runs."""
+    return [path for path in (folder / "state").rglob(".*") if path.name != ".scratch"]
 
 
 async def test_qemu_answers_at_once_while_the_repository_hangs(tmp_path: Path) -> None:

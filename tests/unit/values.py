@@ -17,12 +17,13 @@ from qbackup.model.backup import (
     SourceImage,
     VmConfiguration,
 )
-from qbackup.model.names import backup_time, bitmap_name, owner_prefix, size_guard_name
+from qbackup.model.names import backup_time, owner_of
 from qbackup.qmp.disks import Bitmap, Disk, Inventory
 
 REPOSITORY_ID = "0123456789abcdef0123456789abcdef"
 VM = "vm1"
-PREFIX = owner_prefix(REPOSITORY_ID, VM)
+OWNER = owner_of(REPOSITORY_ID, VM)
+PREFIX = OWNER.prefix
 GRANULARITY = 65536
 SIZE = 1024 * 1024
 
@@ -119,7 +120,7 @@ def make_vm(qmp: Path = Path("/nowhere/qmp.sock"), **changes: Any) -> Vm:
 def make_bitmap(checkpoint: str = ID1, **changes: Any) -> Bitmap:
     """Return our bitmap of a checkpoint: recording, and nothing wrong with it."""
     bitmap = Bitmap(
-        name=bitmap_name(PREFIX, checkpoint),
+        name=OWNER.bitmap(checkpoint),
         dirty_bytes=GRANULARITY,
         granularity_bytes=GRANULARITY,
         recording=True,
@@ -144,7 +145,7 @@ def make_disk(name: str = "system", *bitmaps: Bitmap, guarded: bool = True, **ch
 
 def make_guard(disk: Disk, **changes: Any) -> Bitmap:
     """Return the guard of a disk's size."""
-    name = size_guard_name(PREFIX, disk.virtual_size_bytes)
+    name = OWNER.size_guard(disk.virtual_size_bytes)
     return make_bitmap(**({"name": name, "recording": False, "dirty_bytes": GRANULARITY} | changes))
 
 

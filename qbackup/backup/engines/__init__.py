@@ -16,6 +16,7 @@ from qbackup.backup.plan import BackupOptions, Plan
 from qbackup.formats.configuration import Vm
 from qbackup.host.lock import HeldLock
 from qbackup.model.backup import Backup, Consistency, DiskBackup
+from qbackup.model.names import Owner
 from qbackup.model.progress import Reporter
 from qbackup.repository.repository import Repository
 
@@ -25,7 +26,7 @@ Existence = Literal["no", "yes", "unknown"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What is to be backed up, and where to; `prefix` marks what we leave in QEMU.
+    """What is to be backed up, and where to; `owner` marks what we leave in QEMU.
 
     `lock` is the VM's, for an engine whose own process changes the repository.
     """
@@ -33,7 +34,7 @@ class Work:
     vm: Vm
     plan: Plan
     options: BackupOptions
-    prefix: str
+    owner: Owner
     backup_id: str
     repository: Repository
     lock: HeldLock

@@ -90,7 +90,7 @@ class DirectSession:
     ) -> None:
         self._monitor, self._work = monitor, work
         self._vm, self._plan, self._options = work.vm, work.plan, work.options
-        self._prefix, self._id, self._reporter = work.prefix, work.backup_id, work.reporter
+        self._owner, self._id, self._reporter = work.owner, work.backup_id, work.reporter
         self._partial, self._scratch = partial, scratch
         self._qemu_version = qemu_version
         self._last_error: dict[str, str] = {}
@@ -117,7 +117,7 @@ class DirectSession:
                 sound = await guarded(
                     self._monitor,
                     verdict,
-                    prefix=self._prefix,
+                    owner=self._owner,
                     granularity_bytes=self._vm.granularity_bytes,
                     scratch=self._scratch,
                 )
@@ -129,10 +129,10 @@ class DirectSession:
                         [action for copy in copies for action in self._actions(copy, len(copies))],
                         [copy.verdict for copy in copies],
                         vm=self._vm,
-                        prefix=self._prefix,
+                        owner=self._owner,
                         reporter=self._reporter,
                     )
-                    states = jobs.follow(self._monitor, events, prefix=self._prefix)
+                    states = jobs.follow(self._monitor, events, owner=self._owner)
                     disks = await self._finish(copies, states)
         return Copied(
             disks=disks,
@@ -142,7 +142,7 @@ class DirectSession:
         )
 
     def _is_ours(self, event: Event) -> bool:
-        return jobs.is_event_of(self._prefix, event)
+        return jobs.is_event_of(self._owner, event)
 
     async def _attach(self, index: int, verdict: Verdict, targets: AsyncExitStack) -> _DiskCopy:
         attachments = await targets.enter_async_context(AsyncExitStack())
@@ -158,12 +158,15 @@ class DirectSession:
                 self._monitor,
                 fd=fd,
                 path=self._partial.image(verdict.disk.name),
-                node=f"{self._prefix}t{index}",
+                node=self._owner.named(f"t{index}"),
                 engine=self._vm.engine,
             )
         )
         return _DiskCopy(
-            verdict=verdict, job=f"{self._prefix}j{index}", target=target, attachments=attachments
+            verdict=verdict,
+            job=self._owner.named(f"j{index}"),
+            target=target,
+            attachments=attachments,
         )
 
     @asynccontextmanager
@@ -175,7 +178,7 @@ class DirectSession:
             raise
 
     async def _end_jobs(self) -> None:
-        await jobs.end_jobs(self._monitor, prefix=self._prefix)
+        await jobs.end_jobs(self._monitor, owner=self._owner)
 
     def _actions(self, copy: _DiskCopy, disk_count: int) -> list[Command]:
         request = BackupRequest(
@@ -190,7 +193,7 @@ class DirectSession:
         )
         actions = bitmap_actions(
             copy.verdict,
-            prefix=self._prefix,
+            owner=self._owner,
             backup_id=self._id,
             granularity_bytes=self._vm.granularity_bytes,
         )

@@ -14,7 +14,7 @@ and no scratch file may ever have failed; else there is no backup, and no harm.
 import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +30,10 @@ from qbackup.backup.instant import (
 from qbackup.backup.judge import Verdict
 from qbackup.errors import JobFailedError, SnapshotError, WriterError
 from qbackup.formats.manifest import backing_file, disk_file, encode_manifest
-from qbackup.host.tasks import task_group
+from qbackup.host.tasks import in_thread, task_group
 from qbackup.model.backup import Backup, DiskBackup
 from qbackup.model.bitmap import Bits
-from qbackup.model.names import PARTIAL_SUFFIX
+from qbackup.model.names import PARTIAL_SUFFIX, Owner, short_mark
 from qbackup.model.quantities import format_duration, format_size
 from qbackup.qmp import commands, jobs
 from qbackup.qmp.commands import Command
@@ -76,6 +76,8 @@ class SnapshotEngine:
         """Begin a backup; see `Engine.session`."""
         directory = work.repository.vm_directory(work.vm.name)
         progress = _Progress(work)
+        folder = work.vm.snapshot.scratch or self._state.path
+        await in_thread(_remove_left_scratch, folder, work.owner)
         async with writer_process(
             partial=directory / f"{work.backup_id}{PARTIAL_SUFFIX}",
             final=directory / work.backup_id,
@@ -85,7 +87,22 @@ class SnapshotEngine:
         ) as writer:
             # From here on only the writer has anything open in the repository.
             await work.lock.hand_over()
-            yield SnapshotSession(self._monitor, work=work, state=self._state, writer=writer)
+            yield SnapshotSession(
+                self._monitor, work=work, state=self._state, scratch=folder, writer=writer
+            )
+
+
+def _remove_left_scratch(folder: Path, owner: Owner) -> None:
+    """Remove scratch files that a killed backup left: those over TCP have names.
+
+    The VM is locked and QEMU has let go of them, so nobody needs them. What cannot be removed is
+    only in the way of a file of the same name, and that is told then.
+    """
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            if entry.name.startswith(f".{owner.named('s')}"):
+                with suppress(OSError):
+                    Path(entry.path).unlink()
 
 
 class _Progress:
@@ -106,10 +123,20 @@ class SnapshotSession:
     """Copies the disks of one plan. Everything one run needs to know is here."""
 
     def __init__(
-        self, monitor: Monitor, *, work: Work, state: StateDirectory, writer: Writer
+        self,
+        monitor: Monitor,
+        *,
+        work: Work,
+        state: StateDirectory,
+        scratch: Path,
+        writer: Writer,
     ) -> None:
         self._monitor, self._work, self._state, self._writer = monitor, work, state, writer
-        self._prefix, self._settings = work.prefix, work.vm.snapshot
+        self._scratch = scratch
+        self._owner, self._settings = work.owner, work.vm.snapshot
+        # QEMU holds back an event of a node for a second if it has just told one of a node of that
+        # name (monitor.c, QUORUM_REPORT_BAD): an earlier backup's must not be named like ours.
+        self._mark = short_mark(work.backup_id)
 
     @property
     def exists(self) -> Existence:
@@ -131,7 +158,7 @@ class SnapshotSession:
         """
         async with AsyncExitStack() as attached:
             server = await attached.enter_async_context(
-                nbd_server(self._monitor, path=self._state.nbd_socket(), prefix=self._prefix)
+                nbd_server(self._monitor, path=self._state.nbd_socket(), owner=self._owner)
             )
             disks = [
                 await self._attach(number, verdict, attached)
@@ -153,16 +180,16 @@ class SnapshotSession:
         sound = await guarded(
             self._monitor,
             verdict,
-            prefix=self._prefix,
+            owner=self._owner,
             granularity_bytes=self._work.vm.granularity_bytes,
             scratch=self._state.scratch_file(),
         )
         scratch = await attached.enter_async_context(
             scratch_attached(
                 self._monitor,
-                path=self._scratch_path(number),
+                path=self._scratch / f".{self._scratch_name(number)}",
                 disk_node=sound.disk.node,
-                node=f"{self._prefix}s{number}",
+                node=self._scratch_name(number),
                 virtual_size_bytes=sound.disk.virtual_size_bytes,
             )
         )
@@ -170,13 +197,12 @@ class SnapshotSession:
             number=number,
             verdict=sound,
             scratch=scratch,
-            job=f"{self._prefix}j{number}",
-            export=f"{self._prefix}e{number}",
+            job=self._owner.named(f"j{number}"),
+            export=self._owner.named(f"e{number}"),
         )
 
-    def _scratch_path(self, number: int) -> Path:
-        folder = self._settings.scratch or self._state.path
-        return folder / f".{self._prefix}s{number}"
+    def _scratch_name(self, number: int) -> str:
+        return self._owner.named(f"s{self._mark}{number}")
 
     @asynccontextmanager
     async def _ended(self, server: NbdServer) -> AsyncIterator[None]:
@@ -185,10 +211,10 @@ class SnapshotSession:
             yield
         except BaseException as err:
             await cleaned_up(err, server.end())
-            await cleaned_up(err, jobs.end_jobs(self._monitor, prefix=self._prefix))
+            await cleaned_up(err, jobs.end_jobs(self._monitor, owner=self._owner))
             raise
         await server.end()
-        await jobs.end_jobs(self._monitor, prefix=self._prefix)
+        await jobs.end_jobs(self._monitor, owner=self._owner)
 
     async def _start(self, disks: Sequence[_Disk]) -> Instant:
         # The snapshots first: each holds its disk still until the transaction ends. Before that,
@@ -201,7 +227,7 @@ class SnapshotSession:
         for disk in disks:
             actions += bitmap_actions(
                 disk.verdict,
-                prefix=self._prefix,
+                owner=self._owner,
                 backup_id=self._work.backup_id,
                 granularity_bytes=self._work.vm.granularity_bytes,
             )
@@ -210,7 +236,7 @@ class SnapshotSession:
             actions,
             [disk.verdict for disk in disks],
             vm=self._work.vm,
-            prefix=self._prefix,
+            owner=self._owner,
             reporter=self._work.reporter,
         )
 
@@ -283,7 +309,7 @@ class SnapshotSession:
             virtual_size_bytes=disk.verdict.disk.virtual_size_bytes,
             granularity_bytes=self._work.vm.granularity_bytes,
             path=self._state.scratch_file(),
-            prefix=self._prefix,
+            owner=self._owner,
         )
 
     async def _share_speed(
@@ -317,7 +343,7 @@ class SnapshotSession:
             SnapshotError: one does not.
         """
         states = {
-            state.job: state for state in await jobs.query_jobs(self._monitor, prefix=self._prefix)
+            state.job: state for state in await jobs.query_jobs(self._monitor, owner=self._owner)
         }
         failed = []
         while (event := await events.next(timeout_s=0)) is not None:

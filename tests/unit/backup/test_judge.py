@@ -7,7 +7,7 @@ import pytest
 
 from qbackup.backup.judge import Base, checkpoints, judge, newest_bases
 from qbackup.model.backup import Reason, Refusal, SourceFile, SourceImage
-from qbackup.model.names import bitmap_name
+from qbackup.model.names import Owner
 from qbackup.qmp.disks import Disk
 
 from ..values import (
@@ -15,7 +15,7 @@ from ..values import (
     ID1,
     ID2,
     ID3,
-    PREFIX,
+    OWNER,
     SIZE,
     make_backup,
     make_bitmap,
@@ -36,7 +36,7 @@ def reason_for(disk: Disk, **changes: Any) -> Reason | None:
     """Return why the disk's bitmap is not trusted."""
     facts: dict[str, Any] = {
         "bases": BASES,
-        "prefix": PREFIX,
+        "owner": OWNER,
         "not_loaded": {},
         "granularity_bytes": GRANULARITY,
     }
@@ -48,7 +48,7 @@ def test_the_bitmap_of_the_newest_backup_that_recorded_all_the_time_is_trusted()
     verdict = judge(
         disk,
         bases=BASES,
-        prefix=PREFIX,
+        owner=OWNER,
         not_loaded={},
         granularity_bytes=GRANULARITY,
     )
@@ -65,7 +65,7 @@ def test_the_bitmap_of_the_newest_backup_that_recorded_all_the_time_is_trusted()
         (make_disk("system"), {}, "missing"),
         (make_disk("system", make_bitmap(name="libvirt-1")), {}, "missing"),
         (make_disk("system", make_bitmap(name=ID2)), {}, "missing"),
-        (make_disk("system", GOOD), {"prefix": "qbackup-ffffffffffff-"}, "missing"),
+        (make_disk("system", GOOD), {"owner": Owner("qbackup-ffffffffffff-")}, "missing"),
         (make_disk("system", make_bitmap(ID1)), {}, "wrong-checkpoint"),
         (make_disk("system", make_bitmap(ID3)), {}, "wrong-checkpoint"),
         (make_disk("system", make_bitmap(ID2, recording=False)), {}, "unclean"),
@@ -89,7 +89,7 @@ def test_the_bitmap_of_the_newest_backup_that_recorded_all_the_time_is_trusted()
         ),
         (
             make_disk("system"),
-            {"not_loaded": {("system", bitmap_name(PREFIX, ID1)): Refusal(reason="unclean")}},
+            {"not_loaded": {("system", OWNER.bitmap(ID1)): Refusal(reason="unclean")}},
             "unclean",
         ),
         (
@@ -119,14 +119,14 @@ def test_in_doubt_a_bitmap_is_not_trusted_and_the_reason_is_told(
 
 def test_what_was_remembered_of_the_newest_bitmap_is_told_before_anything_older() -> None:
     refusals = {
-        ("system", bitmap_name(PREFIX, ID1)): Refusal(reason="unclean"),
+        ("system", OWNER.bitmap(ID1)): Refusal(reason="unclean"),
         ("system", GOOD.name): Refusal(reason="missing", detail="no room"),
-        ("system", bitmap_name(PREFIX, ID3)): Refusal(reason="corrupt"),
+        ("system", OWNER.bitmap(ID3)): Refusal(reason="corrupt"),
     }
     verdict = judge(
         make_disk("system"),
         bases=BASES,
-        prefix=PREFIX,
+        owner=OWNER,
         not_loaded=refusals,
         granularity_bytes=GRANULARITY,
     )
@@ -134,11 +134,11 @@ def test_what_was_remembered_of_the_newest_bitmap_is_told_before_anything_older(
 
 
 def test_why_an_older_bitmap_was_not_saved_is_not_why_this_one_is_missing() -> None:
-    older = {("system", bitmap_name(PREFIX, ID1)): Refusal(reason="missing", detail="no room")}
+    older = {("system", OWNER.bitmap(ID1)): Refusal(reason="missing", detail="no room")}
     verdict = judge(
         make_disk("system"),
         bases=BASES,
-        prefix=PREFIX,
+        owner=OWNER,
         not_loaded=older,
         granularity_bytes=GRANULARITY,
     )
@@ -153,7 +153,7 @@ def test_a_disk_that_is_on_another_node_is_said_to_be(node: str | None, told: bo
     verdict = judge(
         replace(disk, node=node or disk.node),
         bases={"system": Base(backup=BACKUP, disk=before)},
-        prefix=PREFIX,
+        owner=OWNER,
         not_loaded={},
         granularity_bytes=GRANULARITY,
     )
@@ -208,7 +208,7 @@ def test_a_node_that_was_given_another_file_is_another_image() -> None:
 def test_a_bitmap_that_stayed_behind_on_another_image_is_missing_for_that_reason() -> None:
     facts: dict[str, Any] = {
         "bases": based_on(on_file("/a", filename="/a")),
-        "prefix": PREFIX,
+        "owner": OWNER,
         "not_loaded": {},
         "granularity_bytes": GRANULARITY,
     }

@@ -33,7 +33,7 @@ from ..values import (
     ID1,
     ID2,
     ID3,
-    PREFIX,
+    OWNER,
     SIZE,
     VM,
     make_backup,
@@ -142,7 +142,7 @@ def plan_for(repository: Repository, reporter: RecordingReporter) -> Callable[..
             newest_bases(readable_backups(history, reporter), inventory.disks),
             vm=make_vm(**(vm or {})),
             history=history,
-            prefix=PREFIX,
+            owner=OWNER,
             not_loaded={},
             options=BackupOptions(kind=kind, **options),  # type: ignore[arg-type]
             reporter=reporter,

@@ -13,16 +13,16 @@ from qbackup.bitmaps.roll_back import (
     recover,
     roll_back_bitmaps,
 )
-from qbackup.model.names import bitmap_name, owner_prefix
+from qbackup.model.names import owner_of
 from qbackup.qmp.disks import Bitmap
 from qbackup.qmp.monitor import Monitor
 
 from ..fake_qemu import FakeQmp, bitmap, block_device, block_node, block_replies
-from ..values import GRANULARITY, ID1, ID2, ID3, PREFIX, VM, make_bitmap, make_disk
+from ..values import GRANULARITY, ID1, ID2, ID3, OWNER, PREFIX, VM, make_bitmap, make_disk
 
 MonitorOf = Callable[[dict[str, Any]], Awaitable[tuple[Monitor, FakeQmp]]]
 RECORDING, STOPPED = True, False
-FOREIGN = owner_prefix("f" * 32, VM)
+FOREIGN = owner_of("f" * 32, VM)
 
 Action = tuple[str, str, str | list[str]]
 
@@ -31,10 +31,9 @@ def device(node: str, **bitmaps: bool) -> dict[str, Any]:
     """Return a disk with our bitmaps: `id1=RECORDING` is that of checkpoint ID1."""
     names = {"id1": ID1, "id2": ID2, "id3": ID3}
     shown = [
-        bitmap(bitmap_name(PREFIX, names[key]), recording=recording)
-        for key, recording in bitmaps.items()
+        bitmap(OWNER.bitmap(names[key]), recording=recording) for key, recording in bitmaps.items()
     ]
-    others = [bitmap("libvirt-1", recording=False), bitmap(FOREIGN + ID3, recording=False)]
+    others = [bitmap("libvirt-1", recording=False), bitmap(FOREIGN.bitmap(ID3), recording=False)]
     return block_device(block_node(node, bitmaps=[*shown, *others]))
 
 
@@ -59,9 +58,7 @@ async def roll_back(
 ) -> FakeQmp:
     """Roll back in a fake QEMU with these disks, and return it."""
     monitor, fake = await monitor_of({**block_replies(*devices), "transaction": {}})
-    await roll_back_bitmaps(
-        monitor, prefix=PREFIX, checkpoints=checkpoints, uncommitted=uncommitted
-    )
+    await roll_back_bitmaps(monitor, owner=OWNER, checkpoints=checkpoints, uncommitted=uncommitted)
     return fake
 
 
@@ -189,8 +186,8 @@ async def test_writes_that_no_bitmap_recorded_are_never_forgotten(monitor_of: Mo
 def test_what_a_roll_back_would_leave_is_known_without_doing_it(
     bitmaps: list[Bitmap], checkpoint: str, recording: bool, dirty_bytes: int
 ) -> None:
-    disk = as_rolled_back(make_disk("system", *bitmaps), PREFIX, checkpoint)
-    base = disk.bitmap(bitmap_name(PREFIX, checkpoint))
+    disk = as_rolled_back(make_disk("system", *bitmaps), OWNER, checkpoint)
+    base = disk.bitmap(OWNER.bitmap(checkpoint))
     assert base is not None
     assert (base.recording, base.dirty_bytes) == (recording, dirty_bytes)
 
@@ -219,7 +216,7 @@ async def test_whoever_rolls_back_follows_the_one_rule(
     }[state]
     assert recovery is expected
     disk = make_disk("system", bitmap, *YOUNGER[younger])
-    shown = as_rolled_back(disk, PREFIX, ID1).bitmap(bitmap.name)
+    shown = as_rolled_back(disk, OWNER, ID1).bitmap(bitmap.name)
     assert shown is not None
     whole = shown.recording and not shown.inconsistent
     assert whole == (recovery is not Recovery.IMPOSSIBLE)
@@ -253,7 +250,7 @@ async def test_after_the_commit_only_the_newest_bitmaps_of_ours_remain(
         nodes=(below,),
     )
     monitor, fake = await monitor_of({**replies, "block-dirty-bitmap-remove": {}})
-    await prune_bitmaps(monitor, prefix=PREFIX, checkpoints={"system": ID3, "data": ID1})
+    await prune_bitmaps(monitor, owner=OWNER, checkpoints={"system": ID3, "data": ID1})
     assert fake.commands("block-dirty-bitmap-remove") == [
         {"node": node, "name": PREFIX + checkpoint}
         # The oldest first: a kill in between leaves no gap.

@@ -13,9 +13,9 @@ import pytest
 from support.cli import Qbackup, Result
 
 from qbackup.cli.main import run
-from qbackup.cli.run import qemu_command
 from qbackup.model.backup import Backup
 from qbackup.repository.repository import Repository
+from qbackup.watching.qemu_command import qemu_command
 
 from ..fake_qemu import FakeQmp, Refusal, block_device, block_node, block_replies
 from ..values import ID1, ID2, UNKNOWN_ID, VM, make_backup, make_vm
@@ -239,7 +239,7 @@ async def test_what_stands_behind_two_dashes_is_qemus(qbackup: Qbackup, behind: 
 def test_files_that_are_open_for_children_are_inherited_and_no_others() -> None:
     program = (
         "import os, socket, tempfile\n"
-        "from qbackup.cli.run import inherited_descriptors\n"
+        "from qbackup.host.process import inherited_descriptors\n"
         "ours = [tempfile.TemporaryFile(), socket.socket()]\n"
         "print(inherited_descriptors())\n"
     )

@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 from qbackup.errors import UsageError
 from qbackup.model.names import (
     backup_time,
-    bitmap_name,
     check_name,
-    checkpoint_of_bitmap,
     has_successor,
     is_backup_id,
     is_safe_name,
     new_backup_id,
-    owner_prefix,
+    owner_of,
+    short_mark,
 )
+from qbackup.qmp.commands import SCRATCH_FILE_SUFFIX
 
-from ..values import ID1, PREFIX, REPOSITORY_ID, backup_ids
+from ..values import ID1, OWNER, PREFIX, REPOSITORY_ID, backup_ids
 
 UNSAFE = [
     "",
@@ -144,27 +144,27 @@ def test_every_backup_id_has_a_time(backup_id: str) -> None:
 
 
 def test_the_names_in_qemu_fit_into_a_node_name() -> None:
-    # QAPI block-core: node names hold 31 bytes; the longest of ours is PREFIX + "j" + a number.
-    assert len(PREFIX + "t9999") <= 31
+    # QAPI block-core: node names hold 31 bytes; the longest of ours is the file of a scratch image.
+    assert len(f"{PREFIX}s{short_mark(ID1)}999{SCRATCH_FILE_SUFFIX}") <= 31
     assert PREFIX[0].isalpha() and not set(PREFIX) - set("abcdefghijklmnopqrstuvwxyz0123456789-")
 
 
 def test_two_repositories_and_two_vms_have_prefixes_of_their_own() -> None:
-    prefixes = {owner_prefix(r, vm) for r in (REPOSITORY_ID, "f" * 32) for vm in ("vm1", "vm2")}
+    prefixes = {owner_of(r, vm).prefix for r in (REPOSITORY_ID, "f" * 32) for vm in ("vm1", "vm2")}
     assert len(prefixes) == 4
 
 
 @given(backup_ids)
 def test_a_bitmap_name_tells_its_checkpoint(checkpoint: str) -> None:
-    assert checkpoint_of_bitmap(PREFIX, bitmap_name(PREFIX, checkpoint)) == checkpoint
+    assert OWNER.checkpoint(OWNER.bitmap(checkpoint)) == checkpoint
 
 
 @pytest.mark.parametrize(
     "name",
-    ["", ID1, PREFIX, PREFIX + "x", "other-" + ID1, owner_prefix("f" * 32, "vm1") + ID1],
+    ["", ID1, PREFIX, PREFIX + "x", "other-" + ID1, owner_of("f" * 32, "vm1").bitmap(ID1)],
 )
 def test_a_bitmap_that_is_not_ours_has_no_checkpoint(name: str) -> None:
-    assert checkpoint_of_bitmap(PREFIX, name) is None
+    assert OWNER.checkpoint(name) is None
 
 
 @pytest.mark.parametrize("backup_id", ["99991231-235959.999-ffff", "99990101-000000.000-0000"])

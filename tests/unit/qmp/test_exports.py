@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from qbackup.errors import MonitorError
+from qbackup.model.names import EVERYONE
 from qbackup.qmp.exports import end_exports
 from qbackup.qmp.monitor import Monitor
 
@@ -34,7 +35,7 @@ async def test_every_export_is_ended_and_waited_for(monitor_of: MonitorOf) -> No
         return [export(name) for name in there]
 
     monitor, fake = await monitor_of({"query-block-exports": query, "block-export-del": {}})
-    await end_exports(monitor)
+    await end_exports(monitor, owner=EVERYONE)
     assert fake.commands("block-export-del") == [
         {"id": name, "mode": "hard"} for name in ("one", "two")
     ]
@@ -49,4 +50,4 @@ async def test_an_export_that_does_not_end_is_told(monitor_of: MonitorOf, clock:
     refusal = Refusal(description="export 'stuck' is already shutting down")
     monitor, _ = await monitor_of({"query-block-exports": query, "block-export-del": refusal})
     with pytest.raises(MonitorError, match="stuck"):
-        await end_exports(monitor)
+        await end_exports(monitor, owner=EVERYONE)

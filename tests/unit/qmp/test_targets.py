@@ -8,7 +8,7 @@ import pytest
 
 from qbackup.errors import QmpCommandError
 from qbackup.formats.configuration import Engine
-from qbackup.model.names import SERVER_MARKER
+from qbackup.model.names import SERVER_MARKER, Owner
 from qbackup.qmp.monitor import Monitor
 from qbackup.qmp.targets import attached, remove_leftovers
 
@@ -16,6 +16,8 @@ from ..fake_qemu import FakeQmp, Refusal, block_node, block_replies
 
 MonitorOf = Callable[[dict[str, Any]], Awaitable[tuple[Monitor, FakeQmp]]]
 GOOD = {"add-fd": {"fdset-id": 7, "fd": 9}, "blockdev-add": {}, "blockdev-del": {}, "remove-fd": {}}
+
+OURS = Owner("ours-")
 
 
 Attach = Callable[..., Awaitable[str]]
@@ -110,7 +112,7 @@ async def test_only_what_is_ours_is_removed(monitor_of: MonitorOf) -> None:
             ],
         }
     )
-    assert await remove_leftovers(monitor, prefix="ours-") == 1
+    assert await remove_leftovers(monitor, owner=OURS) == 1
     assert fake.commands("blockdev-del") == [{"node-name": "ours-t0"}]
     assert fake.commands("remove-fd") == [{"fdset-id": 1}]
 
@@ -138,7 +140,7 @@ async def test_our_nbd_server_is_stopped_unless_others_use_it_and_never_forgotte
             "nbd-server-stop": {},
         }
     )
-    await remove_leftovers(monitor, prefix="ours-")
+    await remove_leftovers(monitor, owner=OURS)
     assert bool(fake.commands("nbd-server-stop")) == stopped
     removed = [arguments["node-name"] for arguments in fake.commands("blockdev-del")]
     assert removed == ([marker, "ours-s0"] if stopped else ["ours-s0"])
