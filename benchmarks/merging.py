@@ -14,6 +14,7 @@ from support.qemu import run_tool
 from qbackup.actions.consolidate import write_images
 from qbackup.model.consolidation import DiskMerge
 from qbackup.repository.repository import Repository
+from qbackup.writer.merge import MergeCopy
 
 INCREMENTALS = 10
 
@@ -67,13 +68,17 @@ async def _make(repository: Repository, folder: Path) -> list[str]:
         image = repository.vm_directory(VM) / backup_id / "data.qcow2"
         image.parent.mkdir(parents=True)
         if parent is None:
-            await run_tool("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(image))
+            plain = folder / "plain"
+            await run_tool("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(plain))
+            # With a header as ours.
+            MergeCopy([plain], image, virtual_size_bytes=size, backing_file=None).run()
             raw.unlink()
+            plain.unlink()
         else:
             backing = ("-b", f"../{parent}/data.qcow2", "-F", "qcow2")
             await run_tool("qemu-img", "create", "-q", "-f", "qcow2", *backing, str(image))
             for piece in range(10):
-                at = (number * 37 + piece * 101) % 1000 * 4 * MIB
+                at = (number * 37 + piece * 101) % (size // (4 * MIB)) * 4 * MIB
                 await run_tool(
                     "qemu-io", "-f", "qcow2", "-c", f"write -P {number} {at} 1M", str(image)
                 )
