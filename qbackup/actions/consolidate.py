@@ -63,53 +63,25 @@ def worthwhile(
         return []
     accepted = []
     for group in found:
-        guess = _at_best(group, backups)
-        if when == "worthwhile" and not _is_worthwhile(guess, max_chain):
-            continue
-        estimate = _measured(repository, group, backups)
-        if when == "always" or _is_worthwhile(estimate, max_chain):
+        estimate = _estimate(repository, group, backups)
+        if when == "always" or is_worthwhile(
+            group,
+            written_bytes=estimate.written_bytes,
+            freed_bytes=estimate.freed_bytes,
+            max_chain=max_chain,
+        ):
             accepted.append(estimate)
     return accepted
 
 
-def _is_worthwhile(estimate: Estimate, max_chain: int) -> bool:
-    return is_worthwhile(
-        estimate.group,
-        written_bytes=estimate.written_bytes,
-        freed_bytes=estimate.freed_bytes,
-        max_chain=max_chain,
-    )
-
-
-def _at_best(group: Group, backups: Mapping[str, Backup]) -> Estimate:
-    """Estimate without looking at images: a new image is no smaller than the largest in it."""
-    written = sum(
-        max(disk.stored_bytes for disk in _disks(backups[child], merge, backups))
-        for child, merges in group.into.items()
-        for merge in merges
-    )
-    return _estimate(group, backups, written)
-
-
-def _measured(repository: Repository, group: Group, backups: Mapping[str, Backup]) -> Estimate:
-    written = sum(
-        measure(repository, backups[child], merge, backups)
-        for child, merges in group.into.items()
-        for merge in merges
-    )
-    return _estimate(group, backups, written)
-
-
-def _estimate(group: Group, backups: Mapping[str, Backup], written_bytes: int) -> Estimate:
-    replaced = sum(
-        _disk(backups[child], merge.disk).stored_bytes
-        for child, merges in group.into.items()
-        for merge in merges
-    )
+def _estimate(repository: Repository, group: Group, backups: Mapping[str, Backup]) -> Estimate:
+    written = replaced = 0
+    for child, merges in group.into.items():
+        for merge in merges:
+            written += measure(repository, backups[child], merge, backups)
+            replaced += _disk(backups[child], merge.disk).stored_bytes
     gone = sum(backups[backup_id].stored_bytes for backup_id in group.going)
-    return Estimate(
-        group=group, written_bytes=written_bytes, freed_bytes=gone + replaced - written_bytes
-    )
+    return Estimate(group=group, written_bytes=written, freed_bytes=gone + replaced - written)
 
 
 def measure(

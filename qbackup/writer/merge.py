@@ -21,7 +21,14 @@ from typing import TypeVar
 
 from blake3 import blake3
 
-from qbackup.formats.qcow2_layout import CLUSTER_BYTES, REGION_CLUSTERS, Qcow2Error
+from qbackup.formats.qcow2_layout import (
+    CLUSTER_BYTES,
+    COMPRESSED,
+    COPIED,
+    REGION_CLUSTERS,
+    Qcow2Error,
+)
+from qbackup.formats.qcow2_layout import ZERO as ZERO_ENTRY
 from qbackup.formats.qcow2_map import (
     ClusterMap,
     empty_table,
@@ -40,6 +47,7 @@ Kind = TypeVar("Kind")
 
 _OPEN_FILES = 128
 _READ_CLUSTERS = 16
+_TABLE_BYTES = CLUSTER_BYTES
 _REGION_BYTES = REGION_CLUSTERS * CLUSTER_BYTES
 
 
@@ -113,25 +121,27 @@ class Images(Source):
         total = 2 * CLUSTER_BYTES
         for region in range(self._maps[0].regions):
             if self._decide(region):
-                kinds = self._kinds()
-                if any(kinds):
-                    total += CLUSTER_BYTES
-                for entry, kind in zip(self._entries, kinds, strict=True):
-                    if kind == DATA:
-                        total += packed_bytes(entry) if is_compressed(entry) else CLUSTER_BYTES
+                packed = [packed_bytes(e) for e in self._entries if COMPRESSED <= e < COPIED]
+                empty = sum(map(self._entries.count, (0, ZERO_ENTRY, ZERO_ENTRY | COPIED)))
+                whole = REGION_CLUSTERS - len(packed) - empty
+                total += sum(packed) + whole * CLUSTER_BYTES + _TABLE_BYTES
         return total
 
     def _decide(self, region: int) -> bool:
         """Find out which image each cluster of a region is read from; tell whether any is."""
         if region == self._region:
             return self._found
-        entries, owners, found = empty_table(), array("Q", bytes(8 * REGION_CLUSTERS)), False
+        entries, owners, found = empty_table(), empty_table(), False
         for owner, image in enumerate(self._maps):
             with _named(self._paths[owner]):
                 table = image.table(region)
-            if table is not None:
+            if table is None:
+                continue
+            if found:
                 overlay(entries, owners, table, owner)
-                found = True
+            else:
+                entries, owners = table, array("Q", [owner]) * REGION_CLUSTERS
+            found = True
         self._region, self._entries, self._owners = region, entries, owners
         self._found = found
         return found
