@@ -35,8 +35,9 @@ from qbackup.host import durable
 from qbackup.host.files import open_regular, read_bounded, size_of_regular
 from qbackup.host.tasks import in_thread, to_its_end
 from qbackup.model.backup import Backup, DiskBackup
-from qbackup.model.names import MERGED_SUFFIX, is_backup_id
+from qbackup.model.names import MERGED_SUFFIX
 from qbackup.model.progress import Reporter
+from qbackup.repository.leftovers import named_after_backups
 
 
 class Place:
@@ -126,12 +127,7 @@ class Place:
 
 def staged(vm_directory: Path) -> list[Path]:
     """Return what an exchange that was not finished left."""
-    try:
-        with os.scandir(vm_directory) as entries:
-            names = sorted(e.name for e in entries if e.name.endswith(MERGED_SUFFIX))
-    except FileNotFoundError:
-        return []
-    return [vm_directory / n for n in names if is_backup_id(n.removesuffix(MERGED_SUFFIX))]
+    return named_after_backups(vm_directory, MERGED_SUFFIX)
 
 
 async def finish(

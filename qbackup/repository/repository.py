@@ -37,6 +37,7 @@ from qbackup.host.lock import HeldLock, is_locked, locked, locked_alone, locked_
 from qbackup.model.backup import Backup
 from qbackup.model.names import PARTIAL_SUFFIX, is_backup_id, is_safe_name
 from qbackup.model.progress import Reporter
+from qbackup.repository.leftovers import named_after_backups
 from qbackup.repository.removal import PROTECTED_FILE
 from qbackup.repository.replacement import Place, as_it_is, finish, staged
 
@@ -196,17 +197,7 @@ class Repository:
 
     def partials(self, vm: str) -> list[Path]:
         """Return what interrupted runs left, or what a running one is writing."""
-        directory = self.vm_directory(vm)
-        try:
-            with os.scandir(directory) as entries:
-                names = [e.name for e in entries if e.name.endswith(PARTIAL_SUFFIX)]
-        except FileNotFoundError:
-            return []
-        return [
-            directory / name
-            for name in sorted(names)
-            if is_backup_id(name.removesuffix(PARTIAL_SUFFIX))
-        ]
+        return named_after_backups(self.vm_directory(vm), PARTIAL_SUFFIX)
 
     def replacement(self, vm: str, backup_id: str) -> Place:
         """Return where new images of a backup are put; see `replacement.py`."""

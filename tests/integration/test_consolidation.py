@@ -4,11 +4,8 @@ No VM is needed: the repositories are made by hand, with the model of every disk
 """
 
 import os
-import re
 import shutil
 import struct
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +15,7 @@ from signal import SIGKILL
 import pytest
 from support.chains import CLUSTERS, VM, ZERO, disk_backup, write_manifest
 from support.cli import Qbackup
+from support.kills import kill_points
 from support.lab import fill_file_system, small_file_system
 from support.merging import QUIET, Model, entries
 
@@ -328,16 +326,3 @@ async def test_a_prune_that_merges_is_killed_at_any_step_and_loses_nothing(
         assert entries(model.repository) == set(ids[-2:])
         assert await model.check() == ids[-2:]
     assert killed > len(points) // 2, "the sweep was none"
-
-
-def kill_points(recorded: Sequence[str], folder: Path) -> list[tuple[str, int]]:
-    """Return the calls that change something in the folder. strace counts each thread's apart."""
-    counts: Counter[tuple[str, str]] = Counter()
-    found = set()
-    for line in recorded:
-        if match := re.match(r"^(\d+) +(\w+)\((.*)$", line):
-            thread, call, arguments = match.groups()
-            counts[thread, call] += 1
-            if str(folder) in arguments:
-                found.add((call, counts[thread, call]))
-    return sorted(found)

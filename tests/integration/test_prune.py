@@ -9,7 +9,6 @@ import itertools
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from signal import SIGKILL
 
 import pytest
 from support.cli import Qbackup
+from support.kills import kill_points
 from support.lab import (
     VM,
     Lab,
@@ -329,19 +329,6 @@ async def record(folder: Path, start: Start) -> list[str]:
         result = await qbackup.run(*KEEP_TWO, wrapper=[*wrapper, "-e", f"trace={CALLS}"])
         assert result.code == 0, result
     return log.read_text(errors="replace").splitlines()
-
-
-def kill_points(recorded: Sequence[str], folder: Path) -> list[tuple[str, int]]:
-    """Return the calls that change something in the folder. strace counts each thread's apart."""
-    counts: Counter[tuple[str, str]] = Counter()
-    found = set()
-    for line in recorded:
-        if match := re.match(r"^(\d+) +(\w+)\((.*)$", line):
-            thread, call, arguments = match.groups()
-            counts[thread, call] += 1
-            if str(folder) in arguments:
-                found.add((call, counts[thread, call]))
-    return sorted(found)
 
 
 async def test_a_power_cut_at_any_step_leaves_whole_backups_only(
