@@ -31,6 +31,8 @@ EXIT_CODES = {
     "ChainBrokenError": 1,
     "BackupNotFoundError": 1,
     "RemovalError": 1,
+    "ConsolidationError": 1,
+    "ChainsFullError": 1,
     "RestoreError": 1,
 }
 
