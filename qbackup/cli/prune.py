@@ -99,9 +99,11 @@ def _text(pruned: Pruned) -> str:
         )
         for verdict in reversed(pruned.verdicts)
     ]
-    written = f"{format_size(pruned.written_bytes)} {would}written, " if pruned.merges else ""
+    merging = (
+        f"  merging: {format_size(pruned.written_bytes)} {would}written\n" if pruned.merges else ""
+    )
     return (
         f"{pruned.vm}: {removed} of {count} backup{'s' if count > 1 else ''} {would}removed, "
-        f"{written}{_size(pruned.freed_bytes)} {would}freed\n"
+        f"{_size(pruned.freed_bytes)} {would}freed\n{merging}"
         f"{table(('  ID', 'STORED', 'WHY'), rows, right=(1,))}"
     )

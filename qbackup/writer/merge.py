@@ -113,7 +113,8 @@ class Images(Source):
             if self._decide(region):
                 base = region * REGION_CLUSTERS
                 for first, last, kind in _runs(self._kinds()):
-                    found.add(base + first, base + last, kind)
+                    if kind != NONE:
+                        found.add(base + first, base + last, kind)
         return found.finish()
 
     def measure(self) -> int:

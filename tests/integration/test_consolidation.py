@@ -262,7 +262,12 @@ async def test_a_write_that_fails_in_the_middle_loses_nothing(model: Model, tmp_
     assert failed["id"] == ids[2] and result.last["removed"] == 0
     assert entries(model.repository) == set(ids)
     assert await model.check() == ids
-    assert (await qbackup.summary(*command[1:]))["removed"] == 2
+    done = await qbackup.ok(*command)
+    assert done.last["removed"] == 2
+    steps = [line for line in done.lines if line["type"] == "progress"]
+    assert [s["disk"] for s in steps if s["done_bytes"] == s["total_bytes"]] == [
+        f"{name} {ids[2]}" for name in ("a", "b")
+    ]
     assert await model.check() == ids[2:]
 
 
