@@ -230,15 +230,25 @@ class DiskBackup:
         file_size_bytes: int,
         blake3: str,
     ) -> "DiskBackup":
-        """Return the disk with a new file that shows the same, and this one as what it replaces."""
-        return replace(
-            self,
+        """Return the disk with a new file that shows the same, and this one as what it replaces.
+
+        What is not said here of the new file is not known: nothing of the old one may be left
+        that tells what is in it, or beside it.
+        """
+        return DiskBackup(
+            name=self.name,
             kind="incremental" if parent else "full",
+            reason=self.reason,
             parent=parent,
-            merged=merged,
+            virtual_size_bytes=self.virtual_size_bytes,
+            granularity_bytes=self.granularity_bytes,
+            copied_bytes=self.copied_bytes,
             stored_bytes=stored_bytes,
+            file=self.file,
             file_size_bytes=file_size_bytes,
             blake3=blake3,
+            source=self.source,
+            merged=merged,
             replaces=Former(
                 kind=self.kind,
                 parent=self.parent,
