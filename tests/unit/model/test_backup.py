@@ -153,7 +153,7 @@ def test_a_new_image_has_what_was_backed_up_and_nothing_of_the_old_file() -> Non
         "cd" * 32,
     )
     assert after.as_before() == before
-    # Who adds a field decides in `with_image` and `Former` whether it is of the disk or of the file.
+    # Who adds a field decides in `with_image` and `Former`: is it of the disk or of the file?
     of_the_file = {"kind", "parent", "stored_bytes", "file_size_bytes", "blake3", "merged"}
     of_the_disk = {"name", "reason", "virtual_size_bytes", "granularity_bytes", "copied_bytes"}
     of_the_disk |= {"file", "source"}
