@@ -97,7 +97,8 @@ async def test_chains_of_single_disks_are_kept_as_far_as_they_are_needed(tmp_pat
         await grow(it, "full", "incremental", "full --disk a", "incremental", "full --exclude a")
         await grow(it, "incremental --disk a")
         # The last needs a of 3 and of 2; 3 stays whole, and its b needs 1 and 0. b's newest is 4.
-        summary = await it.qbackup.summary("prune", VM, "--keep-last", "1")
+        command = ("prune", VM, "--keep-last", "1", "--no-consolidate")
+        summary = await it.qbackup.summary(*command)
         ids = [point.id for point in it.points]
         assert [(ids.index(b["id"]), b["reason"]) for b in summary["backups"]] == [
             (0, "needed-by"),
@@ -108,6 +109,9 @@ async def test_chains_of_single_disks_are_kept_as_far_as_they_are_needed(tmp_pat
             (5, "keep-last"),
         ]
         await check(it, range(6))
+        # Merged, the full of disk a in 2 goes into 5, and all that only 3 needed goes with it.
+        await it.qbackup.ok("prune", VM, "--keep-last", "1")
+        await check(it, [4, 5])
         await grow(it, "full --disk a", "incremental")
         await it.qbackup.ok("prune", VM, "--keep-last", "1")
         await check(it, [4, 6, 7])
