@@ -321,9 +321,6 @@ def test_max_chain_is_for_all_vms_or_for_one(top: str, table: str, found: int) -
 
 
 @pytest.mark.parametrize(
-    "value", ["0", "-1", "1001", "10000000000000000000000", "true", '"5"', "5.0"]
-)
-@pytest.mark.parametrize(
     ("top", "table", "found"),
     [
         ("", "", "worthwhile"),
@@ -339,6 +336,9 @@ def test_what_is_merged_is_for_all_vms_or_for_one(top: str, table: str, found: s
     assert configuration.consolidation("gone") == (configuration.consolidate, 100)
 
 
+@pytest.mark.parametrize(
+    "value", ["0", "-1", "1001", "10000000000000000000000", "true", '"5"', "5.0"]
+)
 @pytest.mark.parametrize("where", ["max_chain", "vm.a.max_chain"])
 def test_a_max_chain_that_makes_no_sense_is_refused_with_what_is_allowed(
     value: str, where: str
