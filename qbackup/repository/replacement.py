@@ -143,10 +143,10 @@ async def finish(
         place = Place(vm_directory, backup_id, repository_id=repository_id)
         try:
             backup = place.committed(vm)
-            if backup is None:
+            if backup is None or path.is_symlink() or not path.is_dir():
                 await place.discard()
                 reporter.notice(f"{vm}: removed {path.name}, left by an interrupted run")
-            elif alone and path.is_dir() and not path.is_symlink():
+            elif alone:
                 await place.exchange(backup)
                 reporter.notice(f"{vm}: finished {path.name}, left by an interrupted run")
         except (OSError, DocumentError) as err:
