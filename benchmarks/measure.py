@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(TOP / "tests"))
+sys.path[:0] = [str(TOP / "tests"), str(TOP / "vm-images")]
 
 from support.cli import Qbackup, make_qbackup  # noqa: E402 - the path comes first
 from support.qemu import DiskSpec, Qemu, create_image, started  # noqa: E402 - as above
@@ -36,7 +36,8 @@ class Failed(Exception):  # noqa: N818 - it is no error of the program's
 class Row:
     """One line of the table. `ratio` compares `seconds` with the reference.
 
-    A ratio over `limit` is marked; without a limit the ratio is for information.
+    A ratio over `limit` is marked; without a limit the ratio is for information. A `Size` has MiB
+    in place of seconds.
     """
 
     what: str
@@ -50,6 +51,19 @@ class Row:
     def ratio(self) -> float:
         return self.seconds / self.reference_seconds
 
+    def written(self, value: float) -> str:
+        """Write one of the two values for people."""
+        return _duration(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size(Row):
+    """A line about memory or room."""
+
+    def written(self, value: float) -> str:
+        """Write one of the two values for people."""
+        return f"{value:.2f} MiB" if value < 10 else f"{value:.0f} MiB"
+
 
 def row_within(what: str, seconds: float, allowed_s: float) -> Row:
     """Return the row of something that may take `allowed_s`."""
@@ -58,6 +72,17 @@ def row_within(what: str, seconds: float, allowed_s: float) -> Row:
         seconds=seconds,
         reference="what it may take",
         reference_seconds=allowed_s,
+        limit=1.0,
+    )
+
+
+def size_within(what: str, mib: float, allowed_mib: float) -> Row:
+    """Return the row of something that may take `allowed_mib`."""
+    return Size(
+        what=what,
+        seconds=mib,
+        reference="what it may take",
+        reference_seconds=allowed_mib,
         limit=1.0,
     )
 
@@ -140,8 +165,8 @@ def print_table(rows: list[Row]) -> None:
         peak = "-" if row.peak_mib is None else f"{row.peak_mib:.0f} MiB"
         mark = "" if row.limit is None or row.ratio <= row.limit else " **over**"
         print(
-            f"| {row.what} | {_duration(row.seconds)} | {row.reference} | "
-            f"{_duration(row.reference_seconds)} | {_ratio(row.ratio)}{mark} | {limit} | {peak} |"
+            f"| {row.what} | {row.written(row.seconds)} | {row.reference} | "
+            f"{row.written(row.reference_seconds)} | {_ratio(row.ratio)}{mark} | {limit} | {peak} |"
         )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import backups
 import bitmaps
 from fingerprint import fingerprint
+from guest_latency import guest_latency
 from measure import TMPFS, TOP, Failed, Row, print_table
 from merging import merging
 from run_overhead import run_overhead
@@ -35,9 +36,12 @@ def all_benchmarks(rounds: int, disk: Path) -> dict[str, Benchmark]:
         "merging": lambda: merging(rounds, disk),
         "nothing": lambda: backups.nothing(rounds),
         "dirty": lambda: backups.dirty(rounds),
+        "sparse": lambda: backups.sparse(rounds),
         "restore": lambda: backups.restore(rounds),
+        "guest-latency": lambda: guest_latency(rounds),
         "help": lambda: backups.help_text(rounds),
         "list": lambda: backups.listing(rounds),
+        "many": lambda: backups.many_vms(rounds),
         "bitmap-save": lambda: bitmaps.save(rounds),
         "bitmap-load": lambda: bitmaps.load(rounds),
         "run-overhead": lambda: run_overhead(rounds),

@@ -15,6 +15,7 @@ The tree, and the exit codes that other programs rely on:
     ├── InterruptedByUserError       130  Ctrl-C or SIGTERM
     ├── QmpCommandError                1  QEMU refused a command
     ├── VmStateError                   1  the VM is in no state for what was asked
+    ├── HookError                      1  the hook before a backup failed
     ├── DiskError                      1  a disk is missing, or not as it has to be
     ├── JobFailedError                 1  a backup job ended with an error
     ├── SnapshotError                  1  QEMU could not keep the disks' instant
@@ -28,11 +29,24 @@ The tree, and the exit codes that other programs rely on:
     ├── ChainsFullError                1  chains must begin anew before the next incremental
     └── RestoreError                   1  a restore cannot start, or failed
 
-The exit code 3 (done, but degraded) is no error: the command's result carries it.
+The exit code 3 (done, but degraded) is no error: the command's result carries it. Of a command
+for several VMs, the exit code is the worst of theirs, in the order of `_BEST_FIRST`.
 This module imports nothing of qbackup.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+EXIT_DEGRADED = 3
+
+_BEST_FIRST = (0, EXIT_DEGRADED, 4, 11, 12, 1, 2, 10, 13, 130)
+"""What is there and good, what was not tried, what was tried and failed, what is damaged."""
+
+_BUG_HINT = "this is a bug in qbackup; run it again with -v and report what it prints"
+
+
+def worst_exit_code(codes: Iterable[int]) -> int:
+    """Return the exit code for several VMs: 0 if all are 0 (or there are none), else the worst."""
+    return max(codes, key=_BEST_FIRST.index, default=0)
 
 
 class QbackupError(Exception):
@@ -140,6 +154,18 @@ class VmStateError(QbackupError):
         self.vm, self.status = vm, status
 
 
+class HookError(QbackupError):
+    """The hook before a backup failed, so the backup was not begun."""
+
+    def __init__(self, vm: str, fact: str) -> None:
+        super().__init__(
+            f"{vm}: {fact}",
+            hint="nothing was backed up; its output is above (without -q), and hooks are "
+            "configured in [hooks]",
+        )
+        self.vm = vm
+
+
 class DiskError(QbackupError):
     """A disk is not there, or not as it has to be."""
 
@@ -236,3 +262,19 @@ class ChainsFullError(QbackupError):
 
 class RestoreError(QbackupError):
     """A restore cannot start, or it failed; what it had written is removed."""
+
+
+def as_reported(err: Exception) -> QbackupError:
+    """Return an error as one that can be told to people; what is not ours is a bug, or the host's.
+
+    The original is its cause.
+    """
+    if isinstance(err, QbackupError):
+        return err
+    if isinstance(err, OSError):
+        where = f"{err.filename}: " if err.filename else ""
+        failure = QbackupError(f"{where}{err.strerror or err}")
+    else:
+        failure = QbackupError(f"internal error: {type(err).__name__}: {err}", hint=_BUG_HINT)
+    failure.__cause__ = err
+    return failure

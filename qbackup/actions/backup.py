@@ -1,7 +1,7 @@
 """One backup from beginning to end (docs/architecture.md, "How a backup goes").
 
-    lock → connect → reconcile → plan → copy → publish → prune bitmaps
-                                               ↑ commit point
+    lock → hook → connect → reconcile → plan → copy → publish → prune bitmaps → hook
+                                                      ↑ commit point
 
 Before the commit point a failure leaves the repository and the bitmaps as they were; after
 it, the backup exists and only QEMU's old bitmaps remain to be removed.
@@ -15,8 +15,9 @@ from datetime import UTC, datetime
 from qbackup.actions.consolidate import begin_chains_anew
 from qbackup.backup import reconcile
 from qbackup.backup.engines import Work
-from qbackup.backup.engines.choose import choose_engine
+from qbackup.backup.engines.choose import chosen_engine
 from qbackup.backup.finish import rolled_back_on_failure
+from qbackup.backup.hooks import Hooks, hooks_around
 from qbackup.backup.judge import checkpoints, migrated_verdicts, newest_bases
 from qbackup.backup.plan import (
     BackupOptions,
@@ -25,12 +26,14 @@ from qbackup.backup.plan import (
     make_plan,
     readable_backups,
 )
+from qbackup.backup.vm_files import Collected, collect_files
 from qbackup.bitmaps.image_files import query_disks
 from qbackup.bitmaps.load import distrust_present
 from qbackup.bitmaps.roll_back import prune_bitmaps, roll_back_bitmaps
 from qbackup.catalog.history import History
 from qbackup.errors import ChainsFullError, QbackupError, VmStateError
 from qbackup.formats.configuration import Vm
+from qbackup.host.lock import HeldLock
 from qbackup.host.tasks import to_its_end
 from qbackup.model.backup import Backup
 from qbackup.model.names import Owner, new_backup_id, owner_of
@@ -72,32 +75,46 @@ async def back_up(
     Raises:
         LockedError: another run is at work.
         MonitorError: QEMU cannot be reached, or went away.
+        HookError: the hook before it failed.
         RefusedError: a full backup would be needed and was ruled out.
         QbackupError: anything else; nothing of the backup remains.
     """
-    try:
-        return await _back_up(repository, vm, state, options, reporter)
-    except ChainsFullError as err:
-        bases = err.bases
-    wait_s = options.lock_wait_s
-    if not await begin_chains_anew(repository, vm.name, bases, reporter, wait_s=wait_s):
-        vm = replace(vm, consolidate="never")
-    return await _back_up(repository, vm, state, options, reporter)
-
-
-async def _back_up(
-    repository: Repository,
-    vm: Vm,
-    state: StateDirectory,
-    options: BackupOptions,
-    reporter: Reporter,
-) -> Outcome:
-    started = time.monotonic()
     await repository.ensure_vm_directory(vm.name)
-    owner = owner_of(repository.id, vm.name)
     async with (
         repository.lock(vm.name, wait_s=options.lock_wait_s) as lock,
+        hooks_around(vm, options.kind, reporter) as hooks,
+    ):
+        begun = _Begun(lock=lock, hooks=hooks, options=options, reporter=reporter)
+        try:
+            backup = await _back_up(repository, vm, state, begun)
+        except ChainsFullError as err:
+            # Without QEMU's monitor, which others may want meanwhile.
+            wait_s = options.lock_wait_s
+            if not await begin_chains_anew(
+                repository, vm.name, err.bases, reporter, lock=lock, wait_s=wait_s
+            ):
+                vm = replace(vm, consolidate="never")
+            backup = await _back_up(repository, vm, state, begun)
+    return Outcome(backup=backup, degraded=hooks.degraded)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Begun:
+    """A backup that has the VM's lock, and what was asked for."""
+
+    lock: HeldLock
+    hooks: Hooks
+    options: BackupOptions
+    reporter: Reporter
+
+
+async def _back_up(repository: Repository, vm: Vm, state: StateDirectory, begun: _Begun) -> Backup:
+    started = time.monotonic()
+    lock, hooks, options, reporter = begun.lock, begun.hooks, begun.options, begun.reporter
+    owner = owner_of(repository.id, vm.name)
+    async with (
         vm_monitor(vm, state.control_socket) as (monitor, watched),
+        chosen_engine(monitor, vm=vm, state=state, lock=lock, reporter=reporter) as engine,
     ):
         condition = await query_condition(monitor)
         if not watched and not condition.fitness.load:
@@ -120,16 +137,10 @@ async def _back_up(
         version = await query_version(monitor)
         configuration = await query_configuration(monitor)
         _compare_clock(history, reporter)
+        collected = await collect_files(vm.files, plan.firmware)
+        _tell_of_files(collected, vm.name, reporter)
         backup_id = new_backup_id(
             now=datetime.now(UTC), newest=plan.newest_id, random_bits=secrets.randbits(16)
-        )
-        engine = await choose_engine(
-            monitor,
-            vm=vm,
-            state=state,
-            scratch=state.scratch_file(),
-            qemu_version=version,
-            reporter=reporter,
         )
         work = Work(
             vm=vm,
@@ -161,14 +172,43 @@ async def _back_up(
                 qemu_version=".".join(map(str, version)),
                 vm_configuration=configuration,
                 left_out=plan.left_out,
+                files=list(collected.files),
             )
             # An interruption that comes now is too late: the backup is about to exist.
-            await to_its_end(session.publish(backup))
+            await to_its_end(session.publish(backup, archive=collected.archive))
+        hooks.backup_id = backup.id
+        hooks.degraded = _degraded(
+            plan, backup, options, collected, freeze_failed=copied.freeze_failed
+        )
         await to_its_end(_forget_old_bitmaps(monitor, plan, backup, owner, reporter))
-    degraded = tuple(f"disk {name} was left out: {why}" for name, why in plan.refused.items())
-    if copied.freeze_failed:
-        degraded += ("the guest's file systems were not frozen",)
-    return Outcome(backup=backup, degraded=degraded)
+    return backup
+
+
+def _tell_of_files(collected: Collected, vm: str, reporter: Reporter) -> None:
+    for why in collected.missing:
+        reporter.warning(f"{vm}: file {why}")
+    for why in collected.firmware_missing:
+        # It comes with QEMU, or the distribution, as a rule.
+        reporter.notice(f"{vm}: firmware {why}")
+
+
+def _degraded(
+    plan: Plan,
+    backup: Backup,
+    options: BackupOptions,
+    collected: Collected,
+    *,
+    freeze_failed: bool,
+) -> tuple[str, ...]:
+    """Return what of a backup is not as it was asked for."""
+    degraded = [f"disk {name} was left out: {why}" for name, why in plan.refused.items()]
+    degraded += [f"file {why}" for why in collected.missing]
+    if freeze_failed:
+        degraded.append("the guest's file systems were not frozen")
+    if options.kind == "incremental" and options.strict:
+        fallen = (disk.name for disk in backup.disks if disk.kind == "full")
+        degraded += [f"disk {name} got a full backup" for name in fallen]
+    return tuple(degraded)
 
 
 async def _prepare(

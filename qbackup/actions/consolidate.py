@@ -19,6 +19,7 @@ from qbackup.catalog.image_check import check_header, content_differs
 from qbackup.errors import ConsolidationError, QbackupError
 from qbackup.formats.manifest import backing_file
 from qbackup.formats.qcow2 import Qcow2Error
+from qbackup.host.lock import HeldLock
 from qbackup.host.tasks import in_thread, task_group
 from qbackup.images.hashing import hash_file
 from qbackup.model.backup import Backup, DiskBackup, Merged
@@ -135,34 +136,30 @@ async def begin_chains_anew(
     bases: Mapping[str, Sequence[str]],
     reporter: Reporter,
     *,
+    lock: HeldLock,
     wait_s: float,
 ) -> bool:
     """Give disks of backups images that need no other, so that a new chain begins with them.
 
-    `bases` names the disks of each backup. Readers go on while the images are written; only to
-    exchange them, they are waited for, at most `wait_s`. Tell whether all that could be done.
-
-    Raises:
-        LockedError: a backup or a prune is at work.
+    `bases` names the disks of each backup, `lock` is the VM's. Readers go on while the images are
+    written; only to exchange them, they are waited for, at most `wait_s`. Tell whether all that
+    could be done.
     """
-    async with repository.lock(vm, wait_s=wait_s) as lock:
-        history = History(repository, vm)
-        for backup_id, disks in bases.items():
-            place = repository.replacement(vm, backup_id)
-            try:
-                backup = history.backup(backup_id)
-                merges, backups = _all_below(history, backup, disks)
-                reporter.notice(
-                    f"{vm}: chain full: backup {backup_id} is made one that needs no other"
-                )
-                new = await write_images(repository, backup, merges, backups, reporter, place=place)
-                async with lock.alone(vm=vm, wait_s=wait_s):
-                    await place.commit(new)
-            except (QbackupError, OSError) as err:
-                reporter.warning(f"{vm}: its chain stays full: {err}")
-                return False
-            finally:
-                await discard(place, reporter)
+    history = History(repository, vm)
+    for backup_id, disks in bases.items():
+        place = repository.replacement(vm, backup_id)
+        try:
+            backup = history.backup(backup_id)
+            merges, backups = _all_below(history, backup, disks)
+            reporter.notice(f"{vm}: chain full: backup {backup_id} is made one that needs no other")
+            new = await write_images(repository, backup, merges, backups, reporter, place=place)
+            async with lock.alone(vm=vm, wait_s=wait_s):
+                await place.commit(new)
+        except (QbackupError, OSError) as err:
+            reporter.warning(f"{vm}: its chain stays full: {err}")
+            return False
+        finally:
+            await discard(place, reporter)
     return True
 
 

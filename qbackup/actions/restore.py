@@ -8,9 +8,10 @@ import asyncio
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from qbackup.actions.restore_vm import vm_to_restore
 from qbackup.catalog.choose import choose_backup
 from qbackup.catalog.history import History
 from qbackup.catalog.image_check import check_header, content_differs
@@ -42,6 +43,8 @@ class RestoreOptions:
     disks: tuple[str, ...] = ()
     image_format: ImageFormat | None = None
     force: bool = False
+    with_vm: bool = False
+    """Whether to write a script that starts the VM on what is restored."""
     lock_wait_s: float = 0
 
 
@@ -61,6 +64,9 @@ class Restored:
 
     backup: Backup
     disks: tuple[RestoredDisk, ...]
+    files: dict[str, Path] = field(default_factory=dict)
+    """Where each of the VM's small files is now, by its path on the host that it was on."""
+    script: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,14 +128,30 @@ async def _restore(
     backup = choose_backup(history, options.at)
     chosen = _choose_disks(backup, options.disks)
     sources = [_source(history, backup, disk) for disk in chosen]
+    whole = not options.disks and not options.to.is_block_device()
+    if options.with_vm and not whole:
+        raise UsageError("--with-vm needs all disks, and a directory", hint="leave out --disk")
+    vm_parts = None
     if options.to.is_block_device():
         targets = [_device_target(chosen, options)]
         await _onto_device(sources[0], targets[0], reporter)
     else:
         targets = [_file_target(disk, options) for disk in chosen]
+        if whole:
+            vm_parts = await vm_to_restore(
+                repository, backup, options.to, with_script=options.with_vm, force=options.force
+            )
         for source, target in zip(sources, targets, strict=True):
             await _into_file(source, target, reporter)
-    return Restored(backup=backup, disks=tuple(targets))
+        if vm_parts is not None:
+            await vm_parts.write_files()
+            await vm_parts.write_script({d.name: (d.path, d.image_format) for d in targets})
+    return Restored(
+        backup=backup,
+        disks=tuple(targets),
+        files=dict(vm_parts.paths) if vm_parts else {},
+        script=vm_parts.script if vm_parts else None,
+    )
 
 
 async def _onto_device(source: _Source, target: RestoredDisk, reporter: Reporter) -> None:

@@ -4,12 +4,14 @@ Each file is named that is wrong, and each backup whose chain is not complete; t
 problem does not hide the others. Nothing is changed.
 """
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qbackup.catalog.chain_check import too_long
 from qbackup.catalog.history import History
 from qbackup.catalog.image_check import check_header, content_differs
+from qbackup.catalog.vm_files import stored_files
 from qbackup.errors import ChainBrokenError, ManifestDamagedError
 from qbackup.images.hashing import hash_file
 from qbackup.model.backup import Backup, DiskBackup
@@ -62,6 +64,9 @@ class Verifier:
                 for disk in backup.disks:
                     self._check_chain(history, backup, disk)
                     await self._check_file(backup, disk)
+                if backup.files:
+                    self._files += 1
+                    await self._check_archive(backup)
         return Verified(
             backups=self._backups,
             files=self._files,
@@ -109,6 +114,13 @@ class Verifier:
             return
         if digest != disk.blake3:
             self._add(content_differs(path))
+
+    async def _check_archive(self, backup: Backup) -> None:
+        try:
+            for file, _ in await asyncio.to_thread(stored_files, self._repository, backup):
+                self._bytes += file.size_bytes
+        except ManifestDamagedError as err:
+            self._add(err.message)
 
 
 def scope_of_chain(history: History, backup: Backup) -> Scope:

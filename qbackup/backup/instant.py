@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qbackup.backup.freeze import frozen
 from qbackup.backup.judge import Verdict
+from qbackup.bitmaps.roll_back import roll_back_bitmaps
 from qbackup.bitmaps.size_guard import ensure_size_guard
 from qbackup.errors import JobFailedError
 from qbackup.formats.configuration import Vm
@@ -103,6 +104,51 @@ async def take_instant(
     return Instant(
         consistency=consistency, freeze_failed=freeze_failed, dirty_bytes=dirty_bytes, time=time
     )
+
+
+async def take_unchanged_instant(
+    monitor: Monitor,
+    verdicts: Sequence[Verdict],
+    *,
+    vm: Vm,
+    owner: Owner,
+    backup_id: str,
+    checkpoints: Mapping[str, str],
+    reporter: Reporter,
+) -> Instant | None:
+    """Take an instant at which no disk has changed since its newest backup, if it is one.
+
+    Nothing has to be copied then, and so no snapshot be made: what the disks hold is what that
+    backup holds. Whether it is so can only be told afterwards, when the old bitmaps have stopped.
+    If not, their bits are given back, and None is returned; another instant has to be taken.
+
+    Disks in iothreads go on while the bitmaps change one after the other (see the snapshot engine).
+    A write in between that comes before another disk's change is in that disk's old bitmap; one
+    that comes after its own disk's change belongs to the next backup. So it is one instant.
+
+    Raises:
+        JobFailedError, QmpCommandError: as `take_instant`.
+    """
+    # A freeze writes to the disks, so it would be in vain, and the guest be frozen twice.
+    if vm.agent is not None or not all(_is_unchanged(verdict) for verdict in verdicts):
+        return None
+    actions = [
+        action
+        for verdict in verdicts
+        for action in bitmap_actions(
+            verdict, owner=owner, backup_id=backup_id, granularity_bytes=vm.granularity_bytes
+        )
+    ]
+    instant = await take_instant(monitor, actions, verdicts, vm=vm, owner=owner, reporter=reporter)
+    if not any(instant.dirty_bytes.values()):
+        return instant
+    await roll_back_bitmaps(monitor, owner=owner, checkpoints=checkpoints, uncommitted=backup_id)
+    return None
+
+
+def _is_unchanged(verdict: Verdict) -> bool:
+    bitmap = verdict.bitmap
+    return verdict.method == "incremental" and bitmap is not None and not bitmap.dirty_bytes
 
 
 async def _act(

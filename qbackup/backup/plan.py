@@ -21,13 +21,17 @@ from qbackup.model.backup import REASON_TEXT, Backup, Kind, Refusal
 from qbackup.model.names import Owner, has_successor, split_bitmap_name
 from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_size
-from qbackup.qmp.disks import Disk, Inventory
+from qbackup.qmp.disks import EMPTY, READ_ONLY, Disk, Inventory
 from qbackup.repository.repository import DamagedBackup, Repository
 
 _NOT_CONFIGURED, _EXCLUDED, _NOT_CHOSEN = "not in the configuration", "excluded", "not chosen"
 
 LEFT_OUT_BY_CHOICE = frozenset({_EXCLUDED, _NOT_CHOSEN})
 """Why a disk that is otherwise backed up is not in a backup (`Backup.left_out`)."""
+
+
+LEFT_OUT_UNWRITTEN = frozenset({EMPTY, READ_ONLY})
+"""Why a drive is in no backup that the guest cannot write to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +45,8 @@ class BackupOptions:
     speed_limit_bytes_per_s: int = 0
     lock_wait_s: float = 0
     fallback: bool = True
+    strict: bool = False
+    """Whether a full backup of a disk, where an incremental one was asked for, is degraded."""
     compress: bool = False
 
 
@@ -58,6 +64,8 @@ class Plan:
     """Disks among `left_out` of which there is no image of one instant, and why."""
     checkpoints: dict[str, str]
     newest_id: str | None
+    firmware: tuple[str, ...] = ()
+    """See `Inventory.firmware`."""
 
 
 def make_plan(
@@ -102,6 +110,7 @@ def make_plan(
         refused={name: why for name, why in inventory.refused.items() if left_out.get(name) == why},
         checkpoints=checkpoints(bases),
         newest_id=_newest_id(history, bases),
+        firmware=inventory.firmware,
     )
     _announce(plan, vm=vm.name, options=options, reporter=reporter)
     if not options.compress:
@@ -229,9 +238,16 @@ def _announce(plan: Plan, *, vm: str, options: BackupOptions, reporter: Reporter
     for name, why in plan.left_out.items():
         tell = reporter.warning if name in plan.refused else reporter.notice
         tell(f"{vm}: leaving out {name}: {why}")
+    unknown = {verdict.disk.name for verdict in plan.verdicts if verdict.reason is not None}
     for disk in (verdict.disk for verdict in plan.verdicts):
         if disk.source.encrypted:
             reporter.notice(f"{vm}: disk {disk.name} is encrypted; its backup is not")
+        if disk.invented_name and (options.kind == "full" or disk.name in unknown):
+            reporter.warning(
+                f"{vm}: disk {disk.name} has a name that QEMU made up; another disk may have it at "
+                "the next start, and gets a full backup then. Give it one: node-name=… with "
+                "-blockdev, id=… with -drive"
+            )
         if disk.shared and options.kind == "full":
             reporter.warning(f"{vm}: disk {disk.name} is shared: {REASON_TEXT['shared']}")
     if options.kind == "full":

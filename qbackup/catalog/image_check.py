@@ -10,7 +10,7 @@ from qbackup.model.backup import DiskBackup
 
 def check_size(repository: Path, disk: DiskBackup) -> str | None:
     """Return what is wrong with the length of a disk's image, None if it is right."""
-    path = repository / disk.file
+    path = f"{repository}/{disk.file}"
     try:
         size = size_of_regular(path)
     except OSError as err:

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from qbackup import __version__
 from qbackup.errors import UsageError
+from qbackup.model.limits import MAX_PARALLEL
 from qbackup.model.quantities import parse_duration_s, parse_size_bytes
 
 _EXIT_CODES = """\
@@ -30,7 +31,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     Raises:
         UsageError: it is wrong.
     """
-    return _make_parser().parse_args(argv)
+    arguments = _make_parser().parse_args(argv)
+    if getattr(arguments, "all", False) and arguments.vms:
+        mistake = "--all and names of VMs exclude each other"
+    elif getattr(arguments, "vms_required", False) and not (arguments.vms or arguments.all):
+        mistake = "the following arguments are required: VM (or --all)"
+    else:
+        return arguments
+    raise UsageError(mistake, hint=f"see qbackup {arguments.name} --help")
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -76,7 +84,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
 
     listing = command("list", "list backups, the newest last; P marks protected ones")
-    listing.add_argument("vm", nargs="?", metavar="VM")
+    _add_vms(listing)
 
     show = command("show", "show one backup")
     show.add_argument("vm", metavar="VM")
@@ -91,10 +99,14 @@ def _make_parser() -> argparse.ArgumentParser:
     restore.add_argument("--disk", action="append", default=[], metavar="NAME")
     restore.add_argument("--format", choices=("raw", "qcow2"), help="default: as the source was")
     restore.add_argument("--force", action="store_true", help="replace what is there")
+    restore.add_argument(
+        "--with-vm", action="store_true", help="write start.sh, which starts the VM on them"
+    )
     _add_lock_wait(restore)
 
     verify = command("verify", "compare every byte of the backups with what was written")
-    verify.add_argument("vm", nargs="?", metavar="VM")
+    _add_vms(verify)
+    _add_parallel(verify)
     verify.add_argument("--at", metavar="ID|TIME", help="only this backup and what it needs")
     _add_lock_wait(verify)
 
@@ -123,13 +135,14 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_bitmap_command(command)
 
     status = command("status", "show bitmaps, changes and what interrupted runs left")
-    status.add_argument("vm", nargs="?", metavar="VM")
+    _add_vms(status)
     return parser
 
 
 def _add_retention_commands(command: Callable[..., _Parser]) -> None:
     prune = command("prune", "remove the backups that no rule keeps")
-    prune.add_argument("vm", metavar="VM")
+    _add_vms(prune, required=True)
+    _add_parallel(prune)
     _add_keep_rules(prune)
     prune.add_argument(
         "--dry-run", action="store_true", help="only show what is kept, and why, and what not"
@@ -189,8 +202,27 @@ def _add_common(parser: argparse.ArgumentParser, *, defaults: bool) -> None:
     )
 
 
+def _add_vms(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add the names of VMs; none of them means all, unless they are `required`."""
+    parser.add_argument(
+        "vms", nargs="*", metavar="VM", help="a name, or a pattern in quotes, such as 'web*'"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="every VM" + ("" if required else " (the default)")
+    )
+    parser.set_defaults(vms_required=required)
+
+
+def _add_parallel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--parallel", type=_argument(_parse_parallel), metavar="N",
+        help="how many VMs at once (default: as configured, else 2)",
+    )  # fmt: skip
+
+
 def _add_backup_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("vm", metavar="VM")
+    _add_vms(parser, required=True)
+    _add_parallel(parser)
     parser.add_argument(
         "--disk", action="append", default=[], metavar="NAME", help="only this disk (repeatable)"
     )
@@ -200,7 +232,7 @@ def _add_backup_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label", metavar="TEXT", help="shown by list")
     parser.add_argument(
         "--speed-limit", type=_argument(parse_size_bytes), default=0, metavar="50M",
-        help="bytes per second, for all disks together",
+        help="bytes per second, for all disks of a VM together",
     )  # fmt: skip
     _add_lock_wait(parser)
     parser.add_argument("--compress", action="store_true", help="compress with zstd")
@@ -243,6 +275,13 @@ def _parse_count(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
         raise ValueError(f"{text!r} is not a number from 1 on")
     return int(text)
+
+
+def _parse_parallel(text: str) -> int:
+    number = _parse_count(text)
+    if number > MAX_PARALLEL:
+        raise ValueError(f"{text} are too many at once; at most {MAX_PARALLEL}")
+    return number
 
 
 def _argument(parse: Callable[[str], int]) -> Callable[[str], int]:

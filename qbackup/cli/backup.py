@@ -4,9 +4,11 @@ import argparse
 
 from qbackup.actions.backup import Outcome, back_up
 from qbackup.backup.plan import BackupOptions
-from qbackup.cli.context import make_context
-from qbackup.cli.output import EXIT_DEGRADED, summary
+from qbackup.cli.context import is_fleet, make_context
+from qbackup.cli.fleet import Done, report_alone, run_fleet
+from qbackup.errors import EXIT_DEGRADED, UsageError
 from qbackup.model.backup import Backup
+from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_duration, format_size
 from qbackup.ui.reporters import make_reporter
 from qbackup.ui.tables import table
@@ -21,7 +23,11 @@ _CONSISTENCY_TEXT = {
 async def run(arguments: argparse.Namespace) -> int:
     """Back up, print the summary, and return 0, or 3 if something is not as asked."""
     context = make_context(arguments)
-    vm = context.vm(arguments.vm)
+    vms = {vm.name: vm for vm in context.selected_vms(arguments)}
+    if not vms:
+        raise UsageError(
+            f"no VM is in {context.configuration.path}", hint="add a table [vm.NAME] with its qmp"
+        )
     repository = context.open_repository()
     incremental = arguments.name == "incremental"
     options = BackupOptions(
@@ -32,22 +38,33 @@ async def run(arguments: argparse.Namespace) -> int:
         speed_limit_bytes_per_s=arguments.speed_limit,
         lock_wait_s=arguments.lock_wait,
         fallback=not (incremental and arguments.no_fallback),
+        strict=incremental and arguments.strict,
         compress=arguments.compress,
     )
+
+    async def one(name: str, reporter: Reporter) -> Done:
+        vm = vms[name]
+        return _done(await back_up(repository, vm, context.state(vm), options, reporter))
+
+    if is_fleet(arguments):
+        return await run_fleet(arguments, context, list(vms), one, head=("ID", "COPIED", "STORED"))
     with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
-        outcome = await back_up(repository, vm, context.state(vm), options, reporter)
-    summary(
-        outcome.backup.summary(),
-        text=_text(outcome.backup),
-        json_output=context.json_output,
-        quiet=context.quiet,
+        done = await one(arguments.vms[0], reporter)
+    return report_alone(context, done)
+
+
+def _done(outcome: Outcome) -> Done:
+    backup = outcome.backup
+    copied = sum(disk.copied_bytes for disk in backup.disks)
+    return Done(
+        document=backup.summary,
+        text=lambda: _text(backup),
+        line=f"{backup.vm}: backup {backup.id} in {format_duration(backup.seconds)}, "
+        f"{format_size(backup.stored_bytes)} stored",
+        columns=(backup.id, format_size(copied), format_size(backup.stored_bytes)),
+        facts={"id": backup.id, "copied_bytes": copied, "stored_bytes": backup.stored_bytes},
+        exit_code=EXIT_DEGRADED if outcome.degraded else 0,
     )
-    return EXIT_DEGRADED if _is_degraded(outcome, arguments, incremental=incremental) else 0
-
-
-def _is_degraded(outcome: Outcome, arguments: argparse.Namespace, *, incremental: bool) -> bool:
-    fell_back = incremental and any(disk.kind == "full" for disk in outcome.backup.disks)
-    return bool(outcome.degraded) or (fell_back and arguments.strict)
 
 
 def _text(backup: Backup) -> str:

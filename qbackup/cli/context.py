@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from qbackup.formats.configuration import (
 )
 from qbackup.host.files import read_bounded
 from qbackup.model.names import check_name
+from qbackup.model.selection import did_you_mean, is_pattern, matching, shown
 from qbackup.repository.repository import Repository
 from qbackup.repository.state import StateDirectory
 
 _SYSTEM_CONFIGURATION = Path("/etc/qbackup/config.toml")
+_INCLUDED = "conf.d"
+_MOST_INCLUDED = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +63,50 @@ class Context:
         if name not in known:
             raise UsageError(
                 f"VM {name!r} is neither in {self.configuration.path} nor in the repository",
-                hint=f"known: {', '.join(sorted(known)) or 'none'}",
+                hint=f"{did_you_mean(name, known)}known: {shown(known)}",
             )
         return name
+
+    def selected_vms(self, arguments: argparse.Namespace) -> list[Vm]:
+        """Return the configured VMs that the command line names; none named means all.
+
+        Raises:
+            UsageError: a name or a pattern fits none.
+        """
+        known = self.configuration.vms
+        names = _selected(arguments.vms, known, lambda name: self.vm(name).name)
+        return [known[name] for name in names]
+
+    def selected_names(self, repository: Repository, arguments: argparse.Namespace) -> list[str]:
+        """Return the VMs that the command line names; none named means all with backups.
+
+        Raises:
+            UsageError: a name or a pattern fits none.
+        """
+        stored = repository.vms()
+        if not arguments.vms:
+            return stored
+        known = {*self.configuration.vms, *stored}
+        return _selected(arguments.vms, known, lambda name: self.vm_name(repository, name))
+
+
+def is_fleet(arguments: argparse.Namespace) -> bool:
+    """Tell whether the command line may mean several VMs: then there is one summary of all.
+
+    What a program is told depends on what it asked for, not on how many VMs that fits.
+    """
+    return arguments.all or len(arguments.vms) > 1 or any(map(is_pattern, arguments.vms))
+
+
+def _selected(given: list[str], known: Collection[str], checked: Callable[[str], str]) -> list[str]:
+    """Return the names that are meant, each once, in the order in which they were given."""
+    found: dict[str, None] = {} if given else dict.fromkeys(sorted(known))
+    for text in given:
+        names = matching(text, known) if is_pattern(text) else [checked(text)]
+        if not names:
+            raise UsageError(f"no VM matches {text!r}", hint=f"known: {shown(known)}")
+        found |= dict.fromkeys(names)
+    return list(found)
 
 
 def make_context(arguments: argparse.Namespace) -> Context:
@@ -137,24 +182,58 @@ def user_configuration() -> Path:
 
 
 def read_configuration(path: Path) -> Configuration:
-    """Read and check a configuration file. It may be a link to one, but nothing that is no file.
+    """Read and check a configuration file, and the files in `conf.d` beside it, sorted by name.
 
-    A pipe (`-c <(…)`) would have no folder that relative paths in it could be relative to, and
-    could be read once only.
+    Each may be a link to a file, but nothing that is no file. A pipe (`-c <(…)`) would have no
+    folder that relative paths in it could be relative to, and could be read once only.
 
     Raises:
-        ConfigurationError: it cannot be read, or something in it is wrong.
+        ConfigurationError: one cannot be read, or something in it is wrong.
     """
     try:
-        data = read_bounded(path, MAX_CONFIGURATION_BYTES, follow=True)
+        text = _read_text(path)
     except (OSError, ValueError) as err:
-        why = err.strerror if isinstance(err, OSError) else str(err)
         raise ConfigurationError(
-            f"{path}: the configuration file cannot be read: {why}",
+            f"{path}: the configuration file cannot be read: {_why(err)}",
             hint="name it with -c FILE or in QBACKUP_CONFIG, or make one with: qbackup init",
         ) from err
+    return parse_configuration(text, path=path, included=_read_included(path.parent / _INCLUDED))
+
+
+def _read_included(folder: Path) -> list[tuple[Path, str]]:
+    """Return the files of `conf.d` with their texts; one that cannot be read is not passed over."""
     try:
-        text = data.decode()
+        with os.scandir(folder) as entries:
+            names = sorted(e.name for e in entries if _is_included(e.name))
+    except FileNotFoundError:
+        return []
+    except OSError as err:
+        raise ConfigurationError(f"{folder}: cannot be read: {err.strerror}") from err
+    if len(names) > _MOST_INCLUDED:
+        raise ConfigurationError(f"{folder}: more than {_MOST_INCLUDED} files")
+    found = []
+    for name in names:
+        file = folder / name
+        try:
+            found.append((file, _read_text(file)))
+        except (OSError, ValueError) as err:
+            raise ConfigurationError(
+                f"{file}: cannot be read: {_why(err)}", hint="every *.toml file in conf.d is read"
+            ) from err
+    return found
+
+
+def _is_included(name: str) -> bool:
+    return name.endswith(".toml") and not name.startswith(".")
+
+
+def _read_text(path: Path) -> str:
+    data = read_bounded(path, MAX_CONFIGURATION_BYTES, follow=True)
+    try:
+        return data.decode()
     except UnicodeDecodeError as err:
         raise ConfigurationError(f"{path}: not UTF-8 text ({err.reason})") from err
-    return parse_configuration(text, path=path)
+
+
+def _why(err: OSError | ValueError) -> str:
+    return (isinstance(err, OSError) and err.strerror) or str(err)

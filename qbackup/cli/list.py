@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence, Set
 from datetime import datetime
 
-from qbackup.cli.context import make_context
+from qbackup.cli.context import is_fleet, make_context
 from qbackup.cli.output import answer
 from qbackup.model.backup import Backup
 from qbackup.model.quantities import format_size
@@ -17,7 +17,7 @@ async def run(arguments: argparse.Namespace) -> int:
     """Print every readable backup; name the others on stderr."""
     context = make_context(arguments)
     repository = context.open_repository()
-    names = [context.vm_name(repository, arguments.vm)] if arguments.vm else repository.vms()
+    names = context.selected_names(repository, arguments)
     backups: list[Backup] = []
     for name in names:
         for backup in reversed(list(repository.newest_first(name))):
@@ -27,16 +27,15 @@ async def run(arguments: argparse.Namespace) -> int:
                 backups.append(backup)
     backups.sort(key=lambda backup: backup.id)
     protected = {(b.vm, b.id) for b in backups if repository.is_protected(b.vm, b.id)}
-    answer(
-        [
+    document, text = [], "no backups yet"
+    if context.json_output:
+        document = [
             {**backup.summary(), "protected": (backup.vm, backup.id) in protected}
             for backup in backups
-        ],
-        text=_table(backups, protected, with_vm=arguments.vm is None)
-        if backups
-        else "no backups yet",
-        json_output=context.json_output,
-    )
+        ]
+    elif backups:
+        text = _table(backups, protected, with_vm=is_fleet(arguments) or not arguments.vms)
+    answer(document, text=text, json_output=context.json_output)
     return 0
 
 
@@ -63,4 +62,4 @@ def _table(backups: Sequence[Backup], protected: Set[tuple[str, str]], *, with_v
 
 
 def _local_time(time: str) -> str:
-    return datetime.fromisoformat(time).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    return datetime.fromisoformat(time).astimezone().isoformat(" ", "seconds")[:19]

@@ -12,11 +12,13 @@ from collections.abc import Coroutine
 from typing import Any, NoReturn
 
 from qbackup.cli.arguments import parse_arguments
-from qbackup.errors import InterruptedByUserError, QbackupError, UsageError
-from qbackup.ui.reporters import print_json_line, print_line
+from qbackup.cli.output import report_error
+from qbackup.errors import InterruptedByUserError, as_reported
+from qbackup.ui.reporters import print_line
 
 _THREADS_END_S = 1.0
-_BUG_HINT = "this is a bug in qbackup; run it again with -v and report what it prints"
+_GARBAGE_THRESHOLD = 50_000
+"""Ten thousand manifests are no garbage; looking for some at every 700 objects costs a fifth."""
 
 
 def main() -> NoReturn:
@@ -64,23 +66,14 @@ def _run_and_report(argv: list[str]) -> int:
         json_output, verbose = arguments.json, arguments.verbose
         module = importlib.import_module(f"qbackup.cli.{arguments.module}")
         gc.freeze()
+        gc.set_threshold(_GARBAGE_THRESHOLD)
         gc.enable()
         return _run_interruptible(module.run(arguments))
     except BrokenPipeError:
         raise
-    except QbackupError as err:
-        _report(err, json_output=json_output, verbose=verbose)
-        return err.exit_code
-    except OSError as err:
-        where = f"{err.filename}: " if err.filename else ""
-        failure = QbackupError(f"{where}{err.strerror or err}")
-        failure.__cause__ = err
-        _report(failure, json_output=json_output, verbose=verbose)
-        return failure.exit_code
     except Exception as err:
-        failure = QbackupError(f"internal error: {type(err).__name__}: {err}", hint=_BUG_HINT)
-        failure.__cause__ = err
-        _report(failure, json_output=json_output, verbose=verbose)
+        failure = as_reported(err)
+        report_error(failure, json_output=json_output, verbose=verbose)
         return failure.exit_code
 
 
@@ -120,31 +113,3 @@ def _run_interruptible(command: Coroutine[Any, Any, int]) -> int:
             raise interruption from err
 
     return asyncio.run(cancellable())
-
-
-def _report(err: QbackupError, *, json_output: bool, verbose: bool) -> None:
-    notes = [str(note) for note in getattr(err, "__notes__", [])]
-    if json_output:
-        document: dict[str, Any] = {
-            "type": "error",
-            "code": err.exit_code,
-            "class": type(err).__name__,
-            "message": err.message,
-            "hint": err.hint,
-        }
-        if problems := getattr(err, "problems", ()):
-            document["problems"] = list(problems)
-        if notes:
-            document["notes"] = notes
-        print_json_line(document)
-    else:
-        lines = [f"qbackup: {err.message}", *(f"  {p}" for p in getattr(err, "problems", ()))]
-        lines += [f"note: {note}" for note in notes]
-        if err.hint:
-            lines.append(f"hint: {err.hint}")
-        for line in lines:
-            print_line(line)
-    if verbose and not isinstance(err, UsageError):
-        import traceback  # noqa: PLC0415 - only when asked for
-
-        traceback.print_exception(err)

@@ -6,8 +6,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from qbackup.actions.prune import Pruned, PruneOptions, prune
-from qbackup.cli.context import make_context
-from qbackup.cli.output import EXIT_DEGRADED, summary
+from qbackup.cli.context import is_fleet, make_context
+from qbackup.cli.fleet import Done, report_alone, run_fleet
+from qbackup.errors import EXIT_DEGRADED
+from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_size
 from qbackup.model.retention import Rules
 from qbackup.ui.reporters import make_reporter
@@ -18,30 +20,45 @@ async def run(arguments: argparse.Namespace) -> int:
     """Prune, and say of each backup why it is there or what became of it."""
     context = make_context(arguments)
     repository = context.open_repository()
-    vm = context.vm_name(repository, arguments.vm)
+    vms = context.selected_names(repository, arguments)
     given = _rules(arguments)
-    when, max_chain = context.configuration.consolidation(vm)
-    options = PruneOptions(
-        rules=given if given.are_given else context.configuration.rules(vm),
-        consolidate=arguments.consolidate or when,
-        max_chain=max_chain,
-        dry_run=arguments.dry_run,
-        lock_wait_s=arguments.lock_wait,
-    )
-    with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
+    now = datetime.now(UTC)
+
+    async def one(vm: str, reporter: Reporter) -> Done:
+        when, max_chain = context.configuration.consolidation(vm)
+        options = PruneOptions(
+            rules=given if given.are_given else context.configuration.rules(vm),
+            consolidate=arguments.consolidate or when,
+            max_chain=max_chain,
+            dry_run=arguments.dry_run,
+            lock_wait_s=arguments.lock_wait,
+        )
         if not options.rules.are_given:
             reporter.warning(
                 f"{vm}: no rule says what to keep, so nothing is removed; give --keep-last, "
                 f"--keep-daily and so on, or a table [keep] in {context.configuration.path}"
             )
-        pruned = await prune(repository, vm, options, reporter, now=datetime.now(UTC))
-    summary(
-        _document(pruned),
-        text=_text(pruned),
-        json_output=context.json_output,
-        quiet=context.quiet,
+        return _done(await prune(repository, vm, options, reporter, now=now))
+
+    if is_fleet(arguments):
+        return await run_fleet(arguments, context, vms, one, head=("BACKUPS", "REMOVED", "FREED"))
+    with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
+        done = await one(vms[0], reporter)
+    return report_alone(context, done)
+
+
+def _done(pruned: Pruned) -> Done:
+    removed, count = len(pruned.removed), len(pruned.verdicts)
+    return Done(
+        document=lambda: _document(pruned),
+        text=lambda: _text(pruned),
+        line=_headline(pruned),
+        columns=(str(count), str(removed), _size(pruned.freed_bytes)),
+        facts={"backups": count, "removed": removed, "freed_bytes": pruned.freed_bytes},
+        # What would go, and why the rest stays, is what was asked for.
+        detailed=pruned.options.dry_run,
+        exit_code=EXIT_DEGRADED if pruned.failures else 0,
     )
-    return EXIT_DEGRADED if pruned.failures else 0
 
 
 def _rules(arguments: argparse.Namespace) -> Rules:
@@ -87,10 +104,8 @@ def _size(size_bytes: int) -> str:
 
 def _text(pruned: Pruned) -> str:
     """Write a line for each backup, the newest last, as `list` does."""
-    removed, count = len(pruned.removed), len(pruned.verdicts)
-    if not count:
-        return f"{pruned.vm}: no backups"
-    would = "would be " if pruned.options.dry_run else ""
+    if not pruned.verdicts:
+        return _headline(pruned)
     rows = [
         (
             f"  {verdict.id}",
@@ -99,11 +114,19 @@ def _text(pruned: Pruned) -> str:
         )
         for verdict in reversed(pruned.verdicts)
     ]
-    merging = (
-        f"  merging: {format_size(pruned.written_bytes)} {would}written\n" if pruned.merges else ""
-    )
+    merging = ""
+    if pruned.merges:
+        would = "would be " if pruned.options.dry_run else ""
+        merging = f"  merging: {format_size(pruned.written_bytes)} {would}written\n"
+    return f"{_headline(pruned)}\n{merging}{table(('  ID', 'STORED', 'WHY'), rows, right=(1,))}"
+
+
+def _headline(pruned: Pruned) -> str:
+    removed, count = len(pruned.removed), len(pruned.verdicts)
+    if not count:
+        return f"{pruned.vm}: no backups"
+    would = "would be " if pruned.options.dry_run else ""
     return (
         f"{pruned.vm}: {removed} of {count} backup{'s' if count > 1 else ''} {would}removed, "
-        f"{_size(pruned.freed_bytes)} {would}freed\n{merging}"
-        f"{table(('  ID', 'STORED', 'WHY'), rows, right=(1,))}"
+        f"{_size(pruned.freed_bytes)} {would}freed"
     )

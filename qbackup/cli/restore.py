@@ -21,6 +21,7 @@ async def run(arguments: argparse.Namespace) -> int:
         disks=tuple(arguments.disk),
         image_format=arguments.format,
         force=arguments.force,
+        with_vm=arguments.with_vm,
         lock_wait_s=arguments.lock_wait,
     )
     with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
@@ -48,6 +49,8 @@ def _document(restored: Restored) -> dict[str, object]:
             }
             for disk in restored.disks
         ],
+        "files": [{"name": file, "path": str(path)} for file, path in restored.files.items()],
+        "start_script": str(restored.script) if restored.script else None,
     }
 
 
@@ -57,4 +60,7 @@ def _text(restored: Restored) -> str:
         f"  {disk.name}: {disk.path} ({disk.image_format}, {format_size(disk.virtual_size_bytes)})"
         for disk in restored.disks
     ]
+    lines += [f"  {file}: {path}" for file, path in restored.files.items()]
+    if restored.script:
+        lines.append(f"  look at it, then start the VM with: {restored.script}")
     return "\n".join(lines)

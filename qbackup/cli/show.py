@@ -83,6 +83,9 @@ def _text(backup: Backup, repository: str, *, protected: bool) -> str:
                 ]
             ),
         ]
+    if backup.files:
+        sizes = [(file.path, format_size(file.size_bytes)) for file in backup.files]
+        lines += ["", "files of the VM", facts([(f"  {path}", size) for path, size in sizes])]
     for name, why in backup.left_out.items():
         lines += ["", f"left out: {name}: {why}"]
     return "\n".join(lines)

@@ -13,10 +13,12 @@ from qbackup.ui.tables import table
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    """Print the state of one VM, or of all that are configured."""
+    """Print the state of some VMs, or of all that are configured."""
     context = make_context(arguments)
     repository = context.open_repository()
-    vms = [context.vm(arguments.vm)] if arguments.vm else list(context.configuration.vms.values())
+    # None named: in the order of the configuration.
+    named = context.selected_vms(arguments) if arguments.vms else context.configuration.vms.values()
+    vms = list(named)
     found = await asyncio.gather(*(query_status(repository, vm, context.state(vm)) for vm in vms))
     answer(
         [_document(status) for status in found],

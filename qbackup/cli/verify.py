@@ -1,20 +1,26 @@
 """`qbackup verify`: is everything in the repository as it was written?"""
 
 import argparse
+from collections.abc import Sequence
+from typing import Any
 
-from qbackup.actions.verify import Scope, Verifier, scope_of_chain
+from qbackup.actions.verify import Scope, Verified, Verifier, scope_of_chain
 from qbackup.catalog.choose import choose_backup
 from qbackup.catalog.history import History
-from qbackup.cli.context import make_context
+from qbackup.cli.context import Context, is_fleet, make_context
+from qbackup.cli.fleet import Done, run_fleet
 from qbackup.cli.output import summary
 from qbackup.errors import LockedError, ManifestDamagedError, UsageError, VerificationError
+from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_size
 from qbackup.repository.repository import Repository
 from qbackup.ui.reporters import make_reporter
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    """Verify one backup, one VM's, or all; what is being verified is not removed meanwhile.
+    """Verify one backup, or the VMs'; what is being verified is not removed meanwhile.
+
+    One VM, or none named, is one verification with one result; several are one each.
 
     Raises:
         LockedError: a prune is at work, and nothing is wrong with what could be verified.
@@ -22,9 +28,27 @@ async def run(arguments: argparse.Namespace) -> int:
     """
     context = make_context(arguments)
     repository = context.open_repository()
-    if arguments.at is not None and arguments.vm is None:
+    if arguments.at is not None and (is_fleet(arguments) or not arguments.vms):
         raise UsageError("--at needs a VM", hint="qbackup verify VM --at ID")
-    names = [context.vm_name(repository, arguments.vm)] if arguments.vm else repository.vms()
+    names = context.selected_names(repository, arguments)
+    if is_fleet(arguments):
+
+        async def one(vm: str, reporter: Reporter) -> Done:
+            verifier = Verifier(repository, reporter)
+            async with repository.reading(vm, wait_s=arguments.lock_wait):
+                verified = await verifier.verify([_scope(repository, vm, None)])
+            if verified.problems:
+                raise VerificationError(verified.problems)
+            return _done(vm, verified)
+
+        head = ("BACKUPS", "FILES", "BYTES")
+        return await run_fleet(arguments, context, names, one, head=head)
+    return await _verify_together(arguments, context, repository, names)
+
+
+async def _verify_together(
+    arguments: argparse.Namespace, context: Context, repository: Repository, names: Sequence[str]
+) -> int:
     locked: LockedError | None = None
     with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
         verifier = Verifier(repository, reporter)
@@ -43,18 +67,40 @@ async def run(arguments: argparse.Namespace) -> int:
     if locked is not None:
         raise locked
     summary(
-        {
-            "backups": verified.backups,
-            "files": verified.files,
-            "bytes": verified.bytes_read,
-            "problems": [],
-        },
-        text=f"verified {verified.backups} backups: {verified.files} files, "
-        f"{format_size(verified.bytes_read)}, all as written",
+        _document(verified),
+        text=_text(verified),
         json_output=context.json_output,
         quiet=context.quiet,
     )
     return 0
+
+
+def _document(verified: Verified) -> dict[str, Any]:
+    return {
+        "backups": verified.backups,
+        "files": verified.files,
+        "bytes": verified.bytes_read,
+        "problems": [],
+    }
+
+
+def _text(verified: Verified) -> str:
+    return (
+        f"verified {verified.backups} backups: {verified.files} files, "
+        f"{format_size(verified.bytes_read)}, all as written"
+    )
+
+
+def _done(vm: str, verified: Verified) -> Done:
+    document = _document(verified)
+    counts = (str(verified.backups), str(verified.files))
+    return Done(
+        document=lambda: {"vm": vm, **document},
+        text=lambda: _text(verified),
+        line=f"{vm}: {_text(verified)}",
+        columns=(*counts, format_size(verified.bytes_read)),
+        facts=document,
+    )
 
 
 def _scope(repository: Repository, vm: str, at: str | None) -> Scope:

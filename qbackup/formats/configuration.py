@@ -1,13 +1,13 @@
 """The configuration file: TOML in, checked values out.
 
 Every mistake is told with the file, the key and what is allowed there. This module does not
-open files: it is given the text, and the folder that relative paths are relative to.
+open files: it is given the texts, and the folders that relative paths are relative to.
 """
 
 import math
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,19 +21,33 @@ from qbackup.model.backup import (
 )
 from qbackup.model.chain import DEFAULT_MAX_CHAIN, LARGEST_MAX_CHAIN
 from qbackup.model.consolidation import When
+from qbackup.model.limits import MAX_PARALLEL
 from qbackup.model.names import check_name
 from qbackup.model.quantities import parse_duration_s, parse_size_bytes
 from qbackup.model.retention import NO_RULES, Rules
+from qbackup.model.selection import did_you_mean, shown
 
 Engine = Literal["snapshot", "direct", "drive-backup"]
 """How the bytes get into the repository: docs/architecture.md, "Engines"."""
 
 DEFAULT_STALL_TIMEOUT_S = 300.0
+DEFAULT_CONSOLIDATE: When = "worthwhile"
 MIN_STALL_TIMEOUT_S = 1.0
+
+DEFAULT_HOOK_TIMEOUT_S = 300.0
+DEFAULT_PARALLEL = 2
 
 MAX_CONFIGURATION_BYTES = 1024 * 1024
 MAX_KEEP = 999_999_999
 KEEP_PERIODS = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookCommands:
+    """What runs before and after a backup: a program and its arguments; empty means nothing."""
+
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +67,12 @@ class Vm:
     keep: Rules | None = None
     """The VM's own rules of retention, in place of the global ones; None means these."""
     max_chain: int = DEFAULT_MAX_CHAIN
-    consolidate: When = "worthwhile"
+    consolidate: When = DEFAULT_CONSOLIDATE
     """When backups may be merged; a chain that is full begins anew from its images, or never."""
+    files: tuple[Path, ...] = ()
+    """Files, and directories with files, that are backed up beside the disks."""
+    hooks: HookCommands = field(default_factory=HookCommands)
+    hook_timeout_s: float = DEFAULT_HOOK_TIMEOUT_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +98,9 @@ class Configuration:
     """True: a fingerprint is enough. False: never. None: if the kernel proves that nobody wrote."""
     vms: dict[str, Vm]
     keep: Rules = NO_RULES
-    consolidate: When = "worthwhile"
+    parallel: int = DEFAULT_PARALLEL
+    """How many VMs are worked on at once."""
+    consolidate: When = DEFAULT_CONSOLIDATE
     max_chain: int = DEFAULT_MAX_CHAIN
 
     def consolidation(self, name: str) -> tuple[When, int]:
@@ -104,10 +124,11 @@ class Configuration:
         """
         check_name("VM", name)
         if name not in self.vms:
-            known = ", ".join(sorted(self.vms)) or "none"
+            question = did_you_mean(name, self.vms)
             raise UsageError(
-                f"VM {name!r} is not in {self.path} (there: {known})",
-                hint=f"add a table [vm.{name}] with its qmp socket",
+                f"VM {name!r} is not in {self.path} (there: {shown(self.vms)})",
+                hint=f"{question and f'{question}if not, '}add a table [vm.{name}] with its "
+                "qmp socket",
             )
         return self.vms[name]
 
@@ -122,6 +143,15 @@ class _VmTable:
     max_chain: int | None = None
     consolidate: When | None = None
     keep: dict[str, Any] | None = None
+    files: list[str] | None = None
+    hooks: dict[str, Any] | None = None
+    hook_timeout: str | int | float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _HooksTable:
+    before: list[str] | None = None
+    after: list[str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,14 +170,37 @@ class _File:
     repository: str
     state: str
     trust_block_devices: bool | None = None
-    max_chain: int = DEFAULT_MAX_CHAIN
-    consolidate: When = "worthwhile"
+    max_chain: int | None = None
+    parallel: int = DEFAULT_PARALLEL
     scratch: str | None = None
     scratch_limit: str | int | None = None
     stall_timeout: str | int | float | None = None
     keep: dict[str, Any] | None = None
+    hooks: dict[str, Any] | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
     vm: dict[str, Any] = field(default_factory=dict)
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _IncludedFile:
+    vm: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shared:
+    """What a VM has unless its own table says otherwise."""
+
+    defaults: Mapping[str, Any]
+    max_chain: int
+    snapshot: SnapshotSettings
+    hooks: HookCommands
+
+
+_OWN_TABLES = frozenset({"keep", "hooks"})
+"""What a VM has in a table of its own, which replaces the one for all."""
+
+_OF_ONE_VM = frozenset({"qmp", "agent", "files"}) | _OWN_TABLES
+"""Keys of a VM's table that [defaults] cannot have: two VMs cannot share a socket, or a TPM."""
 
 _EXPECTED = {
     "repository": 'a directory, such as repository = "/srv/backups"',
@@ -155,6 +208,8 @@ _EXPECTED = {
     "trust_block_devices": "true or false",
     "max_chain": f"a number of backups from 1 to {LARGEST_MAX_CHAIN}, such as max_chain = 100",
     "consolidate": '"always", "worthwhile" or "never"',
+    "parallel": f"how many VMs at once, a number from 1 to {MAX_PARALLEL}",
+    "defaults": "a table [defaults] with keys that every VM has",
     "vm": "tables such as [vm.vm1]",
     "qmp": "QEMU's monitor, a socket's path or tcp:HOST:PORT",
     "agent": 'the guest agent\'s socket, such as agent = "/run/vm1/qga.sock"',
@@ -165,27 +220,85 @@ _EXPECTED = {
     "scratch_limit": 'a size, such as scratch_limit = "20G"',
     "stall_timeout": 'a time, such as stall_timeout = "5m"',
     "keep": "a table, such as [keep] or [vm.vm1.keep]",
+    "files": 'a list of files and directories, such as files = ["/var/lib/swtpm/vm1"]',
+    "hooks": "a table, such as [hooks] or [vm.vm1.hooks]",
+    "before": 'a program and its arguments, such as before = ["/usr/local/sbin/quiesce", "db"]',
+    "after": 'a program and its arguments, such as after = ["/usr/local/sbin/resume", "db"]',
+    "hook_timeout": 'a time, such as hook_timeout = "5m"',
     "within": 'a time, such as within = "30d"',
 } | dict.fromkeys(KEEP_PERIODS, "how many to keep, a number from 1 on")
 """What each key takes, for the hint of every error about it."""
 
 
-def parse_configuration(text: str, *, path: Path) -> Configuration:
-    """Read a configuration. Relative paths in it are relative to the folder of `path`.
+def parse_configuration(
+    text: str, *, path: Path, included: Sequence[tuple[Path, str]] = ()
+) -> Configuration:
+    """Read a configuration; `included` are further files, with VMs only, and their texts.
+
+    Relative paths are relative to the folder of the file that they stand in.
 
     Raises:
-        ConfigurationError: something in it is wrong.
+        ConfigurationError: something in one of them is wrong.
     """
+    top = _table(_document(text, path=path), _File, path=path, where="")
+    shared = _shared(top, path=path)
+    if not 1 <= top.parallel <= MAX_PARALLEL:
+        raise ConfigurationError(
+            f"{path}: parallel: {top.parallel} is not allowed",
+            hint=f"expected {_EXPECTED['parallel']}",
+        )
+    tables = [(path, name, table) for name, table in top.vm.items()]
+    for file, content in included:
+        found = _table(_document(content, path=file), _IncludedFile, path=file, where="")
+        tables += [(file, name, table) for name, table in found.vm.items()]
+    folder = path.absolute().parent
+    return Configuration(
+        path=path,
+        repository=folder / top.repository,
+        state=folder / top.state,
+        trust_block_devices=top.trust_block_devices,
+        vms=_vms(tables, shared),
+        keep=_rules(top.keep or {}, path=path, where="keep"),
+        consolidate=top.defaults.get("consolidate", DEFAULT_CONSOLIDATE),
+        max_chain=top.defaults.get("max_chain", shared.max_chain),
+        parallel=top.parallel,
+    )
+
+
+def _document(text: str, *, path: Path) -> dict[str, Any]:
     try:
-        document = tomllib.loads(text)
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as err:
         raise ConfigurationError(f"{path}: not TOML: {err}") from err
-    top = _table(document, _File, path=path, where="")
-    folder = path.absolute().parent
-    max_chain = _max_chain(top.max_chain, where=f"{path}: max_chain")
-    snapshot = _snapshot(top, path=path, folder=folder)
-    vms = {}
-    for name, table in top.vm.items():
+
+
+def _shared(top: _File, *, path: Path) -> _Shared:
+    """Return what all VMs have; [defaults] is checked here, whether a VM uses it or not."""
+    if top.max_chain is not None and "max_chain" in top.defaults:
+        raise ConfigurationError(
+            f"{path}: max_chain is at the top and in [defaults]", hint="leave one of them out"
+        )
+    shared = _Shared(
+        defaults={},
+        max_chain=(
+            DEFAULT_MAX_CHAIN
+            if top.max_chain is None
+            else _max_chain(top.max_chain, where=f"{path}: max_chain")
+        ),
+        snapshot=_snapshot(top, path=path, folder=path.absolute().parent),
+        hooks=_hooks(top.hooks or {}, path=path, where="hooks"),
+    )
+    _check(top.defaults, _VmTable, path=path, where="defaults", without=_OF_ONE_VM)
+    unused = _VmTable(qmp="-", **top.defaults)
+    _vm("defaults", unused, path=path, where="defaults", shared=shared)
+    return replace(shared, defaults=top.defaults)
+
+
+def _vms(tables: Iterable[tuple[Path, str, Any]], shared: _Shared) -> dict[str, Vm]:
+    vms: dict[str, Vm] = {}
+    files: dict[str, Path] = {}
+    monitors: dict[Path | tuple[str, int], str] = {}
+    for path, name, table in tables:
         where = f"vm.{name}"
         try:
             check_name("VM", name)
@@ -193,27 +306,21 @@ def parse_configuration(text: str, *, path: Path) -> Configuration:
             raise ConfigurationError(f"{path}: [vm.{name}]: {err.message}", hint=err.hint) from err
         if not isinstance(table, dict):
             raise ConfigurationError(f"{path}: {where}: expected a table [{where}]")
-        parsed = _table(table, _VmTable, path=path, where=where)
-        vms[name] = _vm(
-            name, parsed, path=path, folder=folder, max_chain=max_chain, snapshot=snapshot
-        )
-        vms[name] = replace(vms[name], consolidate=parsed.consolidate or top.consolidate)
-        for other in vms.values():
-            if other.name != name and other.qmp == vms[name].qmp:
-                raise ConfigurationError(
-                    f"{path}: vm.{other.name} and {where} have the same monitor {parsed.qmp!r}",
-                    hint="give each VM a qmp of its own",
-                )
-    return Configuration(
-        path=path,
-        repository=folder / top.repository,
-        state=folder / top.state,
-        trust_block_devices=top.trust_block_devices,
-        vms=vms,
-        keep=_rules(top.keep or {}, path=path, where="keep"),
-        consolidate=top.consolidate,
-        max_chain=max_chain,
-    )
+        if name in vms:
+            raise ConfigurationError(
+                f"{path}: [{where}] is in {files[name]}, too", hint="leave one of them out"
+            )
+        own = _table(table, _VmTable, path=path, where=where)
+        parsed = replace(own, **{k: v for k, v in shared.defaults.items() if k not in table})
+        vms[name], files[name] = _vm(name, parsed, path=path, where=where, shared=shared), path
+        other = monitors.setdefault(vms[name].qmp, name)
+        if other != name:
+            also = "" if files[other] == path else f" in {files[other]}"
+            raise ConfigurationError(
+                f"{path}: vm.{other}{also} and {where} have the same monitor {parsed.qmp!r}",
+                hint="give each VM a qmp of its own",
+            )
+    return vms
 
 
 def _snapshot(top: _File, *, path: Path, folder: Path) -> SnapshotSettings:
@@ -240,40 +347,84 @@ def _snapshot(top: _File, *, path: Path, folder: Path) -> SnapshotSettings:
     )
 
 
-def _vm(
-    name: str,
-    table: _VmTable,
-    *,
-    path: Path,
-    folder: Path,
-    max_chain: int,
-    snapshot: SnapshotSettings,
-) -> Vm:
-    where = f"{path}: vm.{name}"
+def _vm(name: str, table: _VmTable, *, path: Path, where: str, shared: _Shared) -> Vm:
+    folder, place = path.absolute().parent, f"{path}: {where}"
     if table.disks is not None:
         if not table.disks:
             raise ConfigurationError(
-                f"{where}.disks: the list is empty", hint="leave the key out to mean every disk"
+                f"{place}.disks: the list is empty", hint="leave the key out to mean every disk"
             )
         for disk in table.disks:
             if table.disks.count(disk) > 1:
-                raise ConfigurationError(f"{where}.disks: {disk!r} is there twice")
+                raise ConfigurationError(f"{place}.disks: {disk!r} is there twice")
     return Vm(
         name=name,
-        qmp=_qmp_address(table.qmp, where=f"{where}.qmp", folder=folder),
+        qmp=_qmp_address(table.qmp, where=f"{place}.qmp", folder=folder),
         agent=None if table.agent is None else folder / table.agent,
         disks=None if table.disks is None else tuple(table.disks),
-        granularity_bytes=_granularity(table.granularity, where=f"{where}.granularity"),
+        granularity_bytes=_granularity(table.granularity, where=f"{place}.granularity"),
         # The old word for the direct engine, from when there were only jobs that write.
         engine="direct" if table.engine == "blockdev-backup" else table.engine,
-        snapshot=snapshot,
-        keep=None if table.keep is None else _rules(table.keep, path=path, where=f"vm.{name}.keep"),
+        snapshot=shared.snapshot,
+        keep=None if table.keep is None else _rules(table.keep, path=path, where=f"{where}.keep"),
         max_chain=(
-            max_chain
+            shared.max_chain
             if table.max_chain is None
-            else _max_chain(table.max_chain, where=f"{where}.max_chain")
+            else _max_chain(table.max_chain, where=f"{place}.max_chain")
+        ),
+        consolidate=table.consolidate or DEFAULT_CONSOLIDATE,
+        files=tuple(
+            _file(text, where=f"{place}.files", folder=folder) for text in table.files or ()
+        ),
+        hooks=(
+            shared.hooks
+            if table.hooks is None
+            else _hooks(table.hooks, path=path, where=f"{where}.hooks")
+        ),
+        hook_timeout_s=(
+            DEFAULT_HOOK_TIMEOUT_S
+            if table.hook_timeout is None
+            else _duration_s(table.hook_timeout, key="hook_timeout", where=place)
         ),
     )
+
+
+def _file(text: str, *, where: str, folder: Path) -> Path:
+    if not text or "\0" in text:
+        raise ConfigurationError(
+            f"{where}: {text!r} is not allowed", hint=f"expected {_EXPECTED['files']}"
+        )
+    return folder / text
+
+
+def _hooks(document: dict[str, Any], *, path: Path, where: str) -> HookCommands:
+    """Read a table of hooks. A program with a `/` in it is relative to the file's folder."""
+    table = _table(document, _HooksTable, path=path, where=where)
+    commands = {}
+    for key in ("before", "after"):
+        command = getattr(table, key) or []
+        if any("\0" in argument for argument in command) or (
+            key in document and not any(command[:1])
+        ):
+            raise ConfigurationError(
+                f"{path}: {where}.{key}: {command!r} is not allowed",
+                hint=f"expected {_EXPECTED[key]}",
+            )
+        program = [str(path.absolute().parent / one) if "/" in one else one for one in command[:1]]
+        commands[key] = (*program, *command[1:])
+    return HookCommands(**commands)
+
+
+def _duration_s(value: str | float, *, key: str, where: str) -> float:
+    try:
+        seconds = parse_duration_s(value) if isinstance(value, str) else float(value)
+        if not 0 < seconds < math.inf:
+            raise ValueError(f"{value!r} is no time")  # noqa: TRY301 - told like the others
+    except ValueError as err:
+        raise ConfigurationError(
+            f"{where}.{key}: {err}", hint=f"expected {_EXPECTED[key]}"
+        ) from err
+    return seconds
 
 
 def _rules(document: dict[str, Any], *, path: Path, where: str) -> Rules:
@@ -301,18 +452,28 @@ def _rules(document: dict[str, Any], *, path: Path, where: str) -> Rules:
 
 
 def _table(document: dict[str, Any], target: type[Any], *, path: Path, where: str) -> Any:
-    """Check a table's keys and types against the dataclass `target`."""
-    allowed = [entry.name for entry in fields(target)]
+    """Return a table as the dataclass `target`, its keys and types checked."""
+    _check(document, target, path=path, where=where)
+    _require(document, target, path=path, where=where)
+    return target(**document)
+
+
+def _check(
+    document: dict[str, Any],
+    target: type[Any],
+    *,
+    path: Path,
+    where: str,
+    without: frozenset[str] = frozenset(),
+) -> None:
+    """Check a table's keys and types against the dataclass `target`, but for the keys `without`."""
+    allowed = [entry.name for entry in fields(target) if entry.name not in without]
     prefix = f"{where}." if where else ""
     for key in document:
         if key not in allowed:
-            misplaced = where and key in {entry.name for entry in fields(_File)}
-            hint = f"allowed here: {', '.join(allowed)}"
             raise ConfigurationError(
-                f"{path}: unknown key {prefix}{key}",
-                hint=f"{key} belongs before the first table" if misplaced else hint,
+                f"{path}: unknown key {prefix}{key}", hint=_place_of(key, allowed, target)
             )
-    _require(document, target, path=path, prefix=prefix)
     for key, value in document.items():
         try:
             convert(value, _key_type(target, key))
@@ -322,15 +483,23 @@ def _table(document: dict[str, Any], target: type[Any], *, path: Path, where: st
                 f"{path}: {prefix}{key}: {value!r} is not allowed",
                 hint=f"expected {_EXPECTED[key]}",
             ) from err
-    return target(**document)
 
 
-def _require(document: dict[str, Any], target: type[Any], *, path: Path, prefix: str) -> None:
+def _place_of(key: str, allowed: Sequence[str], target: type[Any]) -> str:
+    """Say where a key belongs, or what is allowed where it stands."""
+    if target is _IncludedFile:
+        return "a file in conf.d holds tables such as [vm.vm1] only; the rest is in the main file"
+    if target is not _File and key in {entry.name for entry in fields(_File)}:
+        return f"write [{key}]" if key in _OWN_TABLES else f"{key} belongs before the first table"
+    return f"allowed here: {', '.join(allowed)}"
+
+
+def _require(document: dict[str, Any], target: type[Any], *, path: Path, where: str) -> None:
     for entry in fields(target):
         required = entry.default is MISSING and entry.default_factory is MISSING
         if required and entry.name not in document:
             raise ConfigurationError(
-                f"{path}: the key {prefix}{entry.name} is missing",
+                f"{path}: the key {where}{'.' if where else ''}{entry.name} is missing",
                 hint=f"expected {_EXPECTED[entry.name]}",
             )
 
@@ -391,12 +560,11 @@ repository = {_quoted(repository)}
 state = {_quoted(state)}
 # trust_block_devices = true          # see docs/how-to-lose-a-backup.md; must be before any table
 # max_chain = {DEFAULT_MAX_CHAIN}                     # backups in a chain; before any table
-# consolidate = "worthwhile"          # merge backups that no rule keeps into those that need them:
-#                                     # "always", "worthwhile" (no full for little), "never"
 # scratch = "/var/tmp/qbackup"        # local disk for what the guest overwrites during a backup;
 #                                     # default: the state directory
 # scratch_limit = "20G"               # a backup that would need more is given up; default: none
 # stall_timeout = "5m"                # so is one that gets no further for so long
+# parallel = {DEFAULT_PARALLEL}                        # how many VMs at once (--all)
 
 # What qbackup prune keeps: the newest backup of each of so many periods that have one. A table
 # [vm.vm1.keep] replaces this one for vm1. Without any rule, nothing is ever removed.
@@ -406,7 +574,19 @@ state = {_quoted(state)}
 # daily = 7                           # also: last, weekly, monthly, yearly
 # within = "2d"                       # and everything that is not older
 
-# One table for each VM. Start QEMU with for example
+# What every VM has unless its own table says otherwise: any key but qmp and agent.
+#
+# [defaults]
+# granularity = "{granularity}"
+
+# Programs that run before and after each backup; a table [vm.vm1.hooks] replaces this one.
+#
+# [hooks]
+# before = ["/usr/local/sbin/quiesce", "db"]     # if it fails, nothing is backed up
+# after = ["/usr/local/sbin/resume", "db"]       # in any case; see QBACKUP_RESULT
+
+# One table for each VM, here or in files conf.d/*.toml beside this one. Start QEMU with
+# for example
 #   -qmp unix:/run/vm1/qmp.sock,server=on,wait=off
 # and give every disk a name: -blockdev node-name=… or -drive id=…
 #
@@ -417,7 +597,12 @@ state = {_quoted(state)}
 # granularity = "{granularity}"                 # bytes per bit of the dirty bitmap, 4K to 2M
 # engine = "snapshot"                 # or "direct": QEMU writes the backup itself, and a slow
 #                                     # repository slows the guest; "drive-backup" is like it
-# max_chain = {DEFAULT_MAX_CHAIN}                     # for this VM alone; so is consolidate
+# max_chain = {DEFAULT_MAX_CHAIN}                     # for this VM alone
+# consolidate = "worthwhile"          # merge backups that no rule keeps into those that need them:
+#                                     # "always", "worthwhile" (copy no full for little), "never"
+# hook_timeout = "5m"                 # after which a hook is killed
+# files = ["/var/lib/swtpm/vm1"]      # small files and directories that belong to the VM, such as
+#                                     # the state of its TPM
 """
 
 

@@ -38,10 +38,7 @@ def decode_document(data: bytes, *, format_name: str, version: int) -> dict[str,
         NewerVersionError: it is of this format, but of a later version.
         DocumentError: it is no JSON object, of another format, or damaged.
     """
-    try:
-        body = json.loads(data, parse_constant=_refuse, parse_float=_finite)
-    except (ValueError, RecursionError) as err:
-        raise DocumentError(f"not JSON ({err})") from err
+    body = _parsed(data)
     if not isinstance(body, dict) or body.get("format") != format_name:
         raise DocumentError(f"not a {format_name} document")
     found = body.get("version")
@@ -50,12 +47,13 @@ def decode_document(data: bytes, *, format_name: str, version: int) -> dict[str,
     if found > version:
         raise NewerVersionError(f"version {found}; this qbackup reads up to {version}")
     checksum = body.pop("checksum", None)
-    try:
-        expected = _checksum(body)
-    except RecursionError as err:  # what could just be read may be too deep to be written
-        raise DocumentError("nested too deeply") from err
-    if checksum != expected:
-        raise DocumentError("the checksum is wrong")
+    if checksum != _quick_checksum(body):
+        try:
+            expected = _checksum(body)
+        except RecursionError as err:  # what could just be read may be too deep to be written
+            raise DocumentError("nested too deeply") from err
+        if checksum != expected:
+            raise DocumentError("the checksum is wrong")
     del body["format"], body["version"]
     return body
 
@@ -70,6 +68,30 @@ def convert(value: object, target: type[T]) -> T:
         return msgspec.convert(value, target, strict=True)
     except msgspec.ValidationError as err:
         raise DocumentError(str(err).replace("`", "")) from err
+
+
+def _parsed(data: bytes) -> Any:
+    """Read JSON. What the quick reader does not take, such as half a surrogate pair, `json` may."""
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        pass
+    try:
+        return json.loads(data, parse_constant=_refuse, parse_float=_finite)
+    except (ValueError, RecursionError) as err:
+        raise DocumentError(f"not JSON ({err})") from err
+
+
+def _quick_checksum(body: dict[str, Any]) -> str | None:
+    """Return what `_checksum` does, ten times as fast, for nearly every document.
+
+    Where the two write differently (a number such as 1e+16), this one is of other bytes, and
+    proves nothing.
+    """
+    try:
+        return blake3(msgspec.json.encode(body, order="sorted")).hexdigest()
+    except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError):
+        return None
 
 
 def _checksum(body: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from datetime import MAXYEAR, MINYEAR, datetime
 from typing import Any
 
 from qbackup.formats.documents import DocumentError, convert, decode_document, encode_document
+from qbackup.formats.vm_files import check_files
 from qbackup.model.backup import MAX_DISK_BYTES, Backup, SourceImage
 from qbackup.model.names import is_backup_id, is_safe_name
 from qbackup.model.secrets import redacted, redacted_command_line
@@ -61,6 +62,8 @@ def decode_manifest(data: bytes, *, repository_id: str, vm: str, backup_id: str)
         for image in (disk, disk.replaces):
             if image is not None and (image.kind == "full") != (image.parent is None):
                 raise DocumentError(f"disk {disk.name}: {image.kind} with parent {image.parent}")
+    if backup.files:
+        check_files(backup.files)
     return backup
 
 

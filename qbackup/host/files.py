@@ -37,7 +37,7 @@ class TooLargeError(OSError):
 
 
 def open_regular(
-    path: Path, mode: Literal["rb", "r+b"] = "rb", *, follow: bool = False
+    path: Path | str, mode: Literal["rb", "r+b"] = "rb", *, follow: bool = False
 ) -> io.FileIO:
     """Open an existing regular file, without a buffer; never wait for anything.
 
@@ -48,13 +48,8 @@ def open_regular(
         NotRegularError: it is a link, a directory, a FIFO, a socket or a device.
         OSError: it is not there, or may not be opened.
     """
-    # Looked at before it is opened, because opening a device can have effects; and again
-    # afterwards, because it may have been exchanged in between.
-    _require_regular(path, path.stat(follow_symlinks=follow))
-    flags = _MODES[mode] | _FLAGS | (0 if follow else os.O_NOFOLLOW)
-    fd = os.open(path, flags)
+    fd, _ = _open(path, _MODES[mode], follow=follow)
     try:
-        _require_regular(path, os.fstat(fd))
         os.set_blocking(fd, True)
         return io.FileIO(fd, mode)
     except BaseException:
@@ -62,7 +57,22 @@ def open_regular(
         raise
 
 
-def read_bounded(path: Path, limit_bytes: int, *, follow: bool = False) -> bytes:
+def _open(path: Path | str, mode: int, *, follow: bool) -> tuple[int, os.stat_result]:
+    """Return a descriptor of a regular file, and what is known of it."""
+    # Looked at before it is opened, because opening a device can have effects; and again
+    # afterwards, because it may have been exchanged in between.
+    _require_regular(path, os.stat(path, follow_symlinks=follow))  # noqa: PTH116 - or a str
+    fd = os.open(path, mode | _FLAGS | (0 if follow else os.O_NOFOLLOW))
+    try:
+        facts = os.fstat(fd)
+        _require_regular(path, facts)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, facts
+
+
+def read_bounded(path: Path | str, limit_bytes: int, *, follow: bool = False) -> bytes:
     """Read a small regular file whole; see `open_regular`.
 
     Raises:
@@ -70,37 +80,43 @@ def read_bounded(path: Path, limit_bytes: int, *, follow: bool = False) -> bytes
         NotRegularError: it is no regular file.
         OSError: it is not there, or cannot be read.
     """
-    with open_regular(path, follow=follow) as file:
-        # One byte more than allowed tells a file that grows, or that lies about its length.
-        wanted = limit_bytes + 1
-        if os.fstat(file.fileno()).st_size > limit_bytes:
+    fd, facts = _open(path, os.O_RDONLY, follow=follow)
+    try:
+        if facts.st_size > limit_bytes:
             raise _too_large(path, limit_bytes)
+        # One byte more than allowed tells a file that grows, or that lies about its length; but
+        # room for the most that it may have would be megabytes for each small file.
         data = b""
-        while len(data) < wanted and (more := file.read(wanted - len(data))):
+        while len(data) <= limit_bytes:
+            more = os.read(fd, max(facts.st_size, len(data)) + 1)
+            if not more:
+                break
             data += more
+    finally:
+        os.close(fd)
     if len(data) > limit_bytes:
         raise _too_large(path, limit_bytes)
     return data
 
 
-def size_of_regular(path: Path) -> int:
+def size_of_regular(path: Path | str) -> int:
     """Return the length of a regular file, without opening it.
 
     Raises:
         NotRegularError: it is no regular file.
         OSError: it is not there.
     """
-    facts = path.stat(follow_symlinks=False)
+    facts = os.lstat(path)
     _require_regular(path, facts)
     return facts.st_size
 
 
-def _require_regular(path: Path, facts: os.stat_result) -> None:
+def _require_regular(path: Path | str, facts: os.stat_result) -> None:
     kind = stat.S_IFMT(facts.st_mode)
     if kind != stat.S_IFREG:
         what = _KINDS.get(kind, "something else")
         raise NotRegularError(errno.EINVAL, f"this is {what}, not a regular file", str(path))
 
 
-def _too_large(path: Path, limit_bytes: int) -> TooLargeError:
+def _too_large(path: Path | str, limit_bytes: int) -> TooLargeError:
     return TooLargeError(errno.EFBIG, f"larger than {limit_bytes} bytes", str(path))

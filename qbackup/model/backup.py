@@ -261,6 +261,18 @@ class DiskBackup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VmFile:
+    """A small file of the VM's that is no disk, as it was on the host: its path and its content.
+
+    `blake3` is the hash of the content in hexadecimal.
+    """
+
+    path: str
+    size_bytes: ByteCount
+    blake3: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VmConfiguration:
     """Enough of a VM to start it again: QEMU's command line where it can be had, else facts."""
 
@@ -294,6 +306,8 @@ class Backup:
     qemu_version: str
     vm_configuration: VmConfiguration
     left_out: dict[str, str] = field(default_factory=dict)
+    files: list[VmFile] = field(default_factory=list)
+    """In the order in which they are in the archive beside the images."""
 
     @property
     def moment(self) -> datetime:
@@ -308,6 +322,11 @@ class Backup:
         """Return the backup with other images of the same disks."""
         parents = [disk.parent for disk in disks if disk.parent is not None]
         return replace(self, disks=disks, parent=max(parents, default=None))
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether images of it are being exchanged, or were by somebody who was killed."""
+        return any(disk.replaces is not None for disk in self.disks)
 
     @property
     def kind(self) -> Kind:

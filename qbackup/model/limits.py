@@ -4,3 +4,5 @@ MIN_GRANULARITY_BYTES = 4096
 MAX_GRANULARITY_BYTES = 2 * 1024 * 1024
 MAX_DISK_BYTES = 64 * 1024**4
 """Disks up to 64 TiB; larger sizes in a file are taken for damage."""
+MAX_PARALLEL = 64
+"""VMs that are worked on at once."""

@@ -8,6 +8,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 
 from qbackup.errors import UsageError
 
@@ -99,6 +100,7 @@ def short_mark(backup_id: str) -> str:
     return f"{milliseconds & 0xFFFF:04x}"
 
 
+@lru_cache(maxsize=65536)  # an id comes by as a name, in its manifest, and as a parent
 def _time_of(backup_id: str) -> datetime | None:
     match = _BACKUP_ID.match(backup_id)
     if match is None:

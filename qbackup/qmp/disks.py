@@ -22,6 +22,9 @@ from qbackup.qmp import commands
 from qbackup.qmp.graph import BlockGraph, NodeFacts, NodeFile, chain_files, query_graph
 from qbackup.qmp.monitor import Looker
 
+EMPTY, READ_ONLY = "empty", "read-only"
+"""Why a drive is no disk that can be backed up."""
+
 _AUTOMATIC_NODE_PREFIX = "#block"
 _JOB_FILTERS = frozenset({"copy-before-write", "mirror_top", "commit_top", "backup-top"})
 _PROTOCOLS = frozenset({"file", "host_device", "nbd", "rbd", "iscsi", "blkdebug"})
@@ -45,6 +48,16 @@ _SPLIT_FORMATS = frozenset({"vmdk", "quorum", "blkverify"})
 
 _THROW_AWAY = re.compile(r"vl\.[A-Za-z0-9]{6}")
 """What QEMU calls the overlay of `snapshot=on` (block.c, `bdrv_append_temp_snapshot`)."""
+
+_INVENTED = re.compile(r"(?:(?:ide|scsi)[0-9]+-(?:hd|cd)|(?:none|floppy|mtd|sd|virtio|xen))[0-9]+")
+"""What QEMU calls a -drive without an id: its kind and its place among them (blockdev.c,
+`drive_new`). Not `pflash1`: flash is what its place makes it, firmware or its variables."""
+
+_ANONYMOUS = re.compile(r"/machine/peripheral-anon/device\[([0-9]{1,6})\](?:/.*)?")
+"""The path of a -device without an id: its place among them (qdev-monitor.c, `qdev_set_id`)."""
+
+_FLASH = re.compile(r"/machine/[a-z0-9.-]+\.flash[0-9]+")
+"""The path of a machine's flash (hw/i386/pc_sysfw.c, hw/arm/virt.c)."""
 
 _FDSET = re.compile(r"/dev/fdset/([0-9]{1,9})")
 _PERIPHERAL = "/machine/peripheral/"
@@ -75,6 +88,8 @@ class Disk:
     """Every file that holds a part of the disk, the image first; None if it cannot be told."""
     shared: bool = False
     """Whether others than this QEMU may write to it."""
+    invented_name: bool = False
+    """Whether QEMU made its name up, by its place among others: another disk may have it next."""
     throw_away: bool = False
     """Whether its image is the overlay of `snapshot=on`, which ends with QEMU."""
     other_writers: tuple[str, ...] = ()
@@ -101,6 +116,8 @@ class Inventory:
     """Every node's name."""
     written_files: tuple[NodeFile, ...] = ()
     """Every file that this QEMU has open for writing, those of the disks among them."""
+    firmware: tuple[str, ...] = ()
+    """The images of read-only flash, from which the VM starts."""
     refused: dict[str, str] = field(default_factory=dict)
     """Disks of which there is no image of an instant, and why."""
 
@@ -232,12 +249,15 @@ async def query_inventory(monitor: Looker) -> Inventory:
     disks: dict[str, Disk] = {}
     left_out: dict[str, str] = {}
     busy: dict[str, Disk] = {}
+    firmware: list[str] = []
     for device in devices:
         name = _disk_name(device)
         if device.inserted is None:
-            left_out[name or "unnamed drive"] = "empty"
+            left_out[name or "unnamed drive"] = EMPTY
         elif device.inserted.ro:
-            left_out[name or redacted(device.inserted.image.filename)] = "read-only"
+            left_out[name or redacted(device.inserted.image.filename)] = READ_ONLY
+            if _FLASH.fullmatch(device.qdev or ""):
+                firmware.append(redacted(device.inserted.image.filename))
         else:
             disk, hidden = _look_at(device, device.inserted, blocks)
             group = busy if hidden or disk.jobs else disks
@@ -254,6 +274,7 @@ async def query_inventory(monitor: Looker) -> Inventory:
         busy=_one_for_each_node(busy),
         bitmaps=tuple((node, bitmap) for node, found in blocks.bitmaps.items() for bitmap in found),
         nodes=tuple(blocks.nodes),
+        firmware=tuple(firmware),
         written_files=blocks.graph.written_files(blocks.facts) if blocks.graph else (),
     )
 
@@ -292,7 +313,7 @@ def _look_at(device: _Device, inserted: _Node, blocks: _Blocks) -> tuple[Disk, b
     if inserted.drv in _JOB_FILTERS:
         node, hidden = _below_job_filters(inserted, blocks), True
     below = _Device(device=device.device, inserted=node, qdev=device.qdev)
-    return _disk(below, node, _disk_name(below), blocks), hidden
+    return _disk(below, node, _disk_name(below) or _place_name(below), blocks), hidden
 
 
 def _below_job_filters(inserted: _Node, blocks: _Blocks) -> _Node:
@@ -388,6 +409,7 @@ def _disk(device: _Device, node: _Node, name: str | None, blocks: _Blocks) -> Di
         bitmaps=blocks.bitmaps.get(node_name, ()),
         files=files,
         shared=graph is not None and any(graph.is_shared(user) for user in users if device.qdev),
+        invented_name=_is_invented(device, name),
         throw_away=_is_throw_away(blocks.without_filters(node), files),
         other_writers=graph.other_writers(node_name) if graph is not None else (),
         jobs=blocks.jobs(node_name),
@@ -437,6 +459,22 @@ def _disk_name(device: _Device) -> str | None:
     if device.qdev and not device.qdev.startswith("/"):
         return device.qdev
     return None
+
+
+def _place_name(device: _Device) -> str | None:
+    """Return a name for a disk that has none at all: the place of its device among others."""
+    match = _ANONYMOUS.fullmatch(device.qdev or "")
+    return f"device{match[1]}" if match else None
+
+
+def _is_invented(device: _Device, name: str) -> bool:
+    """Tell whether a disk's name is QEMU's, as far as it looks so; a user may choose such an id."""
+    node_name = device.inserted.node_name if device.inserted else None
+    if name == node_name:
+        return False
+    if device.device:
+        return _INVENTED.fullmatch(name) is not None
+    return _ANONYMOUS.fullmatch(device.qdev or "") is not None
 
 
 def _bitmap(bitmap: _DirtyBitmap) -> Bitmap:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from qbackup.errors import RemovalError
 from qbackup.formats.manifest import MANIFEST_FILE
+from qbackup.formats.vm_files import ARCHIVE_FILE
 from qbackup.host import durable
 from qbackup.model.names import REMOVED_SUFFIX
 from qbackup.model.progress import Reporter
@@ -24,7 +25,7 @@ from qbackup.repository.leftovers import named_after_backups
 
 PROTECTED_FILE = "protected"
 IMAGE_SUFFIX = ".qcow2"
-_OURS = frozenset({MANIFEST_FILE, PROTECTED_FILE})
+_OURS = frozenset({MANIFEST_FILE, PROTECTED_FILE, ARCHIVE_FILE})
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 

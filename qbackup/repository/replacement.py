@@ -122,7 +122,7 @@ class Place:
         backup = decode_manifest(
             data, repository_id=self._repository_id, vm=vm, backup_id=self.backup_id
         )
-        return backup if any(disk.replaces for disk in backup.disks) else None
+        return backup if backup.is_changing else None
 
 
 def staged(vm_directory: Path) -> list[Path]:
@@ -157,8 +157,6 @@ async def finish(
 
 def as_it_is(directory: Path, backup: Backup) -> Backup:
     """Return a backup with the facts of the images that are in their places now."""
-    if not any(disk.replaces for disk in backup.disks):
-        return backup
     return backup.with_disks([_disk_as_it_is(directory, disk) for disk in backup.disks])
 
 

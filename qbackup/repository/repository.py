@@ -4,6 +4,7 @@ REPO/qbackup.json                      format version, repository id
 REPO/vm1/.lock                         who may use vm1's backups now (`host/lock.py`)
 REPO/vm1/<backup id>/manifest.json     written last; without it the backup does not exist
 REPO/vm1/<backup id>/<disk>.qcow2      backing file: ../<parent id>/<disk>.qcow2
+REPO/vm1/<backup id>/files.tar.gz      the VM's small files that are no disks, if it has any
 REPO/vm1/<backup id>/protected         if it is there, `prune` leaves the backup alone
 REPO/vm1/<backup id>.partial/          being written
 REPO/vm1/<backup id>.removed/          being deleted (`removal.py`)
@@ -31,6 +32,7 @@ from qbackup.formats.repository_file import (
     decode_repository_file,
     encode_repository_file,
 )
+from qbackup.formats.vm_files import ARCHIVE_FILE
 from qbackup.host import durable
 from qbackup.host.files import read_bounded
 from qbackup.host.lock import HeldLock, is_locked, locked, locked_alone, locked_for_reading
@@ -73,11 +75,14 @@ class PartialBackup:
         """Create the disk's empty file, for the owner only, and return its descriptor."""
         return durable.create_file_now(self.image(disk))
 
-    async def publish(self, backup: Backup) -> None:
+    async def publish(self, backup: Backup, *, archive: bytes | None = None) -> None:
         """Write the manifest and make the backup exist: the commit point.
 
         The images must be synced. When this returns, a power cut changes nothing any more.
+        `archive` is of the files that the manifest names.
         """
+        if archive is not None:
+            await durable.write_new_file(self.directory / ARCHIVE_FILE, archive)
         data = encode_manifest(backup, repository_id=self._repository.id)
         await durable.write_new_file(self.directory / MANIFEST_FILE, data)
         await durable.sync_directory(self.directory)
@@ -219,28 +224,29 @@ class Repository:
             BackupNotFoundError: there is no such backup.
             ManifestDamagedError: its manifest cannot be used.
         """
-        directory = self.vm_directory(vm) / backup_id
-        path = directory / MANIFEST_FILE
-        if directory.is_symlink():
+        # Text, not paths: `list` comes by here ten thousand times.
+        directory = f"{self.path}/{vm}/{backup_id}"
+        path = f"{directory}/{MANIFEST_FILE}"
+        if os.path.islink(directory):  # noqa: PTH114 - as above
             raise ManifestDamagedError(
-                str(directory),
+                directory,
                 "this is a symbolic link, not a directory",
                 hint="move the backup's directory to where the link is; no link is followed here",
             )
         try:
             data = read_bounded(path, MAX_MANIFEST_BYTES)
             found = decode_manifest(data, repository_id=self.id, vm=vm, backup_id=backup_id)
-            return as_it_is(directory, found)
+            return as_it_is(Path(directory), found) if found.is_changing else found
         except FileNotFoundError as err:
-            if not directory.is_dir():
+            if not Path(directory).is_dir():
                 raise BackupNotFoundError(f"{vm}: there is no backup {backup_id}") from err
-            raise ManifestDamagedError(str(path), "the manifest is missing") from err
+            raise ManifestDamagedError(path, "the manifest is missing") from err
         except NotADirectoryError as err:
             raise BackupNotFoundError(f"{vm}: there is no backup {backup_id}") from err
         except OSError as err:
-            raise ManifestDamagedError(str(path), f"cannot be read: {err.strerror}") from err
+            raise ManifestDamagedError(path, f"cannot be read: {err.strerror}") from err
         except DocumentError as err:
-            raise ManifestDamagedError(str(path), str(err)) from err
+            raise ManifestDamagedError(path, str(err)) from err
 
     def newest_first(self, vm: str) -> Iterator[Backup | DamagedBackup]:
         """Read the VM's manifests one by one, the newest first."""

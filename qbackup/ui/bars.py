@@ -37,7 +37,7 @@ class BarReporter:
             console=self._console,
             expand=True,
         )
-        self._tasks: dict[str, TaskID] = {}
+        self._tasks: dict[tuple[str, str], TaskID] = {}
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -54,10 +54,15 @@ class BarReporter:
     def progress(self, *, vm: str, disk: str, done_bytes: int, total_bytes: int) -> None:
         """Move a disk's bar. A disk with nothing to copy is done at once."""
         label = escape(printable(f"{vm} {disk}"))
-        if disk not in self._tasks:
-            self._tasks[disk] = self._progress.add_task(label, total=max(1, total_bytes))
+        if (vm, disk) not in self._tasks:
+            self._tasks[vm, disk] = self._progress.add_task(label, total=max(1, total_bytes))
         done = done_bytes if total_bytes else 1
-        self._progress.update(self._tasks[disk], completed=done, total=max(1, total_bytes))
+        self._progress.update(self._tasks[vm, disk], completed=done, total=max(1, total_bytes))
+
+    def ended(self, vm: str) -> None:
+        """Take a VM's bars away; there may be more VMs than a screen has lines."""
+        for key in [key for key in self._tasks if key[0] == vm]:
+            self._progress.remove_task(self._tasks.pop(key))
 
     def notice(self, message: str) -> None:
         """Print a line above the bars."""

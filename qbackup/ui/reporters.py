@@ -29,6 +29,9 @@ class ClosableReporter(Protocol):
     def warning(self, message: str) -> None:
         """See `qbackup.model.progress.Reporter`."""
 
+    def ended(self, vm: str) -> None:
+        """No more comes from this VM, one of several: what is shown of it can make room."""
+
     def __enter__(self) -> Self: ...
 
     def __exit__(
@@ -63,29 +66,34 @@ class _Plain:
     def warning(self, message: str) -> None:
         print_line(f"warning: {message}")
 
+    def ended(self, vm: str) -> None:
+        """Nothing makes room: lines stay."""
+
 
 class LineReporter(_Plain):
     """For logs and cron: each disk every few seconds, and when it is done."""
 
     def __init__(self, *, quiet: bool) -> None:
         super().__init__(quiet=quiet)
-        self._started: dict[str, float] = {}
-        self._turn_began = time.monotonic()
-        self._last: dict[str, float] = {}
+        self._started: dict[tuple[str, str], float] = {}
+        self._turn_began: dict[str, float] = {}
+        self._last: dict[tuple[str, str], float] = {}
+        self._began = time.monotonic()
 
     def progress(self, *, vm: str, disk: str, done_bytes: int, total_bytes: int) -> None:
         """Print a line if the last one is long enough ago."""
-        now = time.monotonic()
+        now, key = time.monotonic(), (vm, disk)
         # Disks that are copied together began together, the next one when the last was done.
-        started = self._started.setdefault(disk, self._turn_began)
-        if self._quiet or self._last.get(disk) == float("inf"):
+        began = self._turn_began.setdefault(vm, now if self._turn_began else self._began)
+        started = self._started.setdefault(key, began)
+        if self._quiet or self._last.get(key) == float("inf"):
             return
         done = done_bytes >= total_bytes
         if done:
-            self._turn_began = now
-        if not done and now - self._last.setdefault(disk, now) < LINE_INTERVAL_S:
+            self._turn_began[vm] = now
+        if not done and now - self._last.setdefault(key, now) < LINE_INTERVAL_S:
             return
-        self._last[disk] = float("inf") if done else now
+        self._last[key] = float("inf") if done else now
         seconds = now - started
         text = f"{vm}: {disk}: {format_size(done_bytes)} of {format_size(total_bytes)}"
         if done:
@@ -102,15 +110,15 @@ class JsonReporter(_Plain):
 
     def __init__(self, *, quiet: bool) -> None:
         super().__init__(quiet=quiet)
-        self._last: dict[str, tuple[float, bool]] = {}
+        self._last: dict[tuple[str, str], tuple[float, bool]] = {}
 
     def progress(self, *, vm: str, disk: str, done_bytes: int, total_bytes: int) -> None:
         """Print a line, at most two a second for each disk, and always the last one."""
         now, done = time.monotonic(), done_bytes >= total_bytes
-        last, was_done = self._last.get(disk, (float("-inf"), False))
+        last, was_done = self._last.get((vm, disk), (float("-inf"), False))
         if was_done or (not done and now - last < JSON_INTERVAL_S):
             return
-        self._last[disk] = (now, done)
+        self._last[vm, disk] = (now, done)
         print_json_line(
             {
                 "type": "progress",

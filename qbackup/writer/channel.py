@@ -7,7 +7,8 @@ The parent says (`do`)
     begin    partial, final                make the directory of the backup
     copy     disk, file, socket, export …  (`client.CopyRequest`), with the bitmap's descriptor
     rate     disk, bytes_per_s
-    publish  file                          with the descriptor of the last file's content
+    publish  extra                         with the descriptor of the last file's content, and, if
+                                           `extra` names one, that of another file's before it
     discard                                end everything, remove what was written
 
 The process says (`is`)

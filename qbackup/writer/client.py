@@ -24,7 +24,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -53,7 +52,8 @@ class CopyRequest:
     """One disk to copy.
 
     `socket` is where the export is served; or `connection` is the descriptor of a connection to
-    there, which is only lent: the process never ends it, and only forgets it.
+    there, which is only lent: the process never ends it, and only forgets it. With neither, nothing
+    is read: that is for a disk of which nothing is dirty.
     `file` is the image's name in the directory. `bits` is what is dirty; None: everything, a full.
     `backing_file` is the name to write into the image; it must be there if and only if `bits` is
     (or may be, of an empty disk).
@@ -62,8 +62,8 @@ class CopyRequest:
 
     disk: str
     file: str
-    export: str
     virtual_size_bytes: int
+    export: str = ""
     socket: Path | None = None
     connection: int | None = None
     bits: Bits | None = None
@@ -93,7 +93,7 @@ ProgressListener = Callable[[str, int, int], None]
 class Writer:
     """A running writer process. Get one from `writer_process`."""
 
-    def __init__(self, *, process: "_Child", on_progress: ProgressListener) -> None:
+    def __init__(self, *, process: "StartedWriter", on_progress: ProgressListener) -> None:
         self._child, self._on_progress = process, on_progress
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[tuple[str, str | None], asyncio.Future[Message]] = {}
@@ -128,9 +128,10 @@ class Writer:
             request.bits is not None and request.backing_file is None
         ):
             raise ValueError("an incremental has bits and a backing file, a full has neither")
-        if (request.socket is None) == (request.connection is None):
-            raise ValueError("either a socket or a connection")
         bits = request.bits
+        sources = [s for s in (request.socket, request.connection) if s is not None]
+        if len(sources) > 1 or (not sources and (bits is None or bits.count())):
+            raise ValueError("either a socket or a connection; neither if there is nothing to read")
         if bits is not None and bits.virtual_size_bytes != request.virtual_size_bytes:
             raise ValueError("the bitmap is of a disk of another size")
         message = {
@@ -163,23 +164,39 @@ class Writer:
         """Change the speed limit of a disk that is being copied; 0: none."""
         await self._send({"do": "rate", "disk": disk, "bytes_per_s": bytes_per_s}, None)
 
-    async def publish(self, manifest: bytes, *, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
+    async def publish(
+        self,
+        manifest: bytes,
+        *,
+        extra: tuple[str, bytes] | None = None,
+        timeout_s: float = COMMAND_TIMEOUT_S,
+    ) -> None:
         """Write the manifest and make the backup exist: the commit point.
 
-        When it fails, `outcome` tells what is known.
+        `extra` is the name and the content of one more file. When it fails, `outcome` tells what
+        is known.
 
         Raises:
             NoSpaceError: the repository is full.
             WriterError: anything else.
         """
         self.outcome = "unknown"
+        message: Message = {"do": "publish", "extra": None if extra is None else extra[0]}
+        spooled = None if extra is None else channel.spooled(extra[1])
         try:
             await self._ask(
-                "publish", {"do": "publish"}, fd=channel.spooled(manifest), timeout_s=timeout_s
+                "publish",
+                message,
+                fd=channel.spooled(manifest),
+                lent=() if spooled is None else (spooled,),
+                timeout_s=timeout_s,
             )
         except _Reported as err:
             self.outcome = "yes" if err.renamed else "no"
             raise err.translated from None
+        finally:
+            if spooled is not None:
+                os.close(spooled)
         self.outcome = "yes"
         self._moved()
 
@@ -368,13 +385,15 @@ async def _writable(loop: asyncio.AbstractEventLoop, link: socket.socket) -> Non
         loop.remove_writer(link)
 
 
-class _Child:
+class StartedWriter:
     """The process, and the socket to it. Never waits for it without a limit."""
 
     def __init__(self, *, inherited: tuple[int, ...]) -> None:
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.link.setblocking(False)
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
+        # In memory: the module that makes temporary files takes long to import.
+        memory = os.memfd_create("qbackup-writer", os.MFD_CLOEXEC)
+        self._stderr: IO[bytes] = os.fdopen(memory, "r+b", buffering=0)
         try:
             with theirs:
                 self._popen = subprocess.Popen(
@@ -444,6 +463,20 @@ def _ignore_progress(_disk: str, _done: int, _total: int) -> None:
 
 
 @asynccontextmanager
+async def started_ahead(*, lock: int | None = None) -> AsyncIterator["StartedWriter"]:
+    """Start a process for a `writer_process` within the block: that takes a while.
+
+    It does nothing until then. It inherits the descriptor `lock`, see there.
+    """
+    child = StartedWriter(inherited=() if lock is None else (lock,))
+    try:
+        yield child
+    finally:
+        await to_its_end(child.kill())
+        child.close()
+
+
+@asynccontextmanager
 async def writer_process(
     *,
     partial: Path,
@@ -451,18 +484,19 @@ async def writer_process(
     lock: int | None = None,
     on_progress: ProgressListener = _ignore_progress,
     discard_timeout_s: float = DISCARD_TIMEOUT_S,
+    started: "StartedWriter | None" = None,
 ) -> AsyncIterator[Writer]:
     """Start a writer for one backup: it makes the directory `partial`, to be renamed to `final`.
 
     Both are in one directory, which exists. See the module for how the block ends. The process
     inherits the descriptor `lock`: what it locks stays locked as long as the process may change
-    anything, also if we are killed.
+    anything, also if we are killed. `started` is a process that has it already (`started_ahead`).
 
     Raises:
         NoSpaceError: there is no room for the directory.
         WriterError: it does not start, or cannot make the directory.
     """
-    child = _Child(inherited=() if lock is None else (lock,))
+    child = started or StartedWriter(inherited=() if lock is None else (lock,))
     writer = Writer(process=child, on_progress=on_progress)
     listening = asyncio.create_task(writer.listen())
     try:
@@ -482,7 +516,7 @@ async def writer_process(
         await to_its_end(_end(child, listening, gracefully=writer.outcome == "yes"))
 
 
-async def _end(child: _Child, listening: "asyncio.Task[None]", *, gracefully: bool) -> None:
+async def _end(child: StartedWriter, listening: "asyncio.Task[None]", *, gracefully: bool) -> None:
     if gracefully:
         await child.ended(KILL_WAIT_S)
     await child.kill()

@@ -49,7 +49,10 @@ class Stopped(Exception):  # noqa: N818 - nothing is wrong, somebody wants it to
 
 
 class Task:
-    """What to copy, as the parent says it. See `client.CopyRequest`."""
+    """What to copy, as the parent says it. See `client.CopyRequest`.
+
+    `server` None: nothing is dirty, and nothing is read.
+    """
 
     __slots__ = (
         "allocation",
@@ -70,7 +73,7 @@ class Task:
         *,
         disk: str,
         path: Path,
-        server: str | int,
+        server: str | int | None,
         export: str,
         virtual_size_bytes: int,
         granularity_bytes: int,
@@ -133,7 +136,6 @@ class DiskCopy:
         try:
             self._nbd = nbd
             self._check()
-            _check_size(nbd, task.virtual_size_bytes)
             candidates = self._candidates(nbd)
             self.total_bytes = _disk_bytes(candidates.total_clusters, task.virtual_size_bytes)
             fd = durable.create_file_now(task.path)
@@ -146,16 +148,22 @@ class DiskCopy:
                 raise self._failure from None
             raise
         finally:
-            nbd.close()
+            if nbd is not None:
+                nbd.close()
 
-    def _connect(self) -> Source:
+    def _connect(self) -> Source | None:
         task = self.task
+        if task.server is None:
+            return None
         return NbdConnection(
             task.server, task.export, allocation=task.allocation, timeout_s=_CONNECT_TIMEOUT_S
         )
 
-    def _candidates(self, nbd: Source) -> Candidates:
+    def _candidates(self, nbd: Source | None) -> Candidates:
         task = self.task
+        if nbd is None:
+            return Candidates(task.virtual_size_bytes).finish()
+        _check_size(nbd, task.virtual_size_bytes)
         assert isinstance(nbd, NbdConnection)  # noqa: S101 - `_connect` makes it so
         if task.bitmap_fd is None:
             return full_candidates(nbd, task.virtual_size_bytes)
@@ -163,7 +171,7 @@ class DiskCopy:
         dirty = dirty_clusters(bitmap.runs, bitmap.stored, granularity_bytes=task.granularity_bytes)
         return incremental_candidates(nbd, task.virtual_size_bytes, dirty)
 
-    def _copy(self, nbd: Source, candidates: Candidates, fd: int) -> Stored:
+    def _copy(self, nbd: Source | None, candidates: Candidates, fd: int) -> Stored:
         layout = Layout(self.task.virtual_size_bytes, candidates.places())
         backing_file = self.task.backing_file
         image: SequentialImage | CompressedImage
@@ -216,7 +224,10 @@ class DiskCopy:
 
     # The reader's thread
 
-    def _read_all(self, nbd: Source, candidates: Candidates) -> None:
+    def _read_all(self, nbd: Source | None, candidates: Candidates) -> None:
+        if nbd is None:
+            self._filled.put(None)
+            return
         work = Work(candidates)
         under_way: deque[Slot] = deque()
         by_number: dict[int, Slot] = {}

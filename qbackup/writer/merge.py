@@ -342,7 +342,7 @@ class MergeCopy(DiskCopy):
             bottom=self.task.backing_file is None,
         )
 
-    def _candidates(self, nbd: Source) -> Candidates:
+    def _candidates(self, nbd: Source | None) -> Candidates:
         assert isinstance(nbd, Images)  # noqa: S101 - `_connect` makes it so
         self._images = nbd
         candidates = nbd.candidates()

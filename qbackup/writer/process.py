@@ -83,7 +83,7 @@ class Process:
                     copy.rate.set(message["bytes_per_s"])
             case "publish" if fds:
                 self._publishing = True
-                self._start("publish", lambda: self._publish(fds[0]))
+                self._start("publish", lambda: self._publish(fds, message.get("extra")))
             case "discard":
                 self._stop_copies()
                 self._start("discard", self._discard)
@@ -107,7 +107,9 @@ class Process:
         disk = message["disk"]
         # The bitmap's descriptor first, then that of a connection that was made already.
         fd = fds.pop(0) if message["incremental"] else None
-        server: str | int = message["socket"] if message["socket"] is not None else fds.pop(0)
+        server: str | int | None = message["socket"]
+        if server is None and fds:
+            server = fds.pop(0)
         copy = DiskCopy(
             Task(
                 disk=disk,
@@ -145,8 +147,8 @@ class Process:
             }
         )
 
-    def _publish(self, fd: int) -> None:
-        data = os.pread(fd, os.fstat(fd).st_size, 0)
+    def _publish(self, fds: list[int], extra: str | None) -> None:
+        data, *others = (os.pread(fd, os.fstat(fd).st_size, 0) for fd in fds)
         renamed = False
 
         def on_renamed() -> None:
@@ -154,6 +156,8 @@ class Process:
             renamed = True
 
         try:
+            if extra is not None:
+                durable.write_new_file_now(self._partial / extra, others[0])
             durable.publish_directory_now(
                 self._partial,
                 self._final,

@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from support.lab import (
     VM,
     WAIT_S,
     Lab,
+    backup_ids,
     disk_specs,
     ended,
     fill_file_system,
@@ -470,12 +470,3 @@ async def finish_orphans(it: Lab) -> None:
     await it.lift_speed_limit()
     for job in await it.qemu.qmp("query-jobs"):
         await it.job_reaches(job["id"], "concluded")
-
-
-def backup_ids(it: Lab) -> Sequence[str]:
-    """Return the ids of the backups that are there, oldest first."""
-    return sorted(
-        path.parent.name
-        for path in it.repository.glob(f"{VM}/*/manifest.json")
-        if not path.parent.name.endswith(".partial")
-    )

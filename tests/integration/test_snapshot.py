@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from support.lab import OURS, VM, Lab, disk_specs, free_port, kinds, lab, small_file_system
+from support.model import Instant
+from support.steps import Running, Step, stepping
 
 KIB, MIB = 1024, 1024 * 1024
 INTERRUPT_S = 5.0
@@ -199,6 +201,59 @@ async def test_a_snapshot_whose_job_somebody_ended_is_no_backup(tmp_path: Path) 
         os.kill(backup.writer, signal.SIGCONT)
         result = await it.failed(backup)
         assert (result.code, result.last["class"]) == (1, "SnapshotError")
+        await it.incremental()
+        await it.check_restores()
+
+
+async def test_where_nothing_has_changed_no_snapshot_is_made(tmp_path: Path) -> None:
+    specs = [*disk_specs(tmp_path, "a"), *disk_specs(tmp_path, "b", image_format="qcow2")]
+    async with lab(tmp_path, specs) as it, stepping(tmp_path) as steps:
+        await it.back_up("full")
+        taken: list[str] = []
+        instants = {name: model.checkpoint() for name, model in it.models.items()}
+
+        async def note(step: Step, _: Running) -> None:
+            taken.append(step.what)
+
+        result = await steps.run(it.qbackup, "--json", "incremental", VM, on_step=note)
+        await it.committed(result.last, instants)
+        assert {disk["copied_bytes"] for disk in result.last["disks"]} == {0}
+        told = {what.split()[1] for what in taken if what.startswith("qmp ")}
+        assert "transaction" in told
+        assert not told & {
+            "nbd-server-start",
+            "block-export-add",
+            "blockdev-add",
+            "getfd",
+            "add-fd",
+        }
+        await it.write("b", 0, 4 * KIB, 0x21)
+        await it.incremental()
+        await it.check_restores()
+
+
+@pytest.mark.parametrize("iothread", [False, True])
+async def test_a_write_just_before_the_instant_of_a_backup_of_nothing_is_in_it(
+    tmp_path: Path, iothread: bool
+) -> None:
+    specs = disk_specs(tmp_path, "a", "b", iothread=iothread)
+    async with lab(tmp_path, specs) as it, stepping(tmp_path) as steps:
+        await it.back_up("full")
+        instants: dict[str, Instant] = {}
+        taken = 0
+
+        async def write(step: Step, _: Running) -> None:
+            nonlocal taken
+            if step.takes_instant:
+                taken += 1
+                it.roll_back(instants)
+                await it.write("b", taken * 64 * KIB, 4 * KIB, 0x30 + taken)
+                instants.update({name: model.checkpoint() for name, model in it.models.items()})
+
+        result = await steps.run(it.qbackup, "--json", "incremental", VM, on_step=write)
+        assert taken == 2, result
+        await it.committed(result.last, instants)
+        await it.write("a", 0, 4 * KIB, 0x41)
         await it.incremental()
         await it.check_restores()
 

@@ -510,6 +510,15 @@ async def ended(process: Process) -> Result:
     return Result(code=process.returncode, stdout=stdout.decode(), stderr=stderr.decode())
 
 
+def backup_ids(it: Lab) -> list[str]:
+    """Return the ids of the backups that are there, oldest first."""
+    return sorted(
+        path.parent.name
+        for path in it.repository.glob(f"{VM}/*/manifest.json")
+        if not path.parent.name.endswith(".partial")
+    )
+
+
 def kinds(summary: dict[str, Any]) -> dict[str, str]:
     """Return each disk's kind."""
     return {disk["name"]: disk["kind"] for disk in summary["disks"]}

@@ -73,8 +73,8 @@ class Session(Protocol):
         """
         ...
 
-    async def publish(self, backup: Backup) -> None:
-        """Make the backup exist, durably: the commit point."""
+    async def publish(self, backup: Backup, *, archive: bytes | None = None) -> None:
+        """Make the backup exist, durably, with the archive of its files: the commit point."""
         ...
 
 

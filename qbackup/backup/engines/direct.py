@@ -100,9 +100,9 @@ class DirectSession:
         """Whether the backup exists by now."""
         return "yes" if self._partial.published else "no"
 
-    async def publish(self, backup: Backup) -> None:
+    async def publish(self, backup: Backup, *, archive: bytes | None = None) -> None:
         """Make the backup exist; see `Session.publish`."""
-        await self._partial.publish(backup)
+        await self._partial.publish(backup, archive=archive)
 
     async def copy(self) -> Copied:
         """Copy all disks at one instant.

@@ -9,13 +9,16 @@ write waits for one copy into a local file, and a backup that gets no further is
 A snapshot can be lost: by a full scratch file, or by somebody who ends its job. From then on the
 export shows what the disk holds now. So after the last byte was read, every job must still run,
 and no scratch file may ever have failed; else there is no backup, and no harm.
+
+Where no disk has changed since its newest backup there is nothing to read, and none of this is
+set up: the writer makes images that add nothing.
 """
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qbackup.backup.engines import Copied, Existence, Work
@@ -26,10 +29,12 @@ from qbackup.backup.instant import (
     guarded,
     source_bitmap,
     take_instant,
+    take_unchanged_instant,
 )
 from qbackup.backup.judge import Verdict
 from qbackup.errors import JobFailedError, SnapshotError, WriterError
 from qbackup.formats.manifest import backing_file, disk_file, encode_manifest
+from qbackup.formats.vm_files import ARCHIVE_FILE
 from qbackup.host.tasks import in_thread, task_group
 from qbackup.model.backup import Backup, DiskBackup
 from qbackup.model.bitmap import Bits
@@ -41,7 +46,7 @@ from qbackup.qmp.monitor import Events, Monitor
 from qbackup.qmp.sidecar import save_bitmap
 from qbackup.qmp.snapshot import EVENTS, NbdServer, Scratch, nbd_server, scratch_attached
 from qbackup.repository.state import StateDirectory
-from qbackup.writer.client import CopyRequest, CopyResult, Writer, writer_process
+from qbackup.writer.client import CopyRequest, CopyResult, StartedWriter, Writer, writer_process
 
 CHECK_S = 0.25
 """How often the snapshot is looked at while it is read."""
@@ -66,10 +71,13 @@ class _Disk:
 
 
 class SnapshotEngine:
-    """Has a process of our own write the images. See `Engine`."""
+    """Has a process of our own write the images. See `Engine`.
 
-    def __init__(self, monitor: Monitor, *, state: StateDirectory) -> None:
-        self._monitor, self._state = monitor, state
+    `started` is that process, which has inherited the lock.
+    """
+
+    def __init__(self, monitor: Monitor, *, state: StateDirectory, started: StartedWriter) -> None:
+        self._monitor, self._state, self._started = monitor, state, started
 
     @asynccontextmanager
     async def session(self, work: Work) -> AsyncIterator["SnapshotSession"]:
@@ -81,9 +89,9 @@ class SnapshotEngine:
         async with writer_process(
             partial=directory / f"{work.backup_id}{PARTIAL_SUFFIX}",
             final=directory / work.backup_id,
-            lock=work.lock.fd,
             on_progress=progress.tell,
             discard_timeout_s=DISCARD_TIMEOUT_S,
+            started=self._started,
         ) as writer:
             # From here on only the writer has anything open in the repository.
             await work.lock.hand_over()
@@ -143,10 +151,11 @@ class SnapshotSession:
         """Whether the backup exists by now."""
         return self._writer.outcome
 
-    async def publish(self, backup: Backup) -> None:
+    async def publish(self, backup: Backup, *, archive: bytes | None = None) -> None:
         """Make the backup exist; see `Session.publish`."""
         data = encode_manifest(backup, repository_id=self._work.repository.id)
-        await self._writer.publish(data, timeout_s=self._settings.stall_timeout_s)
+        extra = None if archive is None else (ARCHIVE_FILE, archive)
+        await self._writer.publish(data, extra=extra, timeout_s=self._settings.stall_timeout_s)
 
     async def copy(self) -> Copied:
         """Take the instant and copy it; see `Session.copy`.
@@ -156,25 +165,56 @@ class SnapshotSession:
             NoSpaceError, WriterError: the repository could not be written.
             MonitorError: QEMU went away.
         """
+        verdicts = self._work.plan.verdicts
+        unchanged = await take_unchanged_instant(
+            self._monitor,
+            verdicts,
+            vm=self._work.vm,
+            owner=self._owner,
+            backup_id=self._work.backup_id,
+            checkpoints=self._work.plan.checkpoints,
+            reporter=self._work.reporter,
+        )
+        if unchanged is not None:
+            return self._copied(verdicts, await self._copy_nothing(verdicts), unchanged)
         async with AsyncExitStack() as attached:
             server = await attached.enter_async_context(
                 nbd_server(self._monitor, path=self._state.nbd_socket(), owner=self._owner)
             )
             disks = [
                 await self._attach(number, verdict, attached)
-                for number, verdict in enumerate(self._work.plan.verdicts)
+                for number, verdict in enumerate(verdicts)
             ]
             with self._monitor.listen(EVENTS, lambda _: True) as events:
                 async with self._ended(server):
                     instant = await self._start(disks)
                     results = await self._read(disks, server, events)
                     await self._require_kept(disks, events)
+        return self._copied([disk.verdict for disk in disks], results, instant)
+
+    def _copied(
+        self, verdicts: Sequence[Verdict], results: Sequence[CopyResult], instant: Instant
+    ) -> Copied:
         return Copied(
-            disks=[self._stored(disk, result) for disk, result in zip(disks, results, strict=True)],
+            disks=[self._stored(v, result) for v, result in zip(verdicts, results, strict=True)],
             consistency=instant.consistency,
             freeze_failed=instant.freeze_failed,
             instant=instant.time,
         )
+
+    async def _copy_nothing(self, verdicts: Sequence[Verdict]) -> list[CopyResult]:
+        """Have the writer make images of disks that have not changed."""
+        async with task_group() as group:
+            copies = {}
+            for verdict in verdicts:
+                bits = Bits.empty(
+                    virtual_size_bytes=verdict.disk.virtual_size_bytes,
+                    granularity_bytes=self._work.vm.granularity_bytes,
+                )
+                request = self._request(verdict, bits, running=len(verdicts))
+                copies[verdict.disk.name] = group.create_task(self._copy(verdict, request))
+            await self._follow(copies)
+        return [copy.result() for copy in copies.values()]
 
     async def _attach(self, number: int, verdict: Verdict, attached: AsyncExitStack) -> _Disk:
         sound = await guarded(
@@ -245,54 +285,67 @@ class SnapshotSession:
     ) -> list[CopyResult]:
         """Have the writer copy every disk, and watch over the snapshot meanwhile."""
         async with task_group() as group:
-            copies = []
+            copies = {}
             for disk in disks:
-                request = await self._request(disk, server, running=len(disks))
-                copies.append(group.create_task(self._copy(disk, request)))
-            running = set(copies)
-            while running:
-                done, running = await asyncio.wait(
-                    running, timeout=CHECK_S, return_when=asyncio.FIRST_COMPLETED
+                bits = await self._bits(disk)
+                request = replace(
+                    self._request(disk.verdict, bits, running=len(disks)),
+                    connection=await server.connect(node=disk.scratch.node, export=disk.export),
+                    export=disk.export,
                 )
-                for copy in done:
-                    copy.result()
-                if running:
-                    await self._require_kept(disks, events)
-                    self._require_progress()
-                if done and running:
-                    await self._share_speed(disks, copies)
-        return [copy.result() for copy in copies]
+                copies[disk.name] = group.create_task(self._copy(disk.verdict, request))
+            await self._follow(copies, lambda: self._require_kept(disks, events))
+        return [copy.result() for copy in copies.values()]
 
-    async def _copy(self, disk: _Disk, request: CopyRequest) -> CopyResult:
+    async def _follow(
+        self,
+        copies: Mapping[str, "asyncio.Task[CopyResult]"],
+        require: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """Wait for all copies, by disk; `require` is called again and again meanwhile."""
+        running = set(copies.values())
+        while running:
+            done, running = await asyncio.wait(
+                running, timeout=CHECK_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            for copy in done:
+                copy.result()
+            if running:
+                if require is not None:
+                    await require()
+                self._require_progress()
+            if done and running:
+                await self._share_speed(copies)
+
+    async def _copy(self, verdict: Verdict, request: CopyRequest) -> CopyResult:
+        name = verdict.disk.name
         try:
             result = await self._writer.copy(request)
         except WriterError as err:
             if err.kind != "source":
                 raise
             raise JobFailedError(
-                disk.name,
+                name,
                 os.strerror(err.errno) if err.errno else err.message,
-                hint=f"QEMU could not read {disk.verdict.disk.source.filename}",
+                hint=f"QEMU could not read {verdict.disk.source.filename}",
             ) from err
         self._work.reporter.progress(
             vm=self._work.vm.name,
-            disk=disk.name,
+            disk=name,
             done_bytes=result.copied_bytes,
             total_bytes=result.copied_bytes,
         )
         return result
 
-    async def _request(self, disk: _Disk, server: NbdServer, *, running: int) -> CopyRequest:
-        parent = disk.verdict.parent
-        bits = await self._bits(disk)
+    def _request(self, verdict: Verdict, bits: Bits | None, *, running: int) -> CopyRequest:
+        """Return what the writer is to make of a disk; where to read it from is not in it yet."""
+        name, parent = verdict.disk.name, verdict.parent
         return CopyRequest(
-            disk=disk.name,
-            file=f"{disk.name}.qcow2",
-            connection=await server.connect(node=disk.scratch.node, export=disk.export),
-            export=disk.export,
-            virtual_size_bytes=disk.verdict.disk.virtual_size_bytes,
+            disk=name,
+            file=f"{name}.qcow2",
+            virtual_size_bytes=verdict.disk.virtual_size_bytes,
             bits=bits,
-            backing_file=None if parent is None else backing_file(parent, disk.name),
+            backing_file=None if parent is None else backing_file(parent, name),
             compress=self._work.options.compress,
             speed_limit_bytes_per_s=self._work.speed_bytes_per_s(running),
         )
@@ -312,15 +365,13 @@ class SnapshotSession:
             owner=self._owner,
         )
 
-    async def _share_speed(
-        self, disks: Sequence[_Disk], copies: Sequence["asyncio.Task[CopyResult]"]
-    ) -> None:
+    async def _share_speed(self, copies: Mapping[str, "asyncio.Task[CopyResult]"]) -> None:
         """Let the copies that still run have what the finished ones leave of the limit."""
         if not self._work.options.speed_limit_bytes_per_s:
             return
-        running = [disk for disk, copy in zip(disks, copies, strict=True) if not copy.done()]
+        running = [disk for disk, copy in copies.items() if not copy.done()]
         for disk in running:
-            await self._writer.set_speed(disk.name, self._work.speed_bytes_per_s(len(running)))
+            await self._writer.set_speed(disk, self._work.speed_bytes_per_s(len(running)))
 
     def _require_progress(self) -> None:
         limit_s = self._settings.stall_timeout_s
@@ -372,10 +423,10 @@ class SnapshotSession:
             "configuration can name a directory with more room",
         )
 
-    def _stored(self, disk: _Disk, result: CopyResult) -> DiskBackup:
-        verdict = disk.verdict
+    def _stored(self, verdict: Verdict, result: CopyResult) -> DiskBackup:
+        name = verdict.disk.name
         return DiskBackup(
-            name=disk.name,
+            name=name,
             kind=verdict.method,
             reason=verdict.reason,
             parent=verdict.parent,
@@ -383,7 +434,7 @@ class SnapshotSession:
             granularity_bytes=self._work.vm.granularity_bytes,
             copied_bytes=result.copied_bytes,
             stored_bytes=result.stored_bytes,
-            file=disk_file(self._work.vm.name, self._work.backup_id, disk.name),
+            file=disk_file(self._work.vm.name, self._work.backup_id, name),
             file_size_bytes=result.file_size_bytes,
             blake3=result.blake3,
             source=verdict.disk.source,

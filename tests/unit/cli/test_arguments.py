@@ -46,7 +46,7 @@ def test_a_backup_takes_everything_that_is_documented(name: str) -> None:
         f"{name} vm1 --disk a --disk b --exclude c --label x --speed-limit 50M --lock-wait 10m"
         " --no-fallback --strict --compress".split()
     )
-    assert (arguments.name, arguments.module, arguments.vm) == ("incremental", "backup", "vm1")
+    assert (arguments.name, arguments.module, arguments.vms) == ("incremental", "backup", ["vm1"])
     assert (arguments.disk, arguments.exclude, arguments.label) == (["a", "b"], ["c"], "x")
     assert (arguments.speed_limit, arguments.lock_wait) == (50 * 2**20, 600)
     assert arguments.no_fallback and arguments.strict and arguments.compress
@@ -87,7 +87,7 @@ def test_common_arguments_stand_before_or_after_the_command(argv: list[str]) -> 
 def test_what_is_not_given_has_its_default() -> None:
     arguments = parse_arguments(["list"])
     assert (arguments.config, arguments.json, arguments.quiet) == (None, False, False)
-    assert arguments.vm is None
+    assert arguments.vms == [] and not arguments.all
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_what_is_not_given_has_its_default() -> None:
         ([], "required: COMMAND"),
         (["explode"], "invalid choice: 'explode'"),
         (["full"], "required: VM"),
-        (["full", "vm1", "vm2"], "unrecognized arguments: vm2"),
+        (["full", "vm1", "--all"], "--all and names of VMs exclude each other"),
         (["full", "vm1", "--no-fallback"], "unrecognized arguments: --no-fallback"),
         (["full", "vm1", "--lab", "x"], "unrecognized arguments: --lab"),
         (["full", "vm1", "--speed-limit", "fast"], "'fast' is not a size"),

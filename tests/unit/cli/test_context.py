@@ -109,3 +109,72 @@ def test_what_is_no_file_is_no_configuration_and_not_waited_for(home: Path, targ
     (home / "config.toml").symlink_to(target)
     with pytest.raises(ConfigurationError, match="not a regular file"):
         read_configuration(home / "config.toml")
+
+
+VM_TABLE = '[vm.{name}]\nqmp = "{name}.sock"\n'
+
+
+def write_main(home: Path, text: str = "") -> Path:
+    """Write a configuration with one VM, `first`, and make an empty `conf.d` beside it."""
+    main = home / "config.toml"
+    top = 'repository = "repo"\nstate = "state"\n'
+    main.write_text(top + text + VM_TABLE.format(name="first"))
+    (home / "conf.d").mkdir()
+    return main
+
+
+def test_conf_d_adds_vms_in_the_order_of_its_files(home: Path) -> None:
+    main = write_main(home, '[defaults]\ngranularity = "4K"\n')
+    (home / "conf.d/20.toml").write_text(VM_TABLE.format(name="third"))
+    (home / "conf.d/10.toml").write_text(VM_TABLE.format(name="second"))
+    (home / "elsewhere").write_text(VM_TABLE.format(name="linked") + 'granularity = "8K"\n')
+    (home / "conf.d/30.toml").symlink_to(home / "elsewhere")
+    for ignored in ("README", "40.toml~", ".50.toml"):
+        (home / "conf.d" / ignored).write_text("not TOML")
+    vms = read_configuration(main).vms
+    assert list(vms) == ["first", "second", "third", "linked"]
+    assert [vm.granularity_bytes for vm in vms.values()] == [4096, 4096, 4096, 8192]
+    # As in the main file: relative to the folder of the file.
+    assert vms["second"].qmp == home / "conf.d/second.sock"
+
+
+def test_a_vm_that_is_there_twice_is_told_with_both_files(home: Path) -> None:
+    main = write_main(home)
+    (home / "conf.d/a.toml").write_text(VM_TABLE.format(name="vm1"))
+    (home / "conf.d/b.toml").write_text(VM_TABLE.format(name="vm1"))
+    with pytest.raises(ConfigurationError) as caught:
+        read_configuration(main)
+    assert caught.value.message == f"{home}/conf.d/b.toml: [vm.vm1] is in {home}/conf.d/a.toml, too"
+    (home / "conf.d/b.toml").write_text(f'[vm.vm2]\nqmp = "{home}/first.sock"\n')
+    with pytest.raises(ConfigurationError) as caught:
+        read_configuration(main)
+    assert f"vm.first in {main} and vm.vm2 have the same monitor" in caught.value.message
+
+
+@pytest.mark.parametrize("text", ['repository = "x"', "[keep]\nlast = 3", "[defaults]", "vms = 1"])
+def test_only_vms_belong_into_conf_d(home: Path, text: str) -> None:
+    main = write_main(home)
+    (home / "conf.d/a.toml").write_text(f"{text}\n")
+    with pytest.raises(ConfigurationError, match=r"conf\.d/a\.toml: unknown key") as caught:
+        read_configuration(main)
+    assert caught.value.hint is not None and "main file" in caught.value.hint
+
+
+def test_what_cannot_be_read_in_conf_d_is_not_passed_over(home: Path) -> None:
+    main = write_main(home)
+    (home / "conf.d/a.toml").mkdir()
+    with pytest.raises(ConfigurationError, match=r"a\.toml: cannot be read: this is a directory"):
+        read_configuration(main)
+    (home / "conf.d/a.toml").rmdir()
+    os.mkfifo(home / "conf.d/a.toml")
+    with pytest.raises(ConfigurationError, match=r"a\.toml: cannot be read: this is a FIFO"):
+        read_configuration(main)
+    (home / "conf.d/a.toml").unlink()
+    (home / "conf.d/a.toml").write_bytes(b"#" * (MAX_CONFIGURATION_BYTES + 1))
+    with pytest.raises(ConfigurationError, match=r"a\.toml: cannot be read: larger"):
+        read_configuration(main)
+    (home / "conf.d/a.toml").unlink()
+    (home / "conf.d").rmdir()
+    (home / "conf.d").touch()
+    with pytest.raises(ConfigurationError, match=r"conf\.d: cannot be read: Not a directory"):
+        read_configuration(main)

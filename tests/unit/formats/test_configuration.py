@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from qbackup.errors import ConfigurationError, UsageError
 from qbackup.formats.configuration import (
     Configuration,
+    HookCommands,
     SnapshotSettings,
     Vm,
     example_configuration,
@@ -216,6 +217,29 @@ MISTAKES = {
     "stall timeout short": (f"stall_timeout = 0.5\n{TABLE}", ["stall_timeout"], ["5m"]),
     "stall timeout no number": (f"stall_timeout = nan\n{TABLE}", ["stall_timeout"], ["5m"]),
     "stall timeout no time": (f'stall_timeout = "ages"\n{TABLE}', ["stall_timeout"], ["5m"]),
+    "parallel none": (f"parallel = 0\n{TABLE}", ["parallel", "0"], ["from 1 to 64"]),
+    "parallel many": (f"parallel = 65\n{TABLE}", ["parallel", "65"], ["from 1 to 64"]),
+    "parallel of a VM": (with_key("parallel = 2"), ["vm.vm1.parallel"], ["before the first table"]),
+    "socket for all": (f'{TABLE}[defaults]\nqmp = "x"', ["defaults.qmp"], ["granularity"]),
+    "rules for all": (f"{TABLE}[defaults]\nkeep = {{last = 3}}", ["defaults.keep"], ["[keep]"]),
+    "hooks for all": (f"{TABLE}[defaults]\n[defaults.hooks]", ["defaults.hooks"], ["[hooks]"]),
+    "wrong default": (f"{TABLE}[defaults]\ngranularity = '3K'", ["defaults.granularity"], ["4K"]),
+    "wrong default of none": (f"{TOP}[defaults]\ndisks = []", ["defaults.disks", "empty"], []),
+    "twice for all": (
+        f"max_chain = 5\n{TABLE}[defaults]\nmax_chain = 6",
+        ["at the top and in [defaults]"],
+        ["leave one"],
+    ),
+    "hook no list": (f'{TABLE}[hooks]\nbefore = "sync"', ["hooks.before"], ["before = ["]),
+    "hook no program": (f"{TABLE}[hooks]\nafter = []", ["hooks.after"], ["after = ["]),
+    "hook with a NUL": (f'{TABLE}[hooks]\nafter = ["a", "\\u0000"]', ["hooks.after"], ["after ="]),
+    "hook of another kind": (
+        f'{TABLE}[hooks]\nduring = ["a"]',
+        ["hooks.during"],
+        ["before, after"],
+    ),
+    "hook timeout none": (with_key("hook_timeout = 0"), ["vm.vm1.hook_timeout"], ["5m"]),
+    "hook timeout text": (with_key('hook_timeout = "x"'), ["vm.vm1.hook_timeout"], ["5m"]),
     "numbers without end": (f"repository = {'1' * 5000}", ["not TOML"], []),
     "nested without end": (f"repository = {'[' * 100_000}", ["not TOML"], []),
 } | {
@@ -249,6 +273,28 @@ def test_a_mistake_names_the_file_the_key_and_what_is_allowed(
     assert everything.startswith(f"{PATH}: ")
     assert [word for word in said if word not in everything] == []
     assert not any_of or any(word in everything for word in any_of)
+
+
+def test_defaults_count_where_a_vm_says_nothing_else() -> None:
+    vms = parse(
+        f"{TOP}parallel = 3\n[hooks]\nbefore = ['sync']\nafter = ['sub/x', '']\n"
+        "[defaults]\nengine = 'direct'\nmax_chain = 7\nhook_timeout = '1m'\n"
+        "[vm.a]\nqmp = 'a'\n[vm.b]\nqmp = 'b'\nmax_chain = 8\nhook_timeout = 5\n"
+        "[vm.b.hooks]\nafter = ['/bin/b']\n"
+    )
+    a, b = vms.vm("a"), vms.vm("b")
+    assert vms.parallel == 3
+    assert (a.engine, a.max_chain, a.hook_timeout_s) == ("direct", 7, 60)
+    assert (b.engine, b.max_chain, b.hook_timeout_s) == ("direct", 8, 5)
+    assert a.hooks == HookCommands(before=("sync",), after=("/etc/qbackup/sub/x", ""))
+    assert b.hooks == HookCommands(after=("/bin/b",))
+
+
+@pytest.mark.parametrize(("asked", "said"), [("vm2", "did you mean vm1? "), ("other", "add a")])
+def test_a_vm_that_is_nearly_there_is_asked_for(asked: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(TABLE).vm(asked)
+    assert caught.value.hint is not None and caught.value.hint.startswith(said)
 
 
 @given(st.text())
@@ -324,8 +370,8 @@ def test_max_chain_is_for_all_vms_or_for_one(top: str, table: str, found: int) -
     ("top", "table", "found"),
     [
         ("", "", "worthwhile"),
-        ('consolidate = "never"', "", "never"),
-        ('consolidate = "never"', 'consolidate = "always"', "always"),
+        ('[defaults]\nconsolidate = "never"', "", "never"),
+        ('[defaults]\nconsolidate = "never"', 'consolidate = "always"', "always"),
     ],
 )
 def test_what_is_merged_is_for_all_vms_or_for_one(top: str, table: str, found: str) -> None:
@@ -333,7 +379,7 @@ def test_what_is_merged_is_for_all_vms_or_for_one(top: str, table: str, found: s
     configuration = parse_configuration(text, path=Path("/etc/c.toml"))
     assert configuration.vm("a").consolidate == found
     assert configuration.consolidation("a") == (found, 100)
-    assert configuration.consolidation("gone") == (configuration.consolidate, 100)
+    assert configuration.consolidation("gone") == ("never" if top else "worthwhile", 100)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ async def test_a_disk_is_named_by_what_the_user_gave_a_name(
 @pytest.mark.parametrize(
     ("node", "device", "qdev"),
     [
-        (AUTOMATIC, "", ANONYMOUS),
+        (AUTOMATIC, "", "/machine/peripheral-anon/device[-1]/virtio-backend"),
         (AUTOMATIC, "", None),
         (AUTOMATIC, "../../etc", None),
         (AUTOMATIC, "a/b", None),
@@ -84,6 +84,31 @@ async def test_a_disk_without_a_name_that_lasts_and_fits_is_refused_with_a_hint(
         await inventory_of(block_device(block_node(node), device=device, qdev=qdev))
     assert caught.value.hint is not None and "-blockdev" in caught.value.hint
     assert caught.value.message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("node", "device", "qdev", "expected"),
+    [
+        (AUTOMATIC, "virtio0", ANONYMOUS, ("virtio0", True)),
+        (AUTOMATIC, "ide1-hd0", PERIPHERAL, ("ide1-hd0", True)),
+        (AUTOMATIC, "scsi0-hd12", PERIPHERAL, ("scsi0-hd12", True)),
+        (AUTOMATIC, "none0", PERIPHERAL, ("none0", True)),
+        (AUTOMATIC, "", ANONYMOUS, ("device0", True)),
+        (AUTOMATIC, "", "/machine/peripheral-anon/device[12]", ("device12", True)),
+        (AUTOMATIC, "pflash1", "/machine/system.flash1", ("pflash1", False)),
+        (AUTOMATIC, "virtio", ANONYMOUS, ("virtio", False)),
+        (AUTOMATIC, "disk0", ANONYMOUS, ("disk0", False)),
+        (AUTOMATIC, "", PERIPHERAL, ("disk0", False)),
+        ("virtio0", "", PERIPHERAL, ("virtio0", False)),
+        ("system", "virtio0", ANONYMOUS, ("system", False)),
+    ],
+)
+async def test_a_name_that_qemu_made_up_is_known_as_one(
+    inventory_of: Ask, node: str, device: str, qdev: str, expected: tuple[str, bool]
+) -> None:
+    found = await inventory_of(block_device(block_node(node), device=device, qdev=qdev))
+    (disk,) = found.disks
+    assert (disk.name, disk.invented_name) == expected
 
 
 async def test_read_only_and_empty_drives_are_left_out_by_name(inventory_of: Ask) -> None:
@@ -215,3 +240,16 @@ async def test_a_drive_that_is_not_backed_up_may_be_of_any_size(inventory_of: As
 async def test_a_malformed_reply_is_told(inventory_of: Ask, change: dict[str, Any]) -> None:
     with pytest.raises(MonitorError, match="unexpected reply to query-"):
         await inventory_of(block_device({**block_node("system"), **change}))
+
+
+async def test_read_only_flash_is_firmware(inventory_of: Ask) -> None:
+    code = block_node(AUTOMATIC, ro=True)
+    code["image"]["filename"] = "/usr/share/OVMF/CODE.fd"
+    found = await inventory_of(
+        block_device(code, device="pflash0", qdev="/machine/system.flash0"),
+        block_device(block_node("vars"), qdev="/machine/system.flash1"),
+        block_device(block_node("iso", ro=True), qdev=PERIPHERAL),
+    )
+    assert found.firmware == ("/usr/share/OVMF/CODE.fd",)
+    assert [disk.name for disk in found.disks] == ["vars"]
+    assert found.left_out == {"pflash0": "read-only", "iso": "read-only"}
