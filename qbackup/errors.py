@@ -27,7 +27,9 @@ The tree, and the exit codes that other programs rely on:
     ├── RemovalError                   1  a backup that was to be removed is still there
     ├── ConsolidationError             1  a backup could not take in what others hold
     ├── ChainsFullError                1  chains must begin anew before the next incremental
-    └── RestoreError                   1  a restore cannot start, or failed
+    ├── RestoreError                   1  a restore cannot start, or failed
+    ├── ProgramError                   1  a program that is needed is missing, or failed
+    └── VmStartedError                 1  a VM that was off was started during its backup
 
 The exit code 3 (done, but degraded) is no error: the command's result carries it. Of a command
 for several VMs, the exit code is the worst of theirs, in the order of `_BEST_FIRST`.
@@ -262,6 +264,22 @@ class ChainsFullError(QbackupError):
 
 class RestoreError(QbackupError):
     """A restore cannot start, or it failed; what it had written is removed."""
+
+
+class ProgramError(QbackupError):
+    """A program that qbackup uses is not installed, does not start, or failed."""
+
+
+class VmStartedError(QbackupError):
+    """A VM that was off was started while it was backed up; nothing of the backup remains."""
+
+    def __init__(self, vm: str, fact: str) -> None:
+        super().__init__(
+            f"{vm}: the VM was started while it was backed up: {fact}",
+            hint="start the backup again: the VM runs now. Nothing is lost, the next "
+            "incremental contains what this one would have",
+        )
+        self.vm = vm
 
 
 def as_reported(err: Exception) -> QbackupError:

@@ -17,6 +17,7 @@ _CONSISTENCY_TEXT = {
     "crash": "crash-consistent, as after a power cut",
     "filesystem": "filesystem-consistent",
     "paused": "the guest was paused",
+    "off": "the VM was off",
 }
 
 
@@ -55,6 +56,16 @@ async def run(arguments: argparse.Namespace) -> int:
 
 def _done(outcome: Outcome) -> Done:
     backup = outcome.backup
+    if outcome.unchanged:
+        line = f"{backup.vm}: off and unchanged since {backup.id}"
+        return Done(
+            # That backup is as good as a new one would be.
+            document=lambda: backup.summary() | {"unchanged": True, "disks": []},
+            text=lambda: line,
+            line=line,
+            columns=(backup.id, "unchanged", ""),
+            facts={"id": backup.id, "copied_bytes": 0, "stored_bytes": 0, "unchanged": True},
+        )
     copied = sum(disk.copied_bytes for disk in backup.disks)
     return Done(
         document=backup.summary,

@@ -69,10 +69,22 @@ class Vm:
     max_chain: int = DEFAULT_MAX_CHAIN
     consolidate: When = DEFAULT_CONSOLIDATE
     """When backups may be merged; a chain that is full begins anew from its images, or never."""
+    trust_block_devices: bool | None = None
+    """As `Configuration.trust_block_devices`."""
+    images: Mapping[str, "ConfiguredImage"] = field(default_factory=dict)
+    """Where disks are while the VM is off, by their names; others where the last backup says."""
     files: tuple[Path, ...] = ()
     """Files, and directories with files, that are backed up beside the disks."""
     hooks: HookCommands = field(default_factory=HookCommands)
     hook_timeout_s: float = DEFAULT_HOOK_TIMEOUT_S
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfiguredImage:
+    """One `[vm.NAME.images.DISK]` table."""
+
+    file: Path
+    format: Literal["raw", "qcow2"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +155,7 @@ class _VmTable:
     max_chain: int | None = None
     consolidate: When | None = None
     keep: dict[str, Any] | None = None
+    images: dict[str, Any] | None = None
     files: list[str] | None = None
     hooks: dict[str, Any] | None = None
     hook_timeout: str | int | float | None = None
@@ -152,6 +165,12 @@ class _VmTable:
 class _HooksTable:
     before: list[str] | None = None
     after: list[str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ImageTable:
+    file: str
+    format: Literal["raw", "qcow2"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,12 +213,13 @@ class _Shared:
     max_chain: int
     snapshot: SnapshotSettings
     hooks: HookCommands
+    trust_block_devices: bool | None
 
 
 _OWN_TABLES = frozenset({"keep", "hooks"})
 """What a VM has in a table of its own, which replaces the one for all."""
 
-_OF_ONE_VM = frozenset({"qmp", "agent", "files"}) | _OWN_TABLES
+_OF_ONE_VM = frozenset({"qmp", "agent", "files", "images"}) | _OWN_TABLES
 """Keys of a VM's table that [defaults] cannot have: two VMs cannot share a socket, or a TPM."""
 
 _EXPECTED = {
@@ -220,6 +240,9 @@ _EXPECTED = {
     "scratch_limit": 'a size, such as scratch_limit = "20G"',
     "stall_timeout": 'a time, such as stall_timeout = "5m"',
     "keep": "a table, such as [keep] or [vm.vm1.keep]",
+    "images": "a table for each disk, such as [vm.vm1.images.data]",
+    "file": 'an image or device, such as file = "/var/lib/vm1/data.qcow2"',
+    "format": '"raw" or "qcow2"',
     "files": 'a list of files and directories, such as files = ["/var/lib/swtpm/vm1"]',
     "hooks": "a table, such as [hooks] or [vm.vm1.hooks]",
     "before": 'a program and its arguments, such as before = ["/usr/local/sbin/quiesce", "db"]',
@@ -287,6 +310,7 @@ def _shared(top: _File, *, path: Path) -> _Shared:
         ),
         snapshot=_snapshot(top, path=path, folder=path.absolute().parent),
         hooks=_hooks(top.hooks or {}, path=path, where="hooks"),
+        trust_block_devices=top.trust_block_devices,
     )
     _check(top.defaults, _VmTable, path=path, where="defaults", without=_OF_ONE_VM)
     unused = _VmTable(qmp="-", **top.defaults)
@@ -367,6 +391,8 @@ def _vm(name: str, table: _VmTable, *, path: Path, where: str, shared: _Shared) 
         engine="direct" if table.engine == "blockdev-backup" else table.engine,
         snapshot=shared.snapshot,
         keep=None if table.keep is None else _rules(table.keep, path=path, where=f"{where}.keep"),
+        images=_images(table.images or {}, path=path, folder=folder, where=f"{where}.images"),
+        trust_block_devices=shared.trust_block_devices,
         max_chain=(
             shared.max_chain
             if table.max_chain is None
@@ -387,6 +413,24 @@ def _vm(name: str, table: _VmTable, *, path: Path, where: str, shared: _Shared) 
             else _duration_s(table.hook_timeout, key="hook_timeout", where=place)
         ),
     )
+
+
+def _images(
+    document: dict[str, Any], *, path: Path, folder: Path, where: str
+) -> dict[str, ConfiguredImage]:
+    images = {}
+    for name, content in document.items():
+        try:
+            check_name("disk", name)
+        except UsageError as err:
+            raise ConfigurationError(f"{path}: {where}: {err.message}", hint=err.hint) from err
+        if not isinstance(content, dict):
+            raise ConfigurationError(
+                f"{path}: {where}.{name}: expected a table", hint=f"expected {_EXPECTED['images']}"
+            )
+        table = _table(content, _ImageTable, path=path, where=f"{where}.{name}")
+        images[name] = ConfiguredImage(file=folder / table.file, format=table.format)
+    return images
 
 
 def _file(text: str, *, where: str, folder: Path) -> Path:
@@ -603,6 +647,11 @@ state = {_quoted(state)}
 # hook_timeout = "5m"                 # after which a hook is killed
 # files = ["/var/lib/swtpm/vm1"]      # small files and directories that belong to the VM, such as
 #                                     # the state of its TPM
+#
+# [vm.vm1.images.data]                # where a disk is while the VM is off, if its last backup
+#                                     # cannot tell: there is none yet, or the disk has moved
+# file = "/var/lib/vm1/data.qcow2"
+# format = "qcow2"                    # or "raw"
 """
 
 

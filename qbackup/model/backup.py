@@ -14,7 +14,7 @@ from qbackup.model import limits
 
 Kind = Literal["full", "incremental"]
 
-Consistency = Literal["crash", "filesystem", "paused"]
+Consistency = Literal["crash", "filesystem", "paused", "off"]
 
 Reason = Literal[
     # Why a bitmap is not trusted:

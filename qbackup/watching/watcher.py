@@ -48,6 +48,7 @@ from qbackup.qmp.vm import Condition, query_condition, query_state
 from qbackup.repository.repository import Repository
 from qbackup.repository.state import StateDirectory
 from qbackup.watching.control import RECALL_S, SILENCE_S, Request, listening
+from qbackup.watching.off import files_taken
 
 _EVENTS = ("SHUTDOWN", "STOP", "RESUME", "GUEST_PANICKED")
 _GOES_ON = ("RESUME", "WAKEUP")
@@ -163,7 +164,10 @@ class Watcher:
             LockedError: another process watches the VM.
         """
         with self._state.watched(self._vm.name):
-            async with listening(self._state.control_socket, self._inbox):
+            async with (
+                files_taken(self._state, self._vm.name, self._reporter),
+                listening(self._state.control_socket, self._inbox),
+            ):
                 yield
 
     async def watch(
@@ -231,6 +235,9 @@ class Watcher:
         with self._state.watched(self._vm.name):
             try:
                 async with AsyncExitStack() as session:
+                    await session.enter_async_context(
+                        files_taken(self._state, self._vm.name, self._reporter)
+                    )
                     monitor = await self._connect_within(timeout_s, session)
                     self._take_hold(monitor)
                     if await self._has_never_run(monitor):

@@ -161,15 +161,21 @@ class DiskCopy:
 
     def _candidates(self, nbd: Source | None) -> Candidates:
         task = self.task
-        if nbd is None:
-            return Candidates(task.virtual_size_bytes).finish()
-        _check_size(nbd, task.virtual_size_bytes)
-        assert isinstance(nbd, NbdConnection)  # noqa: S101 - `_connect` makes it so
+        if nbd is not None:
+            _check_size(nbd, task.virtual_size_bytes)
+        assert nbd is None or isinstance(nbd, NbdConnection)  # noqa: S101 - of `_connect`
         if task.bitmap_fd is None:
+            if nbd is None:
+                raise NbdProtocolError("there is nothing to read the disk from")
             return full_candidates(nbd, task.virtual_size_bytes)
         bitmap = SpooledBitmap(task.bitmap_fd)
         dirty = dirty_clusters(bitmap.runs, bitmap.stored, granularity_bytes=task.granularity_bytes)
-        return incremental_candidates(nbd, task.virtual_size_bytes, dirty)
+        if nbd is not None:
+            return incremental_candidates(nbd, task.virtual_size_bytes, dirty)
+        # An image that lacks what changed would be wrong, and nothing would show it.
+        if next(dirty, None) is not None:
+            raise NbdProtocolError("there is nothing to read what changed from")
+        return Candidates(task.virtual_size_bytes).finish()
 
     def _copy(self, nbd: Source | None, candidates: Candidates, fd: int) -> Stored:
         layout = Layout(self.task.virtual_size_bytes, candidates.places())

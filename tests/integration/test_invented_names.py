@@ -3,8 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pytest
-from support.lab import kinds, reasons
+from support.lab import VM, kinds, reasons
 from support.qemu import DiskSpec
 from support.watching import kept_lab
 
@@ -25,20 +24,15 @@ class UnnamedSpec(DiskSpec):
         return ["-drive", f"if=virtio,format={self.image_format},file={self.path}"]
 
 
-@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
-async def test_two_disks_whose_invented_names_swap_are_backed_up_in_full(
-    tmp_path: Path, image_format: str
-) -> None:
-    specs = [
-        UnnamedSpec(name=f"virtio{n}", path=tmp_path / f"{n}.img", image_format=image_format)
-        for n in range(2)
-    ]
+async def test_two_disks_whose_invented_names_swap_are_backed_up_in_full(tmp_path: Path) -> None:
+    specs = [UnnamedSpec(name=f"virtio{n}", path=tmp_path / f"{n}.raw") for n in range(2)]
     async with kept_lab(tmp_path, specs) as it:
         await it.run()
-        result = await it.qbackup.ok("full", "vm1", "--label", "warned")
+        instants = {name: model.checkpoint() for name, model in it.models.items()}
+        result = await it.qbackup.ok("--json", "full", VM)
         assert "disk virtio0 has a name that QEMU made up" in result.stderr
         assert "id=… with -drive" in result.stderr
-        await it.back_up("full")
+        await it.committed(result.last, instants)
         await it.write("virtio0", 64 * KIB, 512, 1)
         await it.cycle()
         # The same command line gives the same names.
@@ -64,8 +58,6 @@ async def test_two_disks_whose_invented_names_swap_are_backed_up_in_full(
         summary = await it.back_up("incremental")
         assert set(kinds(summary).values()) == {"full"}
         assert set(reasons(summary).values()) == {"image-changed"}
-        await it.write("virtio1", 4 * KIB, 512, 4)
-        await it.incremental()
         await it.power_off()
         await it.check_sources()
         await it.check_restores()

@@ -123,7 +123,7 @@ class Sweep:
             await it.stop()
             await it.start()
         await self.write(3)
-        summary = await it.back_up("incremental", "--lock-wait", "30s")
+        summary = await it.back_up("incremental", "--lock-wait", "5m")
         if victim == "qemu" and reached:
             assert set(reasons(summary).values()) == {"missing"}, where
         else:

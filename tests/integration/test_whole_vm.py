@@ -1,6 +1,7 @@
 """A VM with firmware, its variables and the state of a TPM: backed up, restored, started again."""
 
 import json
+import os
 import shlex
 import shutil
 from asyncio.subprocess import PIPE, STDOUT, create_subprocess_exec
@@ -93,9 +94,7 @@ async def test_what_is_damaged_is_told_and_disks_can_be_had_without_it(tmp_path:
     ) as it:
         summary = await it.qbackup.summary("full", "vm1")
         archive = it.repository / "vm1" / summary["id"] / "files.tar.gz"
-        data = bytearray(archive.read_bytes())
-        data[len(data) // 2] ^= 1
-        archive.write_bytes(data)
+        os.truncate(archive, archive.stat().st_size // 2)
         found = await it.qbackup.run("--json", "verify", "vm1")
         assert found.code == 13 and str(archive) in found.last["problems"][0]
         out = tmp_path / "out"

@@ -34,6 +34,8 @@ EXIT_CODES = {
     "ConsolidationError": 1,
     "ChainsFullError": 1,
     "RestoreError": 1,
+    "ProgramError": 1,
+    "VmStartedError": 1,
 }
 
 

@@ -23,6 +23,12 @@ from ..values import ID1, ID2, UNKNOWN_ID, VM, make_backup, make_vm
 Publish = Callable[[Backup], Awaitable[None]]
 Start = Callable[..., Awaitable[FakeQmp]]
 
+ASKED_FIRST = {
+    "query-version": {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": "Debian"},
+    "query-iothreads": [],
+}
+"""What the choice of an engine asks, before anything else."""
+
 
 def check_error(result: Result, code: int, error_class: str) -> dict[str, Any]:
     """Check that a command with `--json` ended with one error document, and return it."""
@@ -74,7 +80,7 @@ async def test_a_vm_that_cannot_be_reached_exits_with_12(qbackup: Qbackup) -> No
 
 
 async def test_a_vm_that_goes_away_exits_with_12(qbackup: Qbackup, fake_qmp: Start) -> None:
-    fake = await fake_qmp({"query-status": RUNNING, "query-block-exports": []})
+    fake = await fake_qmp({"query-status": RUNNING, "query-block-exports": [], **ASKED_FIRST})
     fake.replies["query-jobs"] = lambda _: fake.hang_up()
     check_error(await qbackup.run("--json", "full", VM), 12, "MonitorLostError")
 
@@ -89,6 +95,7 @@ async def test_a_refused_fallback_exits_with_4(
             "query-status": RUNNING,
             "query-block-exports": [],
             "query-jobs": [],
+            **ASKED_FIRST,
             "query-fdsets": [],
         }
     )
@@ -197,7 +204,13 @@ async def test_control_characters_in_an_error_are_made_printable(
     # What QEMU says may come from the guest or from a hostile image's names.
     name = "\x1b]0;title\x07"
     fake = await fake_qmp(
-        {"query-status": RUNNING, "query-jobs": [], "query-fdsets": [], "query-block-exports": []}
+        {
+            "query-status": RUNNING,
+            **ASKED_FIRST,
+            "query-jobs": [],
+            "query-fdsets": [],
+            "query-block-exports": [],
+        }
     )
     fake.replies |= block_replies(
         block_device(block_node("system")), block_device(None, device=name)

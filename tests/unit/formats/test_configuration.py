@@ -1,5 +1,6 @@
 """The configuration file: every mistake names the file, the key and what is allowed."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from qbackup.errors import ConfigurationError, UsageError
 from qbackup.formats.configuration import (
     Configuration,
+    ConfiguredImage,
     HookCommands,
     SnapshotSettings,
     Vm,
@@ -354,6 +356,24 @@ def test_the_example_in_the_file_that_init_writes_is_a_configuration() -> None:
     lines = [line.removeprefix("# ") for line in example.splitlines()]
     vm = parse("\n".join([before, "[vm.vm1]", *lines])).vm("vm1")
     assert vm.disks == ("system", "data") and vm.agent == Path("/run/vm1/qga.sock")
+    assert vm.images == {
+        "data": ConfiguredImage(file=Path("/var/lib/vm1/data.qcow2"), format="qcow2")
+    }
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ('[vm.vm1.images.data]\nfile = "a"', "vm.vm1.images.data.format is missing"),
+        ('[vm.vm1.images.data]\nfile = "a"\nformat = "vmdk"', "'vmdk' is not allowed"),
+        ('[vm.vm1.images.data]\nfile = "a"\nformat = "raw"\nsize = 1', "unknown key"),
+        ('[vm.vm1.images]\ndata = "a"', "expected a table"),
+        ('[vm.vm1.images."../x"]\nfile = "a"\nformat = "raw"', "cannot be used as a name"),
+    ],
+)
+def test_an_image_that_makes_no_sense_is_refused(lines: str, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        parse(with_key(lines))
 
 
 @pytest.mark.parametrize(

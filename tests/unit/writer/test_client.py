@@ -16,7 +16,7 @@ from blake3 import blake3
 from qbackup.errors import WriterError
 from qbackup.formats.qcow2 import read_header
 from qbackup.model.bitmap import Bits
-from qbackup.writer.client import CopyRequest, writer_process
+from qbackup.writer.client import CopyRequest, started_ahead, writer_process
 from unit.fake_nbd import DONE, ERROR, FakeNbd, chunk
 
 CLUSTER = 65536
@@ -40,6 +40,17 @@ def request(fake: FakeNbd, **changes: object) -> CopyRequest:
         virtual_size_bytes=len(fake.data),
     )
     return replace(made, **changes)  # type: ignore[arg-type] # as given
+
+
+def unread(bits: Bits) -> CopyRequest:
+    """Return a request that names nothing to read from."""
+    return CopyRequest(
+        disk="system",
+        file="system.qcow2",
+        virtual_size_bytes=SIZE,
+        bits=bits,
+        backing_file="../a/system.qcow2",
+    )
 
 
 def fake_disk(tmp_path: Path, **options: object) -> FakeNbd:
@@ -84,6 +95,47 @@ async def test_an_incremental_reads_only_what_is_dirty(tmp_path: Path, repo: Pat
     assert result.copied_bytes == 8 * CLUSTER
     header = read_header((repo / "b" / "system.qcow2").read_bytes()[:CLUSTER])
     assert (header.backing_file, header.backing_format) == ("../a/system.qcow2", "qcow2")
+
+
+async def test_a_disk_that_has_not_changed_is_read_from_nowhere(repo: Path) -> None:
+    bits = Bits.empty(virtual_size_bytes=SIZE, granularity_bytes=CLUSTER)
+    async with writer_process(partial=repo / "b.partial", final=repo / "b") as writer:
+        result = await writer.copy(unread(bits))
+        await writer.publish(b"{}")
+    image = (repo / "b" / "system.qcow2").read_bytes()
+    assert (result.copied_bytes, result.blake3) == (0, blake3(image).hexdigest())
+    assert read_header(image[:CLUSTER]).backing_file == "../a/system.qcow2"
+
+
+async def test_a_disk_that_has_changed_cannot_be_read_from_nowhere(
+    repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bits = Bits.last_granule(virtual_size_bytes=SIZE, granularity_bytes=CLUSTER)
+    async with writer_process(partial=repo / "b.partial", final=repo / "b") as writer:
+        with pytest.raises(ValueError, match="socket"):
+            await writer.copy(unread(bits))
+        # Nor if the descriptor was lost on its way.
+        monkeypatch.setattr(Bits, "count", lambda _: 0)
+        with pytest.raises(WriterError, match="nothing to read what changed from"):
+            await writer.copy(unread(bits))
+    assert not list(repo.iterdir())
+
+
+async def test_a_process_that_was_started_ahead_is_used(repo: Path) -> None:
+    async with started_ahead() as started:
+        async with writer_process(
+            partial=repo / "b.partial", final=repo / "b", started=started
+        ) as writer:
+            assert writer.pid == started.pid
+            await writer.publish(b"{}")
+        assert await started.ended(0)
+    assert (repo / "b" / "manifest.json").exists()
+
+
+async def test_a_process_that_was_started_in_vain_ends(repo: Path) -> None:
+    async with started_ahead() as started:
+        pass
+    assert await started.ended(0)
 
 
 async def test_several_disks_are_copied_by_one_process(tmp_path: Path, repo: Path) -> None:
