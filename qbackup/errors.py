@@ -27,6 +27,7 @@ The tree, and the exit codes that other programs rely on:
     ├── RemovalError                   1  a backup that was to be removed is still there
     ├── ConsolidationError             1  a backup could not take in what others hold
     ├── ChainsFullError                1  chains must begin anew before the next incremental
+    ├── UnitChangedError               1  a systemd unit that somebody changed is in the way
     ├── RestoreError                   1  a restore cannot start, or failed
     ├── ProgramError                   1  a program that is needed is missing, or failed
     └── VmStartedError                 1  a VM that was off was started during its backup
@@ -221,6 +222,17 @@ class ManifestDamagedError(QbackupError):
             or "the backup cannot be trusted; run qbackup verify to see what else is damaged",
         )
         self.path, self.fact = path, fact
+
+
+class UnitChangedError(QbackupError):
+    """Units that are to be written are there, and are not as qbackup wrote them."""
+
+    def __init__(self, paths: Sequence[object]) -> None:
+        super().__init__(
+            f"somebody changed {', '.join(map(str, paths))}; nothing was written",
+            hint="--force replaces them; --dry-run shows what would be written",
+        )
+        self.paths = tuple(paths)
 
 
 class ChainBrokenError(QbackupError):

@@ -79,13 +79,20 @@ class VmStatus:
     leftovers: tuple[str, ...] = ()
 
 
-async def query_status(repository: Repository, vm: Vm, state_directory: StateDirectory) -> VmStatus:
+async def query_status(
+    repository: Repository,
+    vm: Vm,
+    state_directory: StateDirectory,
+    *,
+    history: History | None = None,
+) -> VmStatus:
     """Collect the state of one VM; a VM that cannot be reached has one, too.
 
-    Whatever happens here, QEMU and its watcher are as before.
+    Whatever happens here, QEMU and its watcher are as before. `history` is the VM's, of a caller
+    that looks into it, too.
     """
     running = repository.is_locked(vm.name)
-    history = History(repository, vm.name)
+    history = history or History(repository, vm.name)
     owner = owner_of(repository.id, vm.name)
     status = VmStatus(
         vm=vm.name,

@@ -29,6 +29,14 @@ class Survey:
     candidates: list[Candidate]
     backups: dict[str, Backup]
 
+    def chains(self) -> list[list[Candidate]]:
+        """Return the members of each chain, oldest first; what has no manifest is one by itself."""
+        chains: dict[str, list[Candidate]] = {}
+        for one in self.candidates:
+            backup = self.backups.get(one.id)
+            chains.setdefault(backup.chain if backup else one.id, []).append(one)
+        return list(chains.values())
+
 
 def survey(repository: Repository, vm: str) -> Survey:
     """Look at every backup of a VM. What is damaged is a candidate with a problem."""

@@ -3,12 +3,15 @@
 import argparse
 import re
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from qbackup import __version__
 from qbackup.errors import UsageError
+from qbackup.model.health import parse_free_limit
 from qbackup.model.limits import MAX_PARALLEL
 from qbackup.model.quantities import parse_duration_s, parse_size_bytes
+
+T = TypeVar("T")
 
 _EXIT_CODES = """\
 exit codes:
@@ -134,9 +137,51 @@ def _make_parser() -> argparse.ArgumentParser:
 
     _add_bitmap_command(command)
 
+    _add_status_command(command)
+    _add_units_command(command)
+    _add_report_command(command)
+    return parser
+
+
+def _add_units_command(command: Callable[..., _Parser]) -> None:
+    units = command(
+        "install-units", "write systemd timers and services for VMs", module="install_units"
+    )
+    _add_vms(units)
+    units.add_argument("--user", action="store_true", help="for your own systemd")
+    units.add_argument("--root", metavar="DIR", help="below this directory instead of /")
+    units.add_argument("--dry-run", action="store_true", help="only print them")
+    units.add_argument(
+        "--force", action="store_true", help="replace units that somebody has changed"
+    )
+
+
+def _add_report_command(command: Callable[..., _Parser]) -> None:
+    report = command("report", "write an HTML page about backups, chains and changes")
+    _add_vms(report)
+    report.add_argument("--html", required=True, metavar="FILE", help="where to write the page")
+
+
+def _add_status_command(command: Callable[..., _Parser]) -> None:
     status = command("status", "show bitmaps, changes and what interrupted runs left")
     _add_vms(status)
-    return parser
+    status.add_argument(
+        "--check", action="store_true",
+        help="answer as a monitoring plug-in: exit with 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN",
+    )  # fmt: skip
+    for grade, age, free in (("warn", "26h", "10%"), ("critical", "50h", "5%")):
+        status.add_argument(
+            f"--{grade}-age", type=_argument(_parse_age), metavar=age,
+            help="if the newest backup of a disk is so old",
+        )  # fmt: skip
+        status.add_argument(
+            f"--{grade}-free", type=_argument(parse_free_limit), metavar=free,
+            help="if less is free for backups, a part or a size",
+        )  # fmt: skip
+    status.add_argument(
+        "--timeout", type=_argument(parse_duration_s), metavar="30s",
+        help="do not wait longer for a repository or a QEMU that hangs",
+    )  # fmt: skip
 
 
 def _add_retention_commands(command: Callable[..., _Parser]) -> None:
@@ -284,8 +329,8 @@ def _parse_parallel(text: str) -> int:
     return number
 
 
-def _argument(parse: Callable[[str], int]) -> Callable[[str], int]:
-    def convert(text: str) -> int:
+def _argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    def convert(text: str) -> T:
         try:
             return parse(text)
         except ValueError as err:

@@ -3,6 +3,7 @@
 import argparse
 
 from qbackup.actions.backup import Outcome, back_up
+from qbackup.actions.metrics import metrics_after, recorded
 from qbackup.backup.plan import BackupOptions
 from qbackup.cli.context import is_fleet, make_context
 from qbackup.cli.fleet import Done, report_alone, run_fleet
@@ -10,7 +11,7 @@ from qbackup.errors import EXIT_DEGRADED, UsageError
 from qbackup.model.backup import Backup
 from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_duration, format_size
-from qbackup.ui.reporters import make_reporter
+from qbackup.ui.reporters import make_reporter, print_warning
 from qbackup.ui.tables import table
 
 _CONSISTENCY_TEXT = {
@@ -45,13 +46,20 @@ async def run(arguments: argparse.Namespace) -> int:
 
     async def one(name: str, reporter: Reporter) -> Done:
         vm = vms[name]
-        return _done(await back_up(repository, vm, context.state(vm), options, reporter))
+        async with recorded(
+            context.configuration, name, "backup", warn=reporter.warning
+        ) as recording:
+            done = _done(await back_up(repository, vm, context.state(vm), options, reporter))
+            recording.exit_code = done.exit_code
+        return done
 
-    if is_fleet(arguments):
-        return await run_fleet(arguments, context, list(vms), one, head=("ID", "COPIED", "STORED"))
-    with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
-        done = await one(arguments.vms[0], reporter)
-    return report_alone(context, done)
+    async with metrics_after(context.configuration, warn=print_warning):
+        if is_fleet(arguments):
+            head = ("ID", "COPIED", "STORED")
+            return await run_fleet(arguments, context, list(vms), one, head=head)
+        with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
+            done = await one(arguments.vms[0], reporter)
+        return report_alone(context, done)
 
 
 def _done(outcome: Outcome) -> Done:

@@ -20,8 +20,9 @@ from qbackup.host.files import NotRegularError, open_regular
 from qbackup.model.backup import REASON_TEXT, Reason
 from qbackup.model.bitmap import DeviceStamp, FileStamp, ImageStamp
 from qbackup.model.quantities import format_size
-from qbackup.ui.heat_map import heat_map, style_of_stdout
+from qbackup.ui.heat_map import heat_map
 from qbackup.ui.tables import facts, printable
+from qbackup.ui.terminal import style_of_stdout
 
 JSON_HEAT_MAP_CELLS = 1024
 

@@ -1,16 +1,20 @@
-"""`qbackup list`: the backups, newest last."""
+"""`qbackup list`: the backups, newest last; a tree of chains on a terminal, else a table."""
 
 import argparse
+import sys
 from collections.abc import Sequence, Set
-from datetime import datetime
+from datetime import UTC, datetime
 
+from qbackup.catalog.survey import survey
 from qbackup.cli.context import is_fleet, make_context
 from qbackup.cli.output import answer
 from qbackup.model.backup import Backup
 from qbackup.model.quantities import format_size
-from qbackup.repository.repository import DamagedBackup
+from qbackup.repository.repository import DamagedBackup, Repository
 from qbackup.ui.reporters import print_line
 from qbackup.ui.tables import table
+from qbackup.ui.terminal import style_of_stdout
+from qbackup.ui.tree import tree
 
 
 async def run(arguments: argparse.Namespace) -> int:
@@ -18,6 +22,9 @@ async def run(arguments: argparse.Namespace) -> int:
     context = make_context(arguments)
     repository = context.open_repository()
     names = context.selected_names(repository, arguments)
+    if sys.stdout.isatty() and not context.json_output:
+        _print_trees(repository, names)
+        return 0
     backups: list[Backup] = []
     for name in names:
         for backup in reversed(list(repository.newest_first(name))):
@@ -37,6 +44,18 @@ async def run(arguments: argparse.Namespace) -> int:
         text = _table(backups, protected, with_vm=is_fleet(arguments) or not arguments.vms)
     answer(document, text=text, json_output=context.json_output)
     return 0
+
+
+def _print_trees(repository: Repository, names: Sequence[str]) -> None:
+    """Print each VM as soon as it is read; of those that have no backups, nothing."""
+    style, now, first = style_of_stdout(), datetime.now(UTC), True
+    for name in names:
+        found = survey(repository, name)
+        if found.candidates:
+            print("" if first else "\n", tree(name, found, style, now=now), sep="", flush=True)
+            first = False
+    if first:
+        print("no backups yet", flush=True)
 
 
 def _table(backups: Sequence[Backup], protected: Set[tuple[str, str]], *, with_vm: bool) -> str:

@@ -5,14 +5,15 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
+from qbackup.actions.metrics import metrics_after, recorded
 from qbackup.actions.prune import Pruned, PruneOptions, prune
-from qbackup.cli.context import is_fleet, make_context
-from qbackup.cli.fleet import Done, report_alone, run_fleet
+from qbackup.cli.context import Context, is_fleet, make_context
+from qbackup.cli.fleet import Done, Work, report_alone, run_fleet
 from qbackup.errors import EXIT_DEGRADED
 from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_size
 from qbackup.model.retention import Rules
-from qbackup.ui.reporters import make_reporter
+from qbackup.ui.reporters import make_reporter, print_warning
 from qbackup.ui.tables import table
 
 
@@ -40,10 +41,23 @@ async def run(arguments: argparse.Namespace) -> int:
             )
         return _done(await prune(repository, vm, options, reporter, now=now))
 
+    async def one_recorded(vm: str, reporter: Reporter) -> Done:
+        async with recorded(context.configuration, vm, "prune", warn=reporter.warning):
+            return await one(vm, reporter)
+
+    if arguments.dry_run:
+        return await _prune(arguments, context, vms, one)
+    async with metrics_after(context.configuration, warn=print_warning):
+        return await _prune(arguments, context, vms, one_recorded)
+
+
+async def _prune(
+    arguments: argparse.Namespace, context: Context, vms: list[str], work: Work
+) -> int:
     if is_fleet(arguments):
-        return await run_fleet(arguments, context, vms, one, head=("BACKUPS", "REMOVED", "FREED"))
+        return await run_fleet(arguments, context, vms, work, head=("BACKUPS", "REMOVED", "FREED"))
     with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
-        done = await one(vms[0], reporter)
+        done = await work(vms[0], reporter)
     return report_alone(context, done)
 
 

@@ -2,23 +2,31 @@
 
 import argparse
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
+from qbackup.actions.check import DEFAULT_TIMEOUT_S, CheckOptions, check
 from qbackup.actions.status import DiskStatus, VmStatus, query_status
-from qbackup.cli.context import make_context
+from qbackup.cli.context import Context, make_context
 from qbackup.cli.output import answer
+from qbackup.errors import UsageError
+from qbackup.formats.configuration import Vm
 from qbackup.model.backup import REASON_TEXT
 from qbackup.model.quantities import format_size
+from qbackup.ui.plugin import health_document, plugin_output
 from qbackup.ui.tables import table
 
 
 async def run(arguments: argparse.Namespace) -> int:
     """Print the state of some VMs, or of all that are configured."""
     context = make_context(arguments)
-    repository = context.open_repository()
     # None named: in the order of the configuration.
     named = context.selected_vms(arguments) if arguments.vms else context.configuration.vms.values()
     vms = list(named)
+    if arguments.check:
+        return await _check(context, vms, arguments)
+    _refuse_check_options(arguments)
+    repository = context.open_repository()
     found = await asyncio.gather(*(query_status(repository, vm, context.state(vm)) for vm in vms))
     answer(
         [_document(status) for status in found],
@@ -26,6 +34,31 @@ async def run(arguments: argparse.Namespace) -> int:
         json_output=context.json_output,
     )
     return 0
+
+
+async def _check(context: Context, vms: Sequence[Vm], arguments: argparse.Namespace) -> int:
+    """Print what a monitoring plug-in prints; its exit code is the grade."""
+    options = CheckOptions(
+        warn_age_s=arguments.warn_age,
+        critical_age_s=arguments.critical_age,
+        warn_free=arguments.warn_free,
+        critical_free=arguments.critical_free,
+        timeout_s=DEFAULT_TIMEOUT_S if arguments.timeout is None else arguments.timeout,
+    )
+    health = await check(context.configuration, vms, options)
+    answer(health_document(health), text=plugin_output(health), json_output=context.json_output)
+    return int(health.grade)
+
+
+def _refuse_check_options(arguments: argparse.Namespace) -> None:
+    """Make sure that nobody takes a limit without a check for one.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for name in ("warn_age", "critical_age", "warn_free", "critical_free", "timeout"):
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} is for --check")
 
 
 def _document(status: VmStatus) -> dict[str, Any]:

@@ -7,10 +7,10 @@ open files: it is given the texts, and the folders that relative paths are relat
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from qbackup.errors import ConfigurationError, UsageError
 from qbackup.formats.documents import DocumentError, convert
@@ -21,11 +21,20 @@ from qbackup.model.backup import (
 )
 from qbackup.model.chain import DEFAULT_MAX_CHAIN, LARGEST_MAX_CHAIN
 from qbackup.model.consolidation import When
+from qbackup.model.health import (
+    DEFAULT_CRITICAL_FREE,
+    DEFAULT_WARN_FREE,
+    FreeLimit,
+    age_limits,
+    parse_free_limit,
+)
 from qbackup.model.limits import MAX_PARALLEL
 from qbackup.model.names import check_name
 from qbackup.model.quantities import parse_duration_s, parse_size_bytes
 from qbackup.model.retention import NO_RULES, Rules
 from qbackup.model.selection import did_you_mean, shown
+
+T = TypeVar("T")
 
 Engine = Literal["snapshot", "direct", "drive-backup"]
 """How the bytes get into the repository: docs/architecture.md, "Engines"."""
@@ -73,6 +82,9 @@ class Vm:
     """As `Configuration.trust_block_devices`."""
     images: Mapping[str, "ConfiguredImage"] = field(default_factory=dict)
     """Where disks are while the VM is off, by their names; others where the last backup says."""
+    warn_age_s: int | None = None
+    critical_age_s: int | None = None
+    """For `status --check`; None means the default: see `model.health`."""
     files: tuple[Path, ...] = ()
     """Files, and directories with files, that are backed up beside the disks."""
     hooks: HookCommands = field(default_factory=HookCommands)
@@ -114,6 +126,10 @@ class Configuration:
     """How many VMs are worked on at once."""
     consolidate: When = DEFAULT_CONSOLIDATE
     max_chain: int = DEFAULT_MAX_CHAIN
+    metrics: Path | None = None
+    """Where the metrics for Prometheus go, None: nowhere."""
+    warn_free: FreeLimit = DEFAULT_WARN_FREE
+    critical_free: FreeLimit = DEFAULT_CRITICAL_FREE
 
     def consolidation(self, name: str) -> tuple[When, int]:
         """Return when a VM's backups are merged, and how many a chain may have.
@@ -154,6 +170,8 @@ class _VmTable:
     engine: Literal["snapshot", "direct", "drive-backup", "blockdev-backup"] = "snapshot"
     max_chain: int | None = None
     consolidate: When | None = None
+    warn_age: str | None = None
+    critical_age: str | None = None
     keep: dict[str, Any] | None = None
     images: dict[str, Any] | None = None
     files: list[str] | None = None
@@ -194,6 +212,9 @@ class _File:
     scratch: str | None = None
     scratch_limit: str | int | None = None
     stall_timeout: str | int | float | None = None
+    metrics: str | None = None
+    warn_free: str | None = None
+    critical_free: str | None = None
     keep: dict[str, Any] | None = None
     hooks: dict[str, Any] | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -239,6 +260,11 @@ _EXPECTED = {
     "scratch": 'a directory on a local disk, such as scratch = "/var/tmp/qbackup"',
     "scratch_limit": 'a size, such as scratch_limit = "20G"',
     "stall_timeout": 'a time, such as stall_timeout = "5m"',
+    "metrics": 'a file, such as metrics = "/var/lib/node_exporter/textfile/qbackup.prom"',
+    "warn_age": 'a time, such as warn_age = "26h", and not more than critical_age',
+    "critical_age": 'a time, such as critical_age = "50h", and not less than warn_age',
+    "warn_free": 'a part or a size, such as warn_free = "10%"',
+    "critical_free": 'a part or a size, such as critical_free = "50G"',
     "keep": "a table, such as [keep] or [vm.vm1.keep]",
     "images": "a table for each disk, such as [vm.vm1.images.data]",
     "file": 'an image or device, such as file = "/var/lib/vm1/data.qcow2"',
@@ -285,6 +311,12 @@ def parse_configuration(
         consolidate=top.defaults.get("consolidate", DEFAULT_CONSOLIDATE),
         max_chain=top.defaults.get("max_chain", shared.max_chain),
         parallel=top.parallel,
+        metrics=None if top.metrics is None else folder / top.metrics,
+        **{
+            key: _read(parse_free_limit, value, where=f"{path}: {key}", key=key)
+            for key in ("warn_free", "critical_free")
+            if (value := getattr(top, key)) is not None
+        },
     )
 
 
@@ -381,6 +413,7 @@ def _vm(name: str, table: _VmTable, *, path: Path, where: str, shared: _Shared) 
         for disk in table.disks:
             if table.disks.count(disk) > 1:
                 raise ConfigurationError(f"{place}.disks: {disk!r} is there twice")
+    warn_age_s, critical_age_s = _ages(table, where=place)
     return Vm(
         name=name,
         qmp=_qmp_address(table.qmp, where=f"{place}.qmp", folder=folder),
@@ -399,6 +432,8 @@ def _vm(name: str, table: _VmTable, *, path: Path, where: str, shared: _Shared) 
             else _max_chain(table.max_chain, where=f"{place}.max_chain")
         ),
         consolidate=table.consolidate or DEFAULT_CONSOLIDATE,
+        warn_age_s=warn_age_s,
+        critical_age_s=critical_age_s,
         files=tuple(
             _file(text, where=f"{place}.files", folder=folder) for text in table.files or ()
         ),
@@ -431,6 +466,33 @@ def _images(
         table = _table(content, _ImageTable, path=path, where=f"{where}.{name}")
         images[name] = ConfiguredImage(file=folder / table.file, format=table.format)
     return images
+
+
+def _ages(table: _VmTable, *, where: str) -> tuple[int | None, int | None]:
+    """Return warn_age and critical_age in seconds."""
+    warn_s, critical_s = (
+        None if text is None else _read(_age_s, text, where=f"{where}.{key}", key=key)
+        for key, text in (("warn_age", table.warn_age), ("critical_age", table.critical_age))
+    )
+    try:
+        age_limits(warn_s, critical_s)
+    except ValueError as err:
+        raise ConfigurationError(f"{where}.warn_age: {err}") from err
+    return warn_s, critical_s
+
+
+def _age_s(text: str) -> int:
+    seconds = parse_duration_s(text)
+    if seconds == 0:
+        raise ValueError(f"{text!r} is no age")
+    return seconds
+
+
+def _read(parse: Callable[[str], T], text: str, *, where: str, key: str) -> T:
+    try:
+        return parse(text)
+    except ValueError as err:
+        raise ConfigurationError(f"{where}: {err}", hint=f"expected {_EXPECTED[key]}") from err
 
 
 def _file(text: str, *, where: str, folder: Path) -> Path:
@@ -608,6 +670,9 @@ state = {_quoted(state)}
 #                                     # default: the state directory
 # scratch_limit = "20G"               # a backup that would need more is given up; default: none
 # stall_timeout = "5m"                # so is one that gets no further for so long
+# metrics = "/var/lib/prometheus/node-exporter/qbackup.prom"  # for Prometheus's node exporter
+# warn_free = "10%"                   # for qbackup status --check: of the room for backups
+# critical_free = "5%"
 # parallel = {DEFAULT_PARALLEL}                        # how many VMs at once (--all)
 
 # What qbackup prune keeps: the newest backup of each of so many periods that have one. A table
@@ -644,6 +709,8 @@ state = {_quoted(state)}
 # max_chain = {DEFAULT_MAX_CHAIN}                     # for this VM alone
 # consolidate = "worthwhile"          # merge backups that no rule keeps into those that need them:
 #                                     # "always", "worthwhile" (copy no full for little), "never"
+# warn_age = "26h"                    # for qbackup status --check: how old the newest backup may be
+# critical_age = "50h"
 # hook_timeout = "5m"                 # after which a hook is killed
 # files = ["/var/lib/swtpm/vm1"]      # small files and directories that belong to the VM, such as
 #                                     # the state of its TPM

@@ -16,12 +16,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from qbackup.host.files import open_regular
+from qbackup.host.files import open_regular, size_of_regular
 
 T = TypeVar("T")
 
 DIRECTORY_MODE = 0o700
 FILE_MODE = 0o600
+PUBLIC_FILE_MODE = 0o644
 
 
 def make_directory_now(path: Path) -> None:
@@ -34,17 +35,17 @@ def make_directory_now(path: Path) -> None:
     sync_directory_now(path.parent)
 
 
-def create_file_now(path: Path) -> int:
+def create_file_now(path: Path, mode: int = FILE_MODE) -> int:
     """Create a file that must not exist yet, for its owner only; return its descriptor."""
-    return _private(str(path), os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    return _create(str(path), os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
 
 
-def write_new_file_now(path: Path, data: bytes) -> None:
+def write_new_file_now(path: Path, data: bytes, mode: int = FILE_MODE) -> None:
     """Write a file that must not exist yet, and its content, durably.
 
     Its name is durable only after its directory was synced, or was published.
     """
-    with open(create_file_now(path), "wb") as file:
+    with open(create_file_now(path, mode), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -113,15 +114,27 @@ async def write_new_file(path: Path, data: bytes) -> None:
     await _run(write_new_file_now, path, data)
 
 
-async def replace_file(path: Path, data: bytes) -> None:
+async def replace_file(path: Path, data: bytes, *, mode: int = FILE_MODE) -> None:
     """Write a file so that readers see either the old content or the whole new one."""
     import aiofiles.os  # noqa: PLC0415 - the writer process starts without asyncio
 
     temporary = path.with_name(f".{path.name}.new")
     await _run(_unlink, temporary)
-    await write_new_file(temporary, data)
+    await _run(write_new_file_now, temporary, data, mode)
     await aiofiles.os.replace(temporary, path)
     await sync_directory(path.parent)
+
+
+async def replace_public_file(path: Path, data: bytes) -> None:
+    """Do as `replace_file` for a file that others may read, as far as the umask lets them.
+
+    Raises:
+        NotRegularError: there is something of that name that is no regular file; it stays.
+        OSError: it cannot be written.
+    """
+    with suppress(FileNotFoundError):
+        await _run(size_of_regular, path)
+    await replace_file(path, data, mode=PUBLIC_FILE_MODE)
 
 
 async def overwrite_start(path: Path, data: bytes) -> None:
@@ -175,8 +188,8 @@ def _unlink(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+def _create(path: str, flags: int, mode: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
 
 
 async def _run(function: Callable[..., T], *arguments: object) -> T:

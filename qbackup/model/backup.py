@@ -61,6 +61,14 @@ REASON_TEXT: dict[Reason, str] = {
 }
 """Each reason, said to people."""
 
+UNTRUSTED_REASONS: frozenset[Reason] = frozenset(REASON_TEXT) - {
+    "new-disk",
+    "requested",
+    "no-parent",
+    "chain-full",
+}
+"""Reasons for a full backup that are about the disk's bitmap."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:

@@ -59,3 +59,19 @@ def format_duration(seconds: float) -> str:
     minutes, second = divmod(int(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def format_age(seconds: float) -> str:
+    """Write how long ago something was: `just now`, `5 min ago`, `3 h ago`, `12 d ago`.
+
+    What is more than a minute ahead, by a clock that was or is wrong, is `in the future`.
+    """
+    if seconds < -60:
+        return "in the future"
+    if seconds < 60:
+        return "just now"
+    for unit, length_s, up_to in (("min", 60, 60), ("h", 3600, 48), ("d", 86400, 100)):
+        if seconds < up_to * length_s:
+            return f"{seconds // length_s:.0f} {unit} ago"
+    weeks = seconds // (7 * 86400)
+    return f"{weeks:.0f} wk ago" if weeks < 104 else f"{seconds // (365.25 * 86400):.0f} y ago"

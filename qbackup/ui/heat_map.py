@@ -3,19 +3,15 @@
 Written without rich, like the tables. The shapes alone tell everything; colour only helps.
 """
 
-import os
-import shutil
-import sys
 from dataclasses import dataclass
 from itertools import groupby
 
 from qbackup.model.bitmap import Bits
 from qbackup.model.quantities import format_size
+from qbackup.ui.terminal import RESET, Style
 
 MAX_COLUMNS = 64
 MAX_ROWS = 16
-
-_RESET = "\x1b[0m"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,30 +32,6 @@ _LEVELS = (
     _Level(limit=1 - 2**-40, text="more", block="▓", plain="*", colour="\x1b[33m"),
     _Level(limit=1.0, text="all dirty", block="█", plain="#", colour="\x1b[31m"),
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Style:
-    """What the output can show."""
-
-    columns: int
-    colour: bool
-    blocks: bool
-
-
-def style_of_stdout() -> Style:
-    """Return what stdout can show (NO_COLOR: https://no-color.org)."""
-    colour = (
-        sys.stdout.isatty()
-        and not os.environ.get("NO_COLOR")
-        and os.environ.get("TERM", "") != "dumb"
-    )
-    try:
-        "".join(level.block for level in _LEVELS).encode(sys.stdout.encoding or "ascii")
-        blocks = True
-    except (UnicodeEncodeError, LookupError):
-        blocks = False
-    return Style(columns=shutil.get_terminal_size().columns, colour=colour, blocks=blocks)
 
 
 def heat_map(bits: Bits, style: Style) -> str:
@@ -83,13 +55,18 @@ def _even(bits: Bits, densities: list[float]) -> bool:
     return bits.bit_count % len(densities) == 0
 
 
+def level_number(density: float) -> int:
+    """Return how dense a cell is: 0 clean, 1 up to a tenth, 2 up to half, 3 more, 4 all of it."""
+    return next(number for number, level in enumerate(_LEVELS) if density <= level.limit)
+
+
 def _level(density: float) -> _Level:
-    return next(level for level in _LEVELS if density <= level.limit)
+    return _LEVELS[level_number(density)]
 
 
 def _row(row: list[_Level], style: Style) -> str:
     shown = []
     for level, group in groupby(row):
-        text = (level.block if style.blocks else level.plain) * len(list(group))
-        shown.append(f"{level.colour}{text}{_RESET}" if style.colour else text)
+        text = (level.block if style.drawing else level.plain) * len(list(group))
+        shown.append(f"{level.colour}{text}{RESET}" if style.colour else text)
     return "".join(shown)

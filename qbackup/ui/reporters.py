@@ -64,7 +64,7 @@ class _Plain:
             print_line(message)
 
     def warning(self, message: str) -> None:
-        print_line(f"warning: {message}")
+        print_warning(message)
 
     def ended(self, vm: str) -> None:
         """Nothing makes room: lines stay."""
@@ -133,6 +133,11 @@ class JsonReporter(_Plain):
 def print_line(text: str) -> None:
     """Write one line for people to stderr; whatever is in it, it stays one line."""
     print(printable(text), file=sys.stderr, flush=True)
+
+
+def print_warning(text: str) -> None:
+    """Write one line to stderr that something is not as it should be."""
+    print_line(f"warning: {text}")
 
 
 def print_json_line(document: dict[str, Any]) -> None:

@@ -1,5 +1,9 @@
 """What commands print: documents for programs, text for people."""
 
+import asyncio
+import os
+import sys
+import termios
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -62,6 +66,28 @@ async def test_a_label_cannot_steer_the_terminal_nor_forge_a_line(
     shown = (await qbackup.ok(*argv)).stdout
     assert "forged" in shown and "\x1b" not in shown
     assert [line for line in shown.splitlines() if line.startswith("vm1  forged")] == []
+
+
+async def test_list_is_a_tree_on_a_terminal_and_a_table_elsewhere(
+    qbackup: Qbackup, publish: Publish
+) -> None:
+    await publish(make_backup(ID1, label="\x1b[2Jx"))
+    await publish(make_backup(ID2, parent=ID1))
+    leader, follower = os.openpty()
+    termios.tcsetwinsize(follower, (24, 80))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "qbackup", "-c", str(qbackup.configuration), "list"),
+        stdout=follower,
+        env={**os.environ, "NO_COLOR": "1", "LC_ALL": "C.UTF-8", "COLUMNS": "80"},
+    )
+    assert await process.wait() == 0
+    os.close(follower)
+    shown = os.read(leader, 65536).decode().replace("\r\n", "\n")
+    os.close(leader)
+    first, _, last = shown.rstrip().split("\n")
+    assert first == f"{VM}: 2 backups, 1 chain, 16.0 KiB"
+    assert last.startswith(f"└─ {ID2}") and "\x1b" not in shown
+    assert (await qbackup.ok("list")).stdout.startswith("VM   ID ")
 
 
 async def test_show_prints_the_manifest(qbackup: Qbackup, publish: Publish) -> None:

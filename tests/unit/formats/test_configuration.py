@@ -416,3 +416,33 @@ def test_a_max_chain_that_makes_no_sense_is_refused_with_what_is_allowed(
     with pytest.raises(ConfigurationError, match=where) as caught:
         parse_configuration(text, path=Path("/etc/c.toml"))
     assert caught.value.hint is not None and "from 1 to 1000" in caught.value.hint
+
+
+def test_limits_of_age_are_for_all_vms_or_for_one() -> None:
+    found = parse(
+        f'warn_free = "20%"\ncritical_free = "5G"\nmetrics = "m.prom"\n{TOP}'
+        '[defaults]\nwarn_age = "2h"\ncritical_age = "4h"\n'
+        '[vm.vm1]\nqmp = "one.sock"\ncritical_age = "3d"\n[vm.vm2]\nqmp = "two.sock"\n'
+    )
+    assert (found.warn_free.percent, found.critical_free.size_bytes) == (20, 5 * 2**30)
+    assert found.metrics == PATH.parent / "m.prom"
+    ages = {vm.name: (vm.warn_age_s, vm.critical_age_s) for vm in found.vms.values()}
+    assert ages == {"vm1": (7200, 3 * 86400), "vm2": (7200, 14400)}
+
+
+@pytest.mark.parametrize(
+    ("top", "table", "where"),
+    [
+        ("", 'warn_age = "x"', "vm.vm1.warn_age: "),
+        ("", 'warn_age = "0"', "vm.vm1.warn_age: "),
+        ("", 'warn_age = "3h"\ncritical_age = "2h"', "vm.vm1.warn_age: "),
+        ("", 'critical_age = "-1h"', "vm.vm1.critical_age: "),
+        ('warn_free = "120%"', "", "warn_free: "),
+        ("", 'warn_free = "20%"', "unknown key vm.vm1.warn_free"),
+        ("", '[defaults]\nwarn_age = "3h"\ncritical_age = "2h"', "defaults.warn_age: "),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(top: str, table: str, where: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse(f"{top}\n{TABLE}{table}\n")
+    assert f"{PATH}: {where}" in caught.value.message

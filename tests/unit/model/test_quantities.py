@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qbackup.model.quantities import (
+    format_age,
     format_duration,
     format_size,
     parse_duration_s,
@@ -90,3 +91,23 @@ def test_a_size_as_written_is_right_to_five_per_cent(size: int) -> None:
 )
 def test_a_duration_is_written_for_people(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-3600, "in the future"),
+        (-1, "just now"),
+        (59.9, "just now"),
+        (60, "1 min ago"),
+        (3599, "59 min ago"),
+        (3600 * 3.9, "3 h ago"),
+        (3600 * 48, "2 d ago"),
+        (86400 * 99, "99 d ago"),
+        (86400 * 100, "14 wk ago"),
+        (86400 * 730, "1 y ago"),
+        (86400 * 4000, "10 y ago"),
+    ],
+)
+def test_an_age_is_told_in_one_unit(seconds: float, text: str) -> None:
+    assert format_age(seconds) == text

@@ -1,17 +1,14 @@
 """The picture of a bitmap: right places, right shapes, colour only where it is wanted."""
 
-import io
-import sys
-
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qbackup.model.bitmap import Bits, Fill
-from qbackup.ui.heat_map import Style, heat_map, style_of_stdout
+from qbackup.ui.heat_map import heat_map
+from qbackup.ui.terminal import Style
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
-PLAIN = Style(columns=80, colour=False, blocks=False)
+PLAIN = Style(columns=80, colour=False, drawing=False)
 
 
 def one_gibibyte(*dirty: int) -> Bits:
@@ -30,7 +27,7 @@ def test_every_density_has_a_shape_of_its_own() -> None:
     first, *others = rows(one_gibibyte(*dirty))
     assert first.split() == ["0", "B", "." + "-+*#" + "." * 59]
     assert all(set(row.split()[-1]) == {"."} for row in others)
-    blocks = heat_map(one_gibibyte(*dirty), Style(columns=80, colour=False, blocks=True))
+    blocks = heat_map(one_gibibyte(*dirty), Style(columns=80, colour=False, drawing=True))
     assert "·░▒▓█·" in blocks
 
 
@@ -53,7 +50,7 @@ def test_a_full_disk_is_full() -> None:
 
 def test_colours_change_nothing_but_colours() -> None:
     bits = one_gibibyte(*range(100), 5000)
-    coloured = heat_map(bits, Style(columns=80, colour=True, blocks=False))
+    coloured = heat_map(bits, Style(columns=80, colour=True, drawing=False))
     assert "\x1b[" in coloured
     for code in ("\x1b[0m", "\x1b[2m", "\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[36m"):
         coloured = coloured.replace(code, "")
@@ -63,41 +60,5 @@ def test_colours_change_nothing_but_colours() -> None:
 @given(st.integers(1, 300), st.integers(1, 5000))
 def test_rows_fit_the_terminal(columns: int, granules: int) -> None:
     bits = Bits.empty(virtual_size_bytes=granules * 64 * KIB, granularity_bytes=64 * KIB)
-    style = Style(columns=columns, colour=False, blocks=True)
+    style = Style(columns=columns, colour=False, drawing=True)
     assert all(len(row) <= max(columns, 20) for row in rows(bits, style))
-
-
-class Terminal(io.TextIOWrapper):
-    """A stdout that is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize(
-    ("environment", "colour"),
-    [
-        ({"TERM": "xterm"}, True),
-        ({"TERM": "xterm", "NO_COLOR": "1"}, False),
-        ({"TERM": "xterm", "NO_COLOR": ""}, True),
-        ({"TERM": "dumb"}, False),
-    ],
-)
-def test_colour_is_for_terminals_that_want_it(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], colour: bool
-) -> None:
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "stdout", Terminal(io.BytesIO(), encoding="utf-8"))
-    assert style_of_stdout().colour is colour
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
-    assert not style_of_stdout().colour
-
-
-@pytest.mark.parametrize(("encoding", "blocks"), [("utf-8", True), ("ascii", False)])
-def test_shapes_are_those_that_can_be_written(
-    monkeypatch: pytest.MonkeyPatch, encoding: str, blocks: bool
-) -> None:
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
-    assert style_of_stdout().blocks is blocks

@@ -1,0 +1,204 @@
+"""What a run leaves for those who watch: how it ended, and the metrics file.
+
+The file is made anew from the repository and the state directory after each run, all VMs of the
+configuration in it. Nothing is carried over in memory or from the file before, and a lock is held
+from the first look to the rename: so the last of several commands at once writes what all of
+them did.
+"""
+
+import asyncio
+import fcntl
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qbackup.backup.judge import Base
+from qbackup.backup.stopped import last_seen_disks
+from qbackup.catalog.history import History
+from qbackup.errors import ChainBrokenError, ManifestDamagedError, QbackupError
+from qbackup.formats.configuration import Configuration, Vm
+from qbackup.formats.metrics import (
+    DiskMetrics,
+    RepositoryMetrics,
+    RunMetrics,
+    VmMetrics,
+    encode_metrics,
+)
+from qbackup.host import durable
+from qbackup.host.tasks import in_thread, to_its_end
+from qbackup.model.backup import UNTRUSTED_REASONS
+from qbackup.repository.last_run import (
+    RECORDED_COMMANDS,
+    LastRun,
+    RecordedCommand,
+    read_last_run,
+    write_last_run,
+)
+from qbackup.repository.repository import Repository
+from qbackup.repository.state import StateDirectory
+
+_LOCK_FILE = ".metrics.lock"
+"""In the state directory; no VM's name begins with a dot."""
+
+_TIMEOUT_S = 60.0
+_INTERRUPTED = 130
+
+
+@dataclass(slots=True)
+class Run:
+    """A run that goes on; its command says how it ends, unless with an error."""
+
+    exit_code: int = 0
+
+
+@asynccontextmanager
+async def recorded(
+    configuration: Configuration,
+    vm: str,
+    command: RecordedCommand,
+    *,
+    warn: Callable[[str], None],
+) -> AsyncIterator[Run]:
+    """Remember how the block ends, for a VM of the configuration.
+
+    If that cannot be kept it is a warning, and changes nothing of how the command ends.
+    """
+    run, started = Run(), time.monotonic()
+    try:
+        yield run
+    except BaseException as err:
+        run.exit_code = _exit_code(err)
+        raise
+    finally:
+        if vm in configuration.vms:  # others have no state directory
+            last = LastRun(
+                ended_s=round(time.time(), 3),
+                seconds=round(time.monotonic() - started, 3),
+                exit_code=run.exit_code,
+            )
+            step = write_last_run(StateDirectory(configuration.state, vm), command, last)
+            await to_its_end(
+                _attempt(step, f"{vm}: how this run ended cannot be kept for monitoring", warn)
+            )
+
+
+@asynccontextmanager
+async def metrics_after(
+    configuration: Configuration, *, warn: Callable[[str], None]
+) -> AsyncIterator[None]:
+    """Write the metrics when the block has ended, well or not, if a file is configured for them.
+
+    If they cannot be written it is a warning, and changes nothing of how the command ends.
+    """
+    try:
+        yield
+    finally:
+        if configuration.metrics is not None:
+            step = write_metrics(configuration, configuration.metrics)
+            await to_its_end(_attempt(step, "the metrics were not written", warn))
+
+
+def _exit_code(err: BaseException) -> int:
+    if isinstance(err, asyncio.CancelledError):
+        return _INTERRUPTED
+    return err.exit_code if isinstance(err, QbackupError) else QbackupError.exit_code
+
+
+async def _attempt(step: Coroutine[Any, Any, None], what: str, warn: Callable[[str], None]) -> None:
+    """Do something that nothing depends on, in a limited time; tell why if it fails."""
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            await step
+    except TimeoutError:
+        warn(f"{what}: nothing moved for {_TIMEOUT_S:.0f} s")
+    except OSError as err:
+        where = f"{err.filename}: " if err.filename else ""
+        warn(f"{what}: {where}{err.strerror or err}")
+    except Exception as err:
+        # Whatever it is: the backup exists, or failed for a reason of its own.
+        warn(f"{what}: {type(err).__name__}: {err}")
+
+
+async def write_metrics(configuration: Configuration, path: Path) -> None:
+    """Write the metrics of all configured VMs, so that readers see the old file or the new one.
+
+    Raises:
+        OSError: the file cannot be written.
+        RepositoryError: there is no repository to look at.
+    """
+    lock = await in_thread(_lock, configuration.state)
+    try:
+        data = await in_thread(lambda: encode_metrics(_collect(configuration)))
+        await durable.replace_public_file(path, data)
+    finally:
+        os.close(lock)
+
+
+def _lock(state: Path) -> int:
+    """Wait to be the only one who writes the metrics; return what to close then."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    fd = os.open(state / _LOCK_FILE, flags, durable.FILE_MODE)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _collect(configuration: Configuration) -> RepositoryMetrics:
+    repository = Repository.open(configuration.repository)
+    space = os.statvfs(repository.path)
+    return RepositoryMetrics(
+        repository_free_bytes=space.f_bavail * space.f_frsize,
+        repository_size_bytes=space.f_blocks * space.f_frsize,
+        vms=[
+            _collect_vm(repository, vm, StateDirectory(configuration.state, vm.name))
+            for vm in configuration.vms.values()
+        ],
+    )
+
+
+def _collect_vm(repository: Repository, vm: Vm, state: StateDirectory) -> VmMetrics:
+    history = History(repository, vm.name)
+    newest = history.newest_usable()
+    runs = {command: read_last_run(state, command) for command in RECORDED_COMMANDS}
+    return VmMetrics(
+        vm=vm.name,
+        backups=len(history.ids),
+        chain_max_backups=vm.max_chain,
+        last_backup_timestamp_seconds=newest.moment.timestamp() if newest else None,
+        last_backup_duration_seconds=newest.seconds if newest else None,
+        disks=[_collect_disk(history, base) for base in last_seen_disks(history)],
+        runs=[
+            RunMetrics(
+                command=command,
+                last_run_timestamp_seconds=run.ended_s,
+                last_run_duration_seconds=run.seconds,
+                last_run_exit_code=run.exit_code,
+            )
+            for command, run in runs.items()
+            if run is not None
+        ],
+    )
+
+
+def _collect_disk(history: History, base: Base) -> DiskMetrics:
+    backup, disk = base.backup, base.disk
+    try:
+        length: int | None = history.chain_length(backup, disk.name)
+    except (ChainBrokenError, ManifestDamagedError):
+        length = None
+    return DiskMetrics(
+        disk=disk.name,
+        disk_last_backup_timestamp_seconds=backup.moment.timestamp(),
+        disk_virtual_size_bytes=disk.virtual_size_bytes,
+        disk_last_backup_copied_bytes=disk.copied_bytes,
+        disk_last_backup_stored_bytes=disk.stored_bytes,
+        disk_chain_backups=length,
+        disk_bitmap_trusted=disk.reason not in UNTRUSTED_REASONS,
+    )
