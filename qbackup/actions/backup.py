@@ -171,6 +171,7 @@ async def _back_up_running(
             owner=owner,
             migration=condition.migration,
             options=options,
+            can_compare=engine.compares,
             reporter=reporter,
         )
         version = await query_version(monitor)
@@ -217,6 +218,7 @@ async def _prepare(
     owner: Owner,
     migration: Migration,
     options: BackupOptions,
+    can_compare: bool,
     reporter: Reporter,
 ) -> Plan:
     """Adopt the bits that an interrupted run left, then look again and decide.
@@ -238,6 +240,7 @@ async def _prepare(
         owner=owner,
         not_loaded=migrated_verdicts(migration, bases, owner) or state.read_verdicts(),
         options=options,
+        can_compare=can_compare,
         reporter=reporter,
     )
 

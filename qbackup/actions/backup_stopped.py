@@ -164,6 +164,7 @@ def _plan(
         owner=owner,
         not_loaded=stopped.not_loaded,
         options=options,
+        can_compare=ImagesEngine.compares,
         reporter=to,
     )
 
@@ -215,7 +216,6 @@ def _not_known(stopped: StoppedVm, name: str, absent: MonitorError, *, vm: Vm) -
 
 def _is_unchanged(plan: Plan) -> bool:
     return all(
-        verdict.method == "incremental"
-        and (verdict.bitmap is None or not verdict.bitmap.dirty_bytes)
+        verdict.method == "bitmap" and (verdict.bitmap is None or not verdict.bitmap.dirty_bytes)
         for verdict in plan.verdicts
     )

@@ -9,6 +9,7 @@ backup as it was; killed anywhere, the next run finishes or removes what is left
 """
 
 import asyncio
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +18,22 @@ from typing import TypeVar
 from qbackup.catalog.history import History
 from qbackup.catalog.image_check import check_header, content_differs
 from qbackup.errors import ConsolidationError, QbackupError
-from qbackup.formats.manifest import backing_file
+from qbackup.formats.digests import DigestsError
+from qbackup.formats.manifest import backing_file, digests_file
 from qbackup.formats.qcow2 import Qcow2Error
+from qbackup.host import durable
 from qbackup.host.lock import HeldLock
 from qbackup.host.tasks import in_thread, task_group
 from qbackup.images.hashing import hash_file
-from qbackup.model.backup import Backup, DiskBackup, Merged
+from qbackup.model.backup import Backup, Digests, DiskBackup, Merged
 from qbackup.model.consolidation import DiskMerge, Group, When, is_worthwhile
 from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_size
 from qbackup.repository.replacement import Place
 from qbackup.repository.repository import Repository
-from qbackup.writer.copy import Stored
+from qbackup.writer.digests import merge as merge_digests
 from qbackup.writer.merge import Images, MergeCopy
+from qbackup.writer.task import Stored
 
 T = TypeVar("T")
 
@@ -216,8 +220,42 @@ async def write_images(
             stored_bytes=stored.stored_bytes,
             file_size_bytes=stored.file_size_bytes,
             blake3=stored.blake3,
+            digests=await in_thread(_merge_digests, repository, backup, sources, place),
         )
     return backup.with_disks([new.get(disk.name, disk) for disk in backup.disks])
+
+
+def _merge_digests(
+    repository: Repository, backup: Backup, sources: Sequence[DiskBackup], place: Place
+) -> Digests | None:
+    """Write the digests of a new image; None if one of the old ones has none that can be used.
+
+    What is compared with a backup without digests is copied instead.
+    """
+    files = [
+        (repository.path / source.digests.file, bytes.fromhex(source.digests.root))
+        for source in sources
+        if source.digests is not None
+    ]
+    if len(files) != len(sources):
+        return None
+    path = place.digests(sources[0].name)
+    try:
+        fd = durable.create_file_now(path)
+        try:
+            size, digest, root = merge_digests(files, fd, sources[0].virtual_size_bytes)
+            durable.sync_data_now(fd)
+        finally:
+            os.close(fd)
+    except DigestsError:
+        path.unlink(missing_ok=True)
+        return None
+    return Digests(
+        file=digests_file(backup.vm, backup.id, sources[0].name),
+        file_size_bytes=size,
+        blake3=digest,
+        root=root,
+    )
 
 
 async def discard(place: Place, reporter: Reporter) -> None:

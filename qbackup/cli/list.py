@@ -69,7 +69,7 @@ def _table(backups: Sequence[Backup], protected: Set[tuple[str, str]], *, with_v
             *([backup.vm] if with_vm else []),
             backup.id,
             _local_time(backup.time),
-            backup.kind,
+            backup.word,
             format_size(backup.stored_bytes),
             backup.chain[-4:],
             *(["P" if (backup.vm, backup.id) in protected else ""] if marks else []),

@@ -78,6 +78,8 @@ class Vm:
     max_chain: int = DEFAULT_MAX_CHAIN
     consolidate: When = DEFAULT_CONSOLIDATE
     """When backups may be merged; a chain that is full begins anew from its images, or never."""
+    compare: bool = True
+    """Whether digests are kept, and a disk whose bitmap is not trusted is compared by them."""
     trust_block_devices: bool | None = None
     """As `Configuration.trust_block_devices`."""
     images: Mapping[str, "ConfiguredImage"] = field(default_factory=dict)
@@ -170,6 +172,7 @@ class _VmTable:
     engine: Literal["snapshot", "direct", "drive-backup", "blockdev-backup"] = "snapshot"
     max_chain: int | None = None
     consolidate: When | None = None
+    compare: bool = True
     warn_age: str | None = None
     critical_age: str | None = None
     keep: dict[str, Any] | None = None
@@ -247,6 +250,7 @@ _EXPECTED = {
     "repository": 'a directory, such as repository = "/srv/backups"',
     "state": 'a directory, such as state = "/var/lib/qbackup"',
     "trust_block_devices": "true or false",
+    "compare": "true or false",
     "max_chain": f"a number of backups from 1 to {LARGEST_MAX_CHAIN}, such as max_chain = 100",
     "consolidate": '"always", "worthwhile" or "never"',
     "parallel": f"how many VMs at once, a number from 1 to {MAX_PARALLEL}",
@@ -447,6 +451,7 @@ def _vm(name: str, table: _VmTable, *, path: Path, where: str, shared: _Shared) 
             if table.hook_timeout is None
             else _duration_s(table.hook_timeout, key="hook_timeout", where=place)
         ),
+        compare=table.compare,
     )
 
 
@@ -704,6 +709,8 @@ state = {_quoted(state)}
 # agent = "/run/vm1/qga.sock"         # guest agent: freeze file systems for the instant
 # disks = ["system", "data"]          # default: every writable disk
 # granularity = "{granularity}"                 # bytes per bit of the dirty bitmap, 4K to 2M
+# compare = true                      # after a crash, store what differs from the last backup;
+#                                     # false: keep no digests, and back up in full
 # engine = "snapshot"                 # or "direct": QEMU writes the backup itself, and a slow
 #                                     # repository slows the guest; "drive-backup" is like it
 # max_chain = {DEFAULT_MAX_CHAIN}                     # for this VM alone

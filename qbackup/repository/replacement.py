@@ -1,6 +1,7 @@
 """Put new images in the place of a backup's old ones, which show the same. The backup never goes.
 
 REPO/vm1/<backup id>.merged/<disk>.qcow2    new images, until they are in their place
+REPO/vm1/<backup id>.merged/<disk>.digests  what belongs to them
 REPO/vm1/<backup id>.merged/manifest.json   a manifest on its way there
 
     1  the new images are complete, synced, and their names are durable
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from qbackup.formats.documents import DocumentError
 from qbackup.formats.manifest import (
+    DIGESTS_SUFFIX,
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
     backing_file,
@@ -55,6 +57,10 @@ class Place:
     def image(self, disk: str) -> Path:
         """Return where the disk's new image is written: it names its backing file as it will."""
         return self.staging / f"{disk}.qcow2"
+
+    def digests(self, disk: str) -> Path:
+        """Return where the digests of that image are written."""
+        return self.staging / f"{disk}{DIGESTS_SUFFIX}"
 
     async def begin(self) -> None:
         """Make the directory for the new images."""
@@ -94,6 +100,10 @@ class Place:
             if disk.replaces is not None and os.path.lexists(new):
                 if size_of_regular(new) != disk.file_size_bytes:
                     raise OSError(0, "not as long as it was written", str(new))
+                # First what belongs to the image: with the new image it is never the old one's.
+                digests = self.digests(disk.name)
+                if disk.digests is not None and os.path.lexists(digests):
+                    durable.rename(digests, self.target / digests.name)
                 durable.rename(new, self.target / new.name)
         await durable.sync_directory(self.target)
         await self._put_manifest(

@@ -40,8 +40,9 @@ from qbackup.formats.qcow2_map import (
 )
 from qbackup.host.files import open_regular
 from qbackup.writer.candidates import DATA, NONE, ZERO, Candidates
-from qbackup.writer.copy import DiskCopy, Stored, Task
+from qbackup.writer.copy import DiskCopy
 from qbackup.writer.source import Source
+from qbackup.writer.task import Stored, Task
 
 Kind = TypeVar("Kind")
 
@@ -311,6 +312,10 @@ class MergeCopy(DiskCopy):
                 allocation=False,
                 compress=False,
                 rate_bytes_per_s=0,
+                digests_path=None,
+                previous=[],
+                compare=False,
+                spot_check=False,
             )
         )
         self._paths = paths
@@ -318,8 +323,9 @@ class MergeCopy(DiskCopy):
 
     def run(self) -> Stored:
         """Do as `DiskCopy.run`, and keep what `compare` needs."""
+        self._nbd = images = self._open()
         stored = super().run()
-        self._digest = self._images.digest.digest()
+        self._digest = images.digest.digest()
         return stored
 
     def compare(self) -> str | None:
@@ -329,13 +335,13 @@ class MergeCopy(DiskCopy):
             Qcow2Error, OSError: one of them cannot be read.
             Stopped: `stop` was called.
         """
-        images = self._connect()
+        images = self._open()
         try:
             return images.difference(self.task.path, self._digest, self._check)
         finally:
             images.close()
 
-    def _connect(self) -> Images:
+    def _open(self) -> Images:
         return Images(
             self._paths,
             virtual_size_bytes=self.task.virtual_size_bytes,
@@ -343,8 +349,7 @@ class MergeCopy(DiskCopy):
         )
 
     def _candidates(self, nbd: Source | None) -> Candidates:
-        assert isinstance(nbd, Images)  # noqa: S101 - `_connect` makes it so
-        self._images = nbd
+        assert isinstance(nbd, Images)  # noqa: S101 - `run` makes it so
         candidates = nbd.candidates()
         # What was compressed stays so.
         self.task.compress = nbd.compressed

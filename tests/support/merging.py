@@ -16,7 +16,7 @@ from qbackup.formats.qcow2_layout import Layout
 from qbackup.model.backup import Backup
 from qbackup.repository.repository import Repository
 from qbackup.ui.reporters import LineReporter
-from qbackup.writer.compressed import CompressedImage, make_packer
+from qbackup.writer.growing import GrowingImage, make_packer
 from support.chains import (
     CLUSTERS,
     SIZE_BYTES,
@@ -114,7 +114,7 @@ def write_compressed(
     """Write an image of compressed clusters, every other one that is not."""
     with path.open("x+b") as file:
         layout = Layout(SIZE_BYTES, [len(clusters)])
-        image = CompressedImage(
+        image = GrowingImage(
             file.fileno(), layout, backing_file=backing_file(parent, disk) if parent else None
         )
         image.begin()

@@ -36,6 +36,8 @@ EXIT_CODES = {
     "RestoreError": 1,
     "ProgramError": 1,
     "VmStartedError": 1,
+    "HookError": 1,
+    "UnitChangedError": 1,
 }
 
 

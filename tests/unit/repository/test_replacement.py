@@ -46,6 +46,7 @@ async def changed(repository: Repository, publish: Publish) -> Backup:
         stored_bytes=4096,
         file_size_bytes=size,
         blake3="cd" * 32,
+        digests=None,
     )
     return make_backup(ID3, disks=[new], parent=ID1)
 
