@@ -16,7 +16,7 @@ import pytest
 from support.chains import CLUSTERS, VM, ZERO, disk_backup, write_manifest
 from support.cli import Qbackup
 from support.kills import kill_points
-from support.lab import fill_file_system, small_file_system
+from support.lab import Lab, disk_specs, fill_file_system, lab, small_file_system
 from support.merging import QUIET, Model, entries
 
 from qbackup.actions.consolidate import write_images
@@ -206,6 +206,34 @@ def forge(path: Path, what: str) -> None:
         case "features":
             struct.pack_into(">Q", data, 72, 1 << 4)
     path.write_bytes(data)
+
+
+async def test_what_was_merged_is_compared_with_when_a_bitmap_is_lost(tmp_path: Path) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a"), extra="max_chain = 3\n") as it:
+        await it.back_up("full")
+        for number in range(1, 4):  # the third begins the chain anew
+            await it.write("a", number * 65536, 4096, number + 1)
+            await it.back_up("incremental")
+        await lose_bitmaps(it)
+        await it.write("a", 10 * 65536, 4096, 9)
+        (disk,) = (await it.back_up("incremental"))["disks"]
+        assert (disk["method"], disk["parent"]) == ("compare", it.points[3].id)
+        await it.qbackup.ok("prune", VM, "--keep-last", "2", "--consolidate", "always")
+        await lose_bitmaps(it)
+        await it.write("a", 20 * 65536, 4096, 19)
+        (disk,) = (await it.back_up("incremental"))["disks"]
+        assert disk["method"] == "compare"
+        await it.qbackup.ok("verify")
+        await it.check_restores(it.points[3:])
+
+
+async def lose_bitmaps(it: Lab) -> None:
+    """Remove the bitmaps from QEMU, as a crash does."""
+    for node in await it.qemu.qmp("query-named-block-nodes", flat=True):
+        for bitmap in node.get("dirty-bitmaps", ()):
+            name = bitmap.get("name", "")
+            if name.startswith("qbackup-"):
+                await it.qemu.qmp("block-dirty-bitmap-remove", node=node["node-name"], name=name)
 
 
 # Killed, cut off, out of room
