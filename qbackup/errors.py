@@ -12,6 +12,7 @@ The tree, and the exit codes that other programs rely on:
     │   ├── MonitorBusyError          12  another client has the monitor, or QEMU hangs
     │   └── MonitorLostError          12  the connection ended in the middle
     ├── VerificationError             13  what is stored is not what was written
+    ├── BootError                     13  a backup was booted, and did not do what was expected
     ├── InterruptedByUserError       130  Ctrl-C or SIGTERM
     ├── QmpCommandError                1  QEMU refused a command
     ├── VmStateError                   1  the VM is in no state for what was asked
@@ -29,6 +30,7 @@ The tree, and the exit codes that other programs rely on:
     ├── ChainsFullError                1  chains must begin anew before the next incremental
     ├── UnitChangedError               1  a systemd unit that somebody changed is in the way
     ├── RestoreError                   1  a restore cannot start, or failed
+    ├── ExportError                    1  a disk cannot be served where it was to be
     ├── ProgramError                   1  a program that is needed is missing, or failed
     └── VmStartedError                 1  a VM that was off was started during its backup
 
@@ -130,6 +132,12 @@ class VerificationError(QbackupError):
             "chain with qbackup full VM. qemu-img can still read what is left of an image",
         )
         self.problems = tuple(problems)
+
+
+class BootError(QbackupError):
+    """A backup was booted in a throw-away VM, and what was expected was not seen."""
+
+    exit_code = 13
 
 
 class InterruptedByUserError(QbackupError):
@@ -276,6 +284,10 @@ class ChainsFullError(QbackupError):
 
 class RestoreError(QbackupError):
     """A restore cannot start, or it failed; what it had written is removed."""
+
+
+class ExportError(QbackupError):
+    """A backup's disk cannot be served, or shown, where it was to be."""
 
 
 class ProgramError(QbackupError):

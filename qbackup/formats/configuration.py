@@ -39,6 +39,8 @@ T = TypeVar("T")
 Engine = Literal["snapshot", "direct", "drive-backup"]
 """How the bytes get into the repository: docs/architecture.md, "Engines"."""
 
+Accelerator = Literal["tcg", "kvm"]
+
 DEFAULT_STALL_TIMEOUT_S = 300.0
 DEFAULT_CONSOLIDATE: When = "worthwhile"
 MIN_STALL_TIMEOUT_S = 1.0
@@ -124,6 +126,8 @@ class Configuration:
     """True: a fingerprint is enough. False: never. None: if the kernel proves that nobody wrote."""
     vms: dict[str, Vm]
     keep: Rules = NO_RULES
+    boot_accel: Accelerator = "tcg"
+    """What throw-away VMs run with; nothing else is chosen by itself."""
     parallel: int = DEFAULT_PARALLEL
     """How many VMs are worked on at once."""
     consolidate: When = DEFAULT_CONSOLIDATE
@@ -218,6 +222,7 @@ class _File:
     metrics: str | None = None
     warn_free: str | None = None
     critical_free: str | None = None
+    boot_accel: Accelerator = "tcg"
     keep: dict[str, Any] | None = None
     hooks: dict[str, Any] | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -253,6 +258,7 @@ _EXPECTED = {
     "compare": "true or false",
     "max_chain": f"a number of backups from 1 to {LARGEST_MAX_CHAIN}, such as max_chain = 100",
     "consolidate": '"always", "worthwhile" or "never"',
+    "boot_accel": '"tcg" or "kvm"',
     "parallel": f"how many VMs at once, a number from 1 to {MAX_PARALLEL}",
     "defaults": "a table [defaults] with keys that every VM has",
     "vm": "tables such as [vm.vm1]",
@@ -321,6 +327,7 @@ def parse_configuration(
             for key in ("warn_free", "critical_free")
             if (value := getattr(top, key)) is not None
         },
+        boot_accel=top.boot_accel,
     )
 
 
@@ -678,6 +685,7 @@ state = {_quoted(state)}
 # metrics = "/var/lib/prometheus/node-exporter/qbackup.prom"  # for Prometheus's node exporter
 # warn_free = "10%"                   # for qbackup status --check: of the room for backups
 # critical_free = "5%"
+# boot_accel = "kvm"                  # what qbackup boot runs with; default: "tcg"
 # parallel = {DEFAULT_PARALLEL}                        # how many VMs at once (--all)
 
 # What qbackup prune keeps: the newest backup of each of so many periods that have one. A table

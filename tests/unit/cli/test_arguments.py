@@ -35,7 +35,7 @@ def test_help_tells_every_command_and_exit_code(capsys: pytest.CaptureFixture[st
     text = capsys.readouterr().out
     # Design, section 4.
     commands = ["init", "full", "incremental", "list", "show", "restore", "verify", "status"]
-    commands += ["prune", "protect", "unprotect"]
+    commands += ["prune", "protect", "unprotect", "nbd", "mount", "boot"]
     codes = ["0 done", "1 failed", "2 usage", "3 done, but degraded", "4 refused", "10 no", "11 lo"]
     codes += ["12 QEMU", "13 verification", "130 interrupted"]
     assert [word for word in commands + codes if word not in text] == []

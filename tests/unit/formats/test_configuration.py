@@ -120,6 +120,11 @@ def test_the_direct_engine_has_an_older_name(word: str) -> None:
     assert parse(with_key(f'engine = "{word}"')).vm("vm1").engine == "direct"
 
 
+def test_throw_away_vms_are_emulated_unless_it_says_kvm() -> None:
+    assert parse(TABLE).boot_accel == "tcg"
+    assert parse(f'boot_accel = "kvm"\n{TABLE}').boot_accel == "kvm"
+
+
 def test_the_snapshot_is_configured_for_all_vms() -> None:
     vm = parse(f'scratch = "tmp"\nscratch_limit = "20G"\nstall_timeout = "2m"\n{TABLE}').vm("vm1")
     assert vm.snapshot == SnapshotSettings(
@@ -214,6 +219,7 @@ MISTAKES = {
         ["vm.vm1.engine"],
         ["snapshot", "direct", "drive-backup"],
     ),
+    "boot accel": (f'boot_accel = "xen"\n{TABLE}', ["boot_accel", "xen"], ["tcg", "kvm"]),
     "scratch limit zero": (f"scratch_limit = 0\n{TABLE}", ["scratch_limit"], ["20G"]),
     "scratch limit no size": (f'scratch_limit = "much"\n{TABLE}', ["scratch_limit"], ["20G"]),
     "stall timeout short": (f"stall_timeout = 0.5\n{TABLE}", ["stall_timeout"], ["5m"]),
