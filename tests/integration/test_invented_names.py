@@ -24,7 +24,7 @@ class UnnamedSpec(DiskSpec):
         return ["-drive", f"if=virtio,format={self.image_format},file={self.path}"]
 
 
-async def test_two_disks_whose_invented_names_swap_are_backed_up_in_full(tmp_path: Path) -> None:
+async def test_two_disks_whose_invented_names_swap_are_compared(tmp_path: Path) -> None:
     specs = [UnnamedSpec(name=f"virtio{n}", path=tmp_path / f"{n}.raw") for n in range(2)]
     async with kept_lab(tmp_path, specs) as it:
         await it.run()

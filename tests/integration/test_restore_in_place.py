@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from support.cli import Result
-from support.lab import VM, Lab, disk_specs, kinds, lab, loop_device, reasons
+from support.lab import VM, Lab, disk_specs, lab, loop_device, methods, reasons
 from support.qemu import DiskSpec, create_image, run_tool
 from support.watching import KeptLab, kept_lab
 
@@ -35,7 +35,7 @@ async def used(it: KeptLab) -> None:
 
 
 async def check_restored(it: KeptLab, names: list[str], index: int) -> None:
-    """These disks hold a point; the next backup is a full of them alone, and right."""
+    """These disks hold a point; the next backup compares them alone, and is right."""
     for spec in it.specs:
         if spec.name in names:
             content = it.points[index].contents[spec.name]
@@ -44,8 +44,8 @@ async def check_restored(it: KeptLab, names: list[str], index: int) -> None:
     await it.check_sources()
     await it.run()
     summary = await it.back_up()
-    assert kinds(summary) == {
-        name: "full" if name in names else "incremental" for name in it.models
+    assert methods(summary) == {
+        name: "compare" if name in names else "bitmap" for name in it.models
     }
     assert reasons(summary) == {
         name: "image-changed" if name in names else None for name in it.models

@@ -90,7 +90,7 @@ class Chain:
             )
             fd = channel.spooled_bitmap(made.runs, made.stored)
         with self.export(step.told) as fake:
-            stored = DiskCopy(
+            copy = DiskCopy(
                 Task(
                     disk="a",
                     path=path,
@@ -108,7 +108,9 @@ class Chain:
                     compare=step.method == COMPARE,
                     spot_check=spot,
                 )
-            ).run()
+            )
+            copy.connect()
+            stored = copy.run()
         if fd is not None:
             os.close(fd)
         assert stored.digests is not None
