@@ -26,6 +26,8 @@ The tree, and the exit codes that other programs rely on:
     ├── ChainBrokenError               1  a backup needs another one that is not there
     ├── BackupNotFoundError            1  no backup, or several, by that name
     ├── RemovalError                   1  a backup that was to be removed is still there
+    ├── ConsolidationError             1  a backup could not take in what others hold
+    ├── ChainsFullError                1  chains must begin anew before the next incremental
     ├── UnitChangedError               1  a systemd unit that somebody changed is in the way
     ├── RestoreError                   1  a restore cannot start, or failed
     ├── ExportError                    1  a disk cannot be served where it was to be
@@ -37,7 +39,7 @@ for several VMs, the exit code is the worst of theirs, in the order of `_BEST_FI
 This module imports nothing of qbackup.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 EXIT_DEGRADED = 3
 
@@ -259,6 +261,25 @@ class RemovalError(QbackupError):
     def __init__(self, directory: object, fact: str, *, hint: str | None = None) -> None:
         super().__init__(f"{directory}: cannot be removed: {fact}", hint=hint)
         self.directory = directory
+
+
+class ConsolidationError(QbackupError):
+    """A backup could not be given images that hold what others do; it can be restored as before."""
+
+    def __init__(self, backup_id: str, fact: str) -> None:
+        super().__init__(
+            f"backup {backup_id} could not be merged with older ones: {fact}",
+            hint="nothing is lost; the older ones stay, because it needs them",
+        )
+        self.backup_id, self.fact = backup_id, fact
+
+
+class ChainsFullError(QbackupError):
+    """Chains are as long as they may be; `bases` are the backups to begin anew with, and disks."""
+
+    def __init__(self, bases: Mapping[str, Sequence[str]]) -> None:
+        super().__init__(f"chains are full: {', '.join(sorted(bases))}")
+        self.bases = bases
 
 
 class RestoreError(QbackupError):

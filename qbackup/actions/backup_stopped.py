@@ -82,7 +82,7 @@ async def back_up_stopped(
         await _require_unwatched(off_lock, absent)
         stopped = await in_thread(partial(look_at_stopped_vm, state, history, vm=vm, owner=owner))
         await _require_off(stopped, absent, vm=vm)
-        await reconcile.remove_partials(repository, vm.name, reporter)
+        await reconcile.remove_partials(repository, vm.name, reporter, lock=lock)
         plan = _plan(stopped, history, absent, vm=vm, owner=owner, options=options, to=reporter)
         if options.kind == "incremental" and options.label is None and _is_unchanged(plan):
             bases = [verdict.base.backup for verdict in plan.verdicts if verdict.base is not None]

@@ -106,7 +106,11 @@ async def query_status(
     if running:
         # The backup has the monitor; what is in QEMU now will be different in a moment.
         return status
-    left = (*repository.partials(vm.name), *taken_away(repository.vm_directory(vm.name)))
+    left = (
+        *repository.partials(vm.name),
+        *repository.replacements(vm.name),
+        *taken_away(repository.vm_directory(vm.name)),
+    )
     status = replace(status, leftovers=tuple(path.name for path in left))
     state = status.state
     try:

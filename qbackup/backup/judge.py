@@ -50,6 +50,8 @@ class Verdict:
     reason: Reason | None
     problem: str | None = None
     """What exactly is wrong, where the reason alone does not say it."""
+    renews: bool = False
+    """Whether the chain is full, and the base is given an image of its own first."""
     compare: bool = False
     """Whether the disk is compared with its base instead of being copied."""
     chain: tuple[DiskBackup, ...] = ()
@@ -139,7 +141,8 @@ def assess(
         reason, problem = found
         if untrusted:
             return _not_compared(verdict, untrusted, problem)
-        return replace(verdict, reason=reason, problem=problem)
+        anew = reason == "chain-full" and renews(verdict.base.disk, vm)
+        return replace(verdict, reason=None if anew else reason, problem=problem, renews=anew)
     stored = history.chain(verdict.base.backup, disk.name)
     chain = tuple(part for _, part in reversed(stored))
     why_not = untrusted and why_not_compared(
@@ -153,6 +156,11 @@ def assess(
 def _not_compared(verdict: Verdict, reason: Reason, problem: str) -> Verdict:
     why = verdict.problem or REASON_TEXT[reason]
     return replace(verdict, problem=f"{why}; not compared with the last backup: {problem}")
+
+
+def renews(disk: DiskBackup, vm: Vm) -> bool:
+    """Tell whether the chain of a disk's newest image can begin anew with that image."""
+    return disk.parent is not None and vm.consolidate != "never"
 
 
 def judge(

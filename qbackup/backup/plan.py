@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 
 from qbackup.backup.judge import Base, Verdict, assess, checkpoints
 from qbackup.catalog.history import History
-from qbackup.errors import DiskError, NoSpaceError, RefusedError, RepositoryError, UsageError
+from qbackup.errors import (
+    ChainsFullError,
+    DiskError,
+    NoSpaceError,
+    RefusedError,
+    RepositoryError,
+    UsageError,
+)
 from qbackup.formats.configuration import Vm
 from qbackup.model.backup import REASON_TEXT, Backup, Kind, Refusal
 from qbackup.model.names import Owner, has_successor, split_bitmap_name
@@ -80,6 +87,7 @@ def make_plan(
     """Decide how each disk is backed up; `can_compare` says whether the engine can compare at all.
 
     Raises:
+        ChainsFullError: backups are to be given images of their own first.
         DiskError: a disk that was asked for is not there, or none remains.
         RefusedError: a full backup would be needed and `fallback` is off.
         NoSpaceError: the backup will not fit.
@@ -101,6 +109,8 @@ def make_plan(
     ]
     if options.kind == "full":
         verdicts = [replace(verdict, reason="requested") for verdict in verdicts]
+    elif any(verdict.renews for verdict in verdicts):
+        raise ChainsFullError(_bases_to_renew(verdicts))
     plan = Plan(
         verdicts=tuple(verdicts),
         left_out=left_out,
@@ -113,6 +123,14 @@ def make_plan(
     if not options.compress:
         _require_space(plan, history.repository)
     return plan
+
+
+def _bases_to_renew(verdicts: Sequence[Verdict]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        if verdict.renews and verdict.base is not None:
+            found.setdefault(verdict.base.backup.id, []).append(verdict.disk.name)
+    return found
 
 
 def _newest_id(history: History, bases: Mapping[str, Base]) -> str | None:

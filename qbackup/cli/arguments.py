@@ -276,6 +276,16 @@ def _add_retention_commands(command: Callable[..., Parser]) -> None:
     prune.add_argument(
         "--dry-run", action="store_true", help="only show what is kept, and why, and what not"
     )
+    merging = prune.add_mutually_exclusive_group()
+    merging.add_argument(
+        "--consolidate", choices=("always", "worthwhile", "never"),
+        help="merge what no rule keeps, but is needed, into what needs it; worthwhile (default): "
+        "a full is not copied to free little",
+    )  # fmt: skip
+    merging.add_argument(
+        "--no-consolidate", dest="consolidate", action="store_const", const="never",
+        help="the same as never: keep what is needed",
+    )  # fmt: skip
     _add_lock_wait(prune)
 
     for name, text in (

@@ -5,8 +5,10 @@ files are damaged and forged.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import MAXYEAR, MINYEAR, datetime
+from typing import Any
 
 from qbackup.formats.digests import max_file_size_bytes
 from qbackup.formats.documents import DocumentError, convert, decode_document, encode_document
@@ -19,6 +21,8 @@ MANIFEST_FILE = "manifest.json"
 FORMAT_NAME = "qbackup-manifest"
 VERSION = 1
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+_SELDOM = ("merged", "replaces")
+"""Keys of a disk that are left out where there is nothing to say."""
 DIGESTS_SUFFIX = ".digests"
 
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -26,7 +30,11 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 
 def encode_manifest(backup: Backup, *, repository_id: str) -> bytes:
     """Write a backup's manifest; wherever its values come from, the VM's secrets stay out."""
-    content = {"repository": repository_id, **asdict(without_secrets(backup))}
+    content: dict[str, Any] = {"repository": repository_id, **asdict(without_secrets(backup))}
+    for disk in content["disks"]:
+        for key in _SELDOM:
+            if disk[key] is None:
+                del disk[key]
     return encode_document(format_name=FORMAT_NAME, version=VERSION, content=content)
 
 
@@ -44,7 +52,7 @@ def decode_manifest(data: bytes, *, repository_id: str, vm: str, backup_id: str)
         raise DocumentError(f"it is the manifest of {backup.vm} {backup.id}")
     if not _is_time(backup.time):
         raise DocumentError(f"{backup.time!r} is not a time")
-    for reference in (backup.chain, backup.parent, *(disk.parent for disk in backup.disks)):
+    for reference in (backup.chain, backup.parent, *_references(backup)):
         if reference is not None and not is_backup_id(reference):
             raise DocumentError(f"{reference!r} is not a backup id")
     seen: set[str] = set()
@@ -56,12 +64,23 @@ def decode_manifest(data: bytes, *, repository_id: str, vm: str, backup_id: str)
             raise DocumentError(f"disk {disk.name}: file {disk.file!r} is not where it belongs")
         if not 0 <= disk.virtual_size_bytes <= MAX_DISK_BYTES:
             raise DocumentError(f"disk {disk.name}: size {disk.virtual_size_bytes} is impossible")
-        if (disk.kind == "full") != (disk.parent is None):
-            raise DocumentError(f"disk {disk.name}: {disk.kind} with parent {disk.parent}")
+        for image in (disk, disk.replaces):
+            if image is not None and (image.kind == "full") != (image.parent is None):
+                raise DocumentError(f"disk {disk.name}: {image.kind} with parent {image.parent}")
         _check_digests(vm, backup_id, disk)
     if backup.files:
         check_files(backup.files)
     return backup
+
+
+def _references(backup: Backup) -> Iterator[str | None]:
+    """Yield everything in the disks that must be a backup id."""
+    for disk in backup.disks:
+        for image in (disk, disk.replaces):
+            if image is not None:
+                yield image.parent
+                if image.merged is not None:
+                    yield from (image.merged.parent, image.merged.oldest)
 
 
 def _check_digests(vm: str, backup_id: str, disk: DiskBackup) -> None:

@@ -4,7 +4,7 @@ These values are the manifest and, without its inner facts, the `--json` summary
 nothing of where they are stored or how they were made.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -193,6 +193,32 @@ class SourceImage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """What a disk's image has taken in of older backups, and how it was when it was taken.
+
+    `kind` and `parent` are those of the backup as it was taken. `count` is how many backups' images
+    it took in, `oldest` the first of these; the parent and whatever was below it, newest first.
+    """
+
+    kind: Kind
+    parent: str | None
+    count: Annotated[int, Meta(ge=1)]
+    oldest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Former:
+    """The facts of an image that another one is about to replace; see `DiskBackup.replaces`."""
+
+    kind: Kind
+    parent: str | None
+    stored_bytes: ByteCount
+    file_size_bytes: ByteCount
+    blake3: str
+    merged: Merged | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Digests:
     """The file of digests beside an image: where (relative to the repository), how long, its hash.
 
@@ -214,6 +240,10 @@ class DiskBackup:
     `stored_bytes` is what the file takes on the repository's disk, `file_size_bytes` its
     length, and `blake3` the hash of its whole content in hexadecimal. `method` is None in backups
     of old; `digests` is None in those, of engines that have none, and where it was not wanted.
+
+    `kind` and `parent` are those of the file as it is. `merged` says what it took in of older
+    backups since it was written, None if nothing. `replaces` is there only while the file is being
+    exchanged (`repository/replacement.py`): the one that may still be in its place.
     """
 
     name: str
@@ -230,6 +260,65 @@ class DiskBackup:
     source: SourceImage
     method: Method | None = None
     digests: Digests | None = None
+    merged: Merged | None = None
+    replaces: Former | None = None
+
+    def as_before(self) -> "DiskBackup":
+        """Return the disk with the file that `replaces` describes."""
+        before = self.replaces
+        if before is None:
+            return self
+        return replace(
+            self,
+            kind=before.kind,
+            parent=before.parent,
+            stored_bytes=before.stored_bytes,
+            file_size_bytes=before.file_size_bytes,
+            blake3=before.blake3,
+            merged=before.merged,
+            replaces=None,
+        )
+
+    def with_image(
+        self,
+        *,
+        parent: str | None,
+        merged: Merged,
+        stored_bytes: int,
+        file_size_bytes: int,
+        blake3: str,
+        digests: Digests | None,
+    ) -> "DiskBackup":
+        """Return the disk with a new file that shows the same, and this one as what it replaces.
+
+        What is not said here of the new file is not known: nothing of the old one may be left
+        that tells what is in it, or beside it.
+        """
+        return DiskBackup(
+            name=self.name,
+            kind="incremental" if parent else "full",
+            reason=self.reason,
+            parent=parent,
+            virtual_size_bytes=self.virtual_size_bytes,
+            granularity_bytes=self.granularity_bytes,
+            copied_bytes=self.copied_bytes,
+            stored_bytes=stored_bytes,
+            file=self.file,
+            file_size_bytes=file_size_bytes,
+            blake3=blake3,
+            source=self.source,
+            method=self.method,
+            digests=digests,
+            merged=merged,
+            replaces=Former(
+                kind=self.kind,
+                parent=self.parent,
+                stored_bytes=self.stored_bytes,
+                file_size_bytes=self.file_size_bytes,
+                blake3=self.blake3,
+                merged=self.merged,
+            ),
+        )
 
     @property
     def made_by(self) -> Method:
@@ -272,7 +361,8 @@ class Backup:
 
     `time` is what the clock said at that instant, in ISO 8601 (UTC), right or wrong; the id
     alone tells the order of a VM's backups. `chain` is the id of the full that the chain
-    began with; `parent` is the newest backup that a disk of this one builds on.
+    began with, which may be gone by now; `parent` is the newest backup that a disk of this one
+    builds on.
     """
 
     id: str
@@ -298,6 +388,16 @@ class Backup:
     def disk(self, name: str) -> DiskBackup | None:
         """Return the disk of that name, None if the backup does not hold it."""
         return next((disk for disk in self.disks if disk.name == name), None)
+
+    def with_disks(self, disks: list[DiskBackup]) -> "Backup":
+        """Return the backup with other images of the same disks."""
+        parents = [disk.parent for disk in disks if disk.parent is not None]
+        return replace(self, disks=disks, parent=max(parents, default=None))
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether images of it are being exchanged, or were by somebody who was killed."""
+        return any(disk.replaces is not None for disk in self.disks)
 
     @property
     def kind(self) -> Kind:
@@ -340,6 +440,7 @@ class Backup:
                     "copied_bytes": disk.copied_bytes,
                     "stored_bytes": disk.stored_bytes,
                     "file": disk.file,
+                    "merged": disk.merged.count if disk.merged else 0,
                 }
                 for disk in self.disks
             ],

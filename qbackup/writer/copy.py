@@ -41,6 +41,7 @@ from qbackup.writer.image import Buffer, SequentialImage
 from qbackup.writer.nbd import MAX_REQUESTS, NbdConnection, NbdProtocolError
 from qbackup.writer.rate import RateLimit
 from qbackup.writer.slots import SLOT_BYTES, SLOTS, Slot, Work
+from qbackup.writer.source import Source
 from qbackup.writer.spot_check import finds_difference
 from qbackup.writer.stored import StoredChain
 from qbackup.writer.syncing import Syncing
@@ -64,7 +65,7 @@ class DiskCopy:
         self.done_bytes = self.total_bytes = 0
         self.beats = 0
         """Changes with every step forward, also with those that no byte count shows."""
-        self._nbd: NbdConnection | None = None
+        self._nbd: Source | None = None
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
         self._empty: SimpleQueue[Slot | None] = SimpleQueue()
@@ -142,14 +143,16 @@ class DiskCopy:
                 raise OSError(errno.EIO, said) from err
             self._digests_problem = said
 
-    def _spot_check_fails(self, nbd: NbdConnection, candidates: Candidates) -> bool:
+    def _spot_check_fails(self, nbd: Source, candidates: Candidates) -> bool:
         if self._before is None or self._method != BITMAP or not self.task.spot_check:
             return False
+        assert isinstance(nbd, NbdConnection)  # noqa: S101 - of `connect`
         size_bytes = self.task.virtual_size_bytes
         return finds_difference(nbd, self._before, candidates, size_bytes)
 
-    def _candidates(self, nbd: NbdConnection | None) -> Candidates:
+    def _candidates(self, nbd: Source | None) -> Candidates:
         task = self.task
+        assert nbd is None or isinstance(nbd, NbdConnection)  # noqa: S101 - of `connect`
         if nbd is not None:
             _check_size(nbd, task.virtual_size_bytes)
         if self._method == COMPARE:
@@ -169,7 +172,7 @@ class DiskCopy:
             raise NbdProtocolError("there is nothing to read what changed from")
         return Candidates(task.virtual_size_bytes).finish()
 
-    def _copy_with_digests(self, nbd: NbdConnection | None, candidates: Candidates) -> Stored:
+    def _copy_with_digests(self, nbd: Source | None, candidates: Candidates) -> Stored:
         task = self.task
         stored = StoredChain(
             [previous.image for previous in task.previous], task.virtual_size_bytes
@@ -205,7 +208,7 @@ class DiskCopy:
 
     def _copy(
         self,
-        nbd: NbdConnection | None,
+        nbd: Source | None,
         candidates: Candidates,
         fd: int,
         digests: DigestsFile | None,
@@ -275,7 +278,7 @@ class DiskCopy:
 
     # The reader's thread
 
-    def _read_all(self, nbd: NbdConnection | None, candidates: Candidates) -> None:
+    def _read_all(self, nbd: Source | None, candidates: Candidates) -> None:
         if nbd is None:
             self._filled.put(None)
             return
@@ -314,7 +317,7 @@ class DiskCopy:
 
     def _submit(
         self,
-        nbd: NbdConnection,
+        nbd: Source,
         slot: Slot,
         by_number: dict[int, Slot],
         *,
@@ -421,7 +424,7 @@ class DiskCopy:
             raise self._failure
 
 
-def _check_size(nbd: NbdConnection, virtual_size_bytes: int) -> None:
+def _check_size(nbd: Source, virtual_size_bytes: int) -> None:
     if nbd.size_bytes != virtual_size_bytes:
         raise NbdProtocolError(f"the export has {nbd.size_bytes} bytes, not {virtual_size_bytes}")
 

@@ -32,6 +32,8 @@ EXIT_CODES = {
     "ChainBrokenError": 1,
     "BackupNotFoundError": 1,
     "RemovalError": 1,
+    "ConsolidationError": 1,
+    "ChainsFullError": 1,
     "RestoreError": 1,
     "ExportError": 1,
     "ProgramError": 1,

@@ -18,7 +18,14 @@ from qbackup.backup.plan import (
     readable_backups,
 )
 from qbackup.catalog.history import History
-from qbackup.errors import DiskError, NoSpaceError, RefusedError, RepositoryError, UsageError
+from qbackup.errors import (
+    ChainsFullError,
+    DiskError,
+    NoSpaceError,
+    RefusedError,
+    RepositoryError,
+    UsageError,
+)
 from qbackup.formats import digests
 from qbackup.formats.manifest import MANIFEST_FILE, digests_file, encode_manifest
 from qbackup.model.backup import MAX_DISK_BYTES, Backup, Digests
@@ -277,13 +284,30 @@ async def test_a_chain_that_is_full_is_a_notice_and_a_full_backup(
     await publish(make_backup(ID2, parent=ID1))
     inventory = make_inventory(make_disk("system", make_bitmap(ID2)))
     assert reasons(plan_for(inventory, vm={"max_chain": 3})) == {"system": None}
-    plan = plan_for(inventory, vm={"max_chain": 2})
+    full = {"max_chain": 2, "consolidate": "never"}
+    plan = plan_for(inventory, vm=full)
     assert reasons(plan) == {"system": "chain-full"}
     assert [(v.kind, v.parent) for v in plan.verdicts] == [("full", None)]
     assert reporter.warnings == []
     assert ["(chain-full)" in notice for notice in reporter.notices] == [True]
     with pytest.raises(RefusedError):
+        plan_for(inventory, vm=full, fallback=False)
+
+
+async def test_a_chain_that_is_full_can_begin_anew_from_its_newest_backup(
+    publish: Publish, plan_for: Callable[..., Plan], reporter: RecordingReporter
+) -> None:
+    await publish(make_backup(ID1))
+    await publish(make_backup(ID2, parent=ID1))
+    inventory = make_inventory(make_disk("system", make_bitmap(ID2)))
+    with pytest.raises(ChainsFullError) as caught:
         plan_for(inventory, vm={"max_chain": 2}, fallback=False)
+    assert caught.value.bases == {ID2: ["system"]}
+    assert reporter.notices == reporter.warnings == []
+    # A full is copied from the guest all the same: who asks for one, and whose bitmap is lost.
+    assert reasons(plan_for(inventory, "full", vm={"max_chain": 2})) == {"system": "requested"}
+    lost = make_inventory(make_disk("system"))
+    assert reasons(plan_for(lost, vm={"max_chain": 2})) == {"system": "missing"}
 
 
 def digests_of(repository: Repository, backup_id: str) -> Digests:

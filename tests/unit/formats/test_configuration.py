@@ -393,6 +393,22 @@ def test_max_chain_is_for_all_vms_or_for_one(top: str, table: str, found: int) -
 
 
 @pytest.mark.parametrize(
+    ("top", "table", "found"),
+    [
+        ("", "", "worthwhile"),
+        ('[defaults]\nconsolidate = "never"', "", "never"),
+        ('[defaults]\nconsolidate = "never"', 'consolidate = "always"', "always"),
+    ],
+)
+def test_what_is_merged_is_for_all_vms_or_for_one(top: str, table: str, found: str) -> None:
+    text = f'repository = "r"\nstate = "s"\n{top}\n[vm.a]\nqmp = "q"\n{table}\n'
+    configuration = parse_configuration(text, path=Path("/etc/c.toml"))
+    assert configuration.vm("a").consolidate == found
+    assert configuration.consolidation("a") == (found, 100)
+    assert configuration.consolidation("gone") == ("never" if top else "worthwhile", 100)
+
+
+@pytest.mark.parametrize(
     "value", ["0", "-1", "1001", "10000000000000000000000", "true", '"5"', "5.0"]
 )
 @pytest.mark.parametrize("where", ["max_chain", "vm.a.max_chain"])

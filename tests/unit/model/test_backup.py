@@ -1,14 +1,24 @@
 """A backup as a value, and the document that `--json` prints of it."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 
 from qbackup.formats.documents import convert
-from qbackup.model.backup import COMPARED, REASON_TEXT, Backup, Reason, SourceFile, SourceImage
+from qbackup.model.backup import (
+    COMPARED,
+    REASON_TEXT,
+    Backup,
+    DiskBackup,
+    Former,
+    Merged,
+    Reason,
+    SourceFile,
+    SourceImage,
+)
 
 from ..values import ID1, ID2, backups, make_backup, make_disk_backup, make_source
 
@@ -22,6 +32,7 @@ DISK_KEYS = {
     "copied_bytes",
     "stored_bytes",
     "file",
+    "merged",
 }
 
 
@@ -141,3 +152,31 @@ def test_what_an_older_manifest_does_not_say_is_no_difference() -> None:
     assert (before.files, before.process, before.encrypted) == (None, None, False)
     assert not source_of(ONE, format="qcow2").is_other_than(before)
     assert not before.is_other_than(source_of(ONE))
+
+
+def test_a_new_image_has_what_was_backed_up_and_nothing_of_the_old_file() -> None:
+    before = make_disk_backup(ID2, parent=ID1)
+    merged = Merged(kind="incremental", parent=ID1, count=1, oldest=ID1)
+    after = before.with_image(
+        parent=None,
+        merged=merged,
+        stored_bytes=1,
+        file_size_bytes=2,
+        blake3="cd" * 32,
+        digests=None,
+    )
+    assert (after.kind, after.parent, after.merged, after.blake3) == (
+        "full",
+        None,
+        merged,
+        "cd" * 32,
+    )
+    assert after.as_before() == before
+    # Who adds a field decides in `with_image` and `Former`: is it of the disk or of the file?
+    of_the_file = {"kind", "parent", "stored_bytes", "file_size_bytes", "blake3", "merged"}
+    of_the_disk = {"name", "reason", "virtual_size_bytes", "granularity_bytes", "copied_bytes"}
+    of_the_disk |= {"file", "source", "method"}
+    beside_it = {"replaces", "digests"}
+    assert {f.name for f in fields(DiskBackup)} == of_the_disk | of_the_file | beside_it
+    assert {f.name for f in fields(Former)} == of_the_file
+    assert all(getattr(after, name) == getattr(before, name) for name in of_the_disk)
