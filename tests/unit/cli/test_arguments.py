@@ -105,7 +105,7 @@ def test_what_is_not_given_has_its_default() -> None:
         (["full", "vm1", "--speed-limit", "fast"], "'fast' is not a size"),
         (["full", "vm1", "--lock-wait", "-1"], "--lock-wait"),
         (["inc", "vm1", "--lock-wait", "10 parsecs"], "is not a duration"),
-        (["restore", "vm1"], "required: --to"),
+        (["restore", "vm1"], "--to --in-place is required"),
         (["restore", "vm1", "--to", "x", "--format", "vmdk"], "'vmdk' is none of raw, qcow2"),
         (["show", "vm1"], "required: ID"),
         (["protect", "vm1"], "required: ID"),
