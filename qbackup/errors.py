@@ -12,6 +12,7 @@ The tree, and the exit codes that other programs rely on:
     │   ├── MonitorBusyError          12  another client has the monitor, or QEMU hangs
     │   └── MonitorLostError          12  the connection ended in the middle
     ├── VerificationError             13  what is stored is not what was written
+    ├── BootError                     13  a backup was booted, and did not do what was expected
     ├── InterruptedByUserError       130  Ctrl-C or SIGTERM
     ├── QmpCommandError                1  QEMU refused a command
     ├── VmStateError                   1  the VM is in no state for what was asked
@@ -26,7 +27,10 @@ The tree, and the exit codes that other programs rely on:
     ├── BackupNotFoundError            1  no backup, or several, by that name
     ├── RemovalError                   1  a backup that was to be removed is still there
     ├── UnitChangedError               1  a systemd unit that somebody changed is in the way
-    └── RestoreError                   1  a restore cannot start, or failed
+    ├── RestoreError                   1  a restore cannot start, or failed
+    ├── ExportError                    1  a disk cannot be served where it was to be
+    ├── ProgramError                   1  a program that is needed is missing, or failed
+    └── VmStartedError                 1  a VM that was off was started during its backup
 
 The exit code 3 (done, but degraded) is no error: the command's result carries it. Of a command
 for several VMs, the exit code is the worst of theirs, in the order of `_BEST_FIRST`.
@@ -126,6 +130,12 @@ class VerificationError(QbackupError):
             "chain with qbackup full VM. qemu-img can still read what is left of an image",
         )
         self.problems = tuple(problems)
+
+
+class BootError(QbackupError):
+    """A backup was booted in a throw-away VM, and what was expected was not seen."""
+
+    exit_code = 13
 
 
 class InterruptedByUserError(QbackupError):
@@ -253,6 +263,26 @@ class RemovalError(QbackupError):
 
 class RestoreError(QbackupError):
     """A restore cannot start, or it failed; what it had written is removed."""
+
+
+class ExportError(QbackupError):
+    """A backup's disk cannot be served, or shown, where it was to be."""
+
+
+class ProgramError(QbackupError):
+    """A program that qbackup uses is not installed, does not start, or failed."""
+
+
+class VmStartedError(QbackupError):
+    """A VM that was off was started while it was backed up; nothing of the backup remains."""
+
+    def __init__(self, vm: str, fact: str) -> None:
+        super().__init__(
+            f"{vm}: the VM was started while it was backed up: {fact}",
+            hint="start the backup again: the VM runs now. Nothing is lost, the next "
+            "incremental contains what this one would have",
+        )
+        self.vm = vm
 
 
 def as_reported(err: Exception) -> QbackupError:

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 #
-# Sourced by scripts/demo and scripts/test: installs what is missing and says what it does.
+# Sourced by the scripts beside it: installs what is missing and says what it does.
 #
 # Debian packages are installed as root, with sudo where the caller is not root. Everything
 # else goes into .venv/ and build/ beside this folder.

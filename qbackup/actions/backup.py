@@ -3,15 +3,16 @@
     lock → hook → connect → reconcile → plan → copy → publish → prune bitmaps → hook
                                                       ↑ commit point
 
+A VM that is off has no monitor to connect to: `backup_stopped`.
+
 Before the commit point a failure leaves the repository and the bitmaps as they were; after
 it, the backup exists and only QEMU's old bitmaps remain to be removed.
 """
 
-import secrets
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
+from qbackup.actions.backup_stopped import back_up_stopped
 from qbackup.backup import reconcile
 from qbackup.backup.engines import Work
 from qbackup.backup.engines.choose import chosen_engine
@@ -25,16 +26,18 @@ from qbackup.backup.plan import (
     make_plan,
     readable_backups,
 )
-from qbackup.backup.vm_files import Collected, collect_files
+from qbackup.backup.record import compare_clock, degradations, next_id, recorded, tell_of_files
+from qbackup.backup.vm_files import collect_files
 from qbackup.bitmaps.image_files import query_disks
 from qbackup.bitmaps.load import distrust_present
 from qbackup.bitmaps.roll_back import prune_bitmaps, roll_back_bitmaps
 from qbackup.catalog.history import History
-from qbackup.errors import QbackupError, VmStateError
+from qbackup.errors import MonitorError, QbackupError, VmStateError
 from qbackup.formats.configuration import Vm
+from qbackup.host.lock import HeldLock
 from qbackup.host.tasks import to_its_end
 from qbackup.model.backup import Backup
-from qbackup.model.names import Owner, new_backup_id, owner_of
+from qbackup.model.names import Owner, owner_of
 from qbackup.model.progress import Reporter
 from qbackup.qmp.disks import query_inventory
 from qbackup.qmp.monitor import Monitor
@@ -52,10 +55,14 @@ from qbackup.watching.control import vm_monitor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A backup that exists. `degraded` says what is not as it was asked for."""
+    """A backup that exists. `degraded` says what is not as it was asked for.
+
+    `unchanged`: it existed before, and none was made: the VM is off, and holds what it held then.
+    """
 
     backup: Backup
-    degraded: tuple[str, ...]
+    degraded: tuple[str, ...] = ()
+    unchanged: bool = False
 
 
 async def back_up(
@@ -65,7 +72,7 @@ async def back_up(
     options: BackupOptions,
     reporter: Reporter,
 ) -> Outcome:
-    """Back up a VM.
+    """Back up a VM; one that is off, from its images.
 
     Raises:
         LockedError: another run is at work.
@@ -76,10 +83,52 @@ async def back_up(
     """
     started = time.monotonic()
     await repository.ensure_vm_directory(vm.name)
-    owner = owner_of(repository.id, vm.name)
     async with (
         repository.lock(vm.name, wait_s=options.lock_wait_s) as lock,
         hooks_around(vm, options.kind, reporter) as hooks,
+    ):
+        absent = None
+        try:
+            backup, hooks.degraded = await _back_up_running(
+                repository, vm, state, options, reporter, lock=lock, started=started
+            )
+            made = True
+        except MonitorError as err:
+            if not err.absent:
+                raise
+            absent = err
+        if absent is not None:
+            stopped = await back_up_stopped(
+                repository,
+                vm,
+                state,
+                options,
+                reporter,
+                lock=lock,
+                started=started,
+                absent=absent,
+            )
+            backup, made, hooks.degraded = stopped.backup, stopped.made, stopped.degraded
+        hooks.backup_id = backup.id
+    return Outcome(backup=backup, degraded=hooks.degraded, unchanged=not made)
+
+
+async def _back_up_running(
+    repository: Repository,
+    vm: Vm,
+    state: StateDirectory,
+    options: BackupOptions,
+    reporter: Reporter,
+    *,
+    lock: HeldLock,
+    started: float,
+) -> tuple[Backup, tuple[str, ...]]:
+    """Back up a VM by its monitor; return also what is not as it was asked for.
+
+    A `MonitorError` that is `absent` comes before anything else.
+    """
+    owner = owner_of(repository.id, vm.name)
+    async with (
         vm_monitor(vm, state.control_socket) as (monitor, watched),
         chosen_engine(monitor, vm=vm, state=state, lock=lock, reporter=reporter) as engine,
     ):
@@ -99,22 +148,20 @@ async def back_up(
             owner=owner,
             migration=condition.migration,
             options=options,
+            can_compare=engine.compares,
             reporter=reporter,
         )
         version = await query_version(monitor)
         configuration = await query_configuration(monitor)
-        _compare_clock(history, reporter)
+        compare_clock(history, reporter)
         collected = await collect_files(vm.files, plan.firmware)
-        _tell_of_files(collected, vm.name, reporter)
-        backup_id = new_backup_id(
-            now=datetime.now(UTC), newest=plan.newest_id, random_bits=secrets.randbits(16)
-        )
+        tell_of_files(collected, vm.name, reporter)
         work = Work(
             vm=vm,
             plan=plan,
             options=options,
             owner=owner,
-            backup_id=backup_id,
+            backup_id=next_id(plan),
             repository=repository,
             lock=lock,
             reporter=reporter,
@@ -125,57 +172,18 @@ async def back_up(
         ):
             copied = await session.copy()
             await _require_not_moved(monitor, vm.name, before=condition)
-            parent, chain = _place_in_chain(plan, backup_id)
-            backup = Backup(
-                id=backup_id,
-                vm=vm.name,
-                time=_written(copied.instant),
-                chain=chain,
-                parent=parent,
-                label=options.label,
-                consistency=copied.consistency,
-                disks=copied.disks,
-                seconds=round(time.monotonic() - started, 3),
+            backup = recorded(
+                work,
+                copied,
+                collected,
+                started=started,
                 qemu_version=".".join(map(str, version)),
-                vm_configuration=configuration,
-                left_out=plan.left_out,
-                files=list(collected.files),
+                configuration=configuration,
             )
             # An interruption that comes now is too late: the backup is about to exist.
             await to_its_end(session.publish(backup, archive=collected.archive))
-        hooks.backup_id = backup.id
-        hooks.degraded = _degraded(
-            plan, backup, options, collected, freeze_failed=copied.freeze_failed
-        )
         await to_its_end(_forget_old_bitmaps(monitor, plan, backup, owner, reporter))
-    return Outcome(backup=backup, degraded=hooks.degraded)
-
-
-def _tell_of_files(collected: Collected, vm: str, reporter: Reporter) -> None:
-    for why in collected.missing:
-        reporter.warning(f"{vm}: file {why}")
-    for why in collected.firmware_missing:
-        # It comes with QEMU, or the distribution, as a rule.
-        reporter.notice(f"{vm}: firmware {why}")
-
-
-def _degraded(
-    plan: Plan,
-    backup: Backup,
-    options: BackupOptions,
-    collected: Collected,
-    *,
-    freeze_failed: bool,
-) -> tuple[str, ...]:
-    """Return what of a backup is not as it was asked for."""
-    degraded = [f"disk {name} was left out: {why}" for name, why in plan.refused.items()]
-    degraded += [f"file {why}" for why in collected.missing]
-    if freeze_failed:
-        degraded.append("the guest's file systems were not frozen")
-    if options.kind == "incremental" and options.strict:
-        fallen = (disk.name for disk in backup.disks if disk.kind == "full")
-        degraded += [f"disk {name} got a full backup" for name in fallen]
-    return tuple(degraded)
+    return backup, degradations(work, copied, collected)
 
 
 async def _prepare(
@@ -187,6 +195,7 @@ async def _prepare(
     owner: Owner,
     migration: Migration,
     options: BackupOptions,
+    can_compare: bool,
     reporter: Reporter,
 ) -> Plan:
     """Adopt the bits that an interrupted run left, then look again and decide.
@@ -208,6 +217,7 @@ async def _prepare(
         owner=owner,
         not_loaded=migrated_verdicts(migration, bases, owner) or state.read_verdicts(),
         options=options,
+        can_compare=can_compare,
         reporter=reporter,
     )
 
@@ -232,33 +242,6 @@ async def _require_not_moved(monitor: Monitor, vm: str, *, before: Condition) ->
     _require_fit(now, vm)
     if now.migration.given_away and not before.migration.given_away:
         raise VmStateError(vm, now.state.status, "it was migrated while it was backed up")
-
-
-def _compare_clock(history: History, reporter: Reporter) -> None:
-    """Warn if the clock is behind the newest backup: it was ahead then, or it is wrong now."""
-    newest = history.newest_usable()
-    if newest is not None and datetime.now(UTC) < newest.moment:
-        reporter.warning(
-            f"{newest.vm}: the clock is behind the newest backup, {newest.id} of {newest.time}; "
-            "was it wrong then, or is it now? restore --at TIME goes by the clock"
-        )
-
-
-def _written(instant: datetime) -> str:
-    return instant.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _place_in_chain(plan: Plan, backup_id: str) -> tuple[str | None, str]:
-    """Return the newest parent of any disk and the chain that it is in."""
-    parents = [
-        verdict.base.backup
-        for verdict in plan.verdicts
-        if verdict.method == "incremental" and verdict.base is not None
-    ]
-    if not parents:
-        return None, backup_id
-    newest = max(parents, key=lambda backup: backup.id)
-    return newest.id, newest.chain
 
 
 async def _forget_old_bitmaps(

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qbackup.actions.status import DiskStatus, VmStatus, last_seen_disks, query_status
+from qbackup.actions.status import DiskStatus, VmStatus, query_status
 from qbackup.backup.judge import Base
+from qbackup.backup.stopped import last_seen_disks
 from qbackup.catalog.chain_check import why_not_built_upon
 from qbackup.catalog.history import History
 from qbackup.errors import ChainBrokenError, ManifestDamagedError, RepositoryError, UsageError

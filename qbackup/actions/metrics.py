@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qbackup.actions.status import last_seen_disks
 from qbackup.backup.judge import Base
+from qbackup.backup.stopped import last_seen_disks
 from qbackup.catalog.history import History
 from qbackup.errors import ChainBrokenError, ManifestDamagedError, QbackupError
 from qbackup.formats.configuration import Configuration, Vm

@@ -4,35 +4,32 @@ Asks QEMU and the repository, and changes nothing in either.
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 from qbackup.backup.judge import (
-    Base,
     Verdict,
     assess,
     checkpoints,
     migrated_verdicts,
     newest_bases,
 )
-from qbackup.backup.plan import LEFT_OUT_BY_CHOICE
-from qbackup.bitmaps.files import NotTrustedError, is_clean, read_saved
+from qbackup.backup.stopped import StoppedVm, look_at_stopped_vm, usable
+from qbackup.bitmaps.files import is_clean
 from qbackup.bitmaps.image_files import query_disks
 from qbackup.bitmaps.roll_back import as_rolled_back
-from qbackup.catalog.chain_check import why_not_built_upon
+from qbackup.bitmaps.stopped import StoppedDisk
 from qbackup.catalog.history import History
 from qbackup.errors import DiskError, MonitorBusyError, MonitorError
 from qbackup.formats.configuration import Vm
-from qbackup.model.backup import REASON_TEXT, Backup, DiskBackup, Reason, Refusal
+from qbackup.model.backup import REASON_TEXT, Backup, Method, Reason
 from qbackup.model.names import Owner, owner_of
 from qbackup.qmp.disks import Inventory
 from qbackup.qmp.jobs import query_jobs
 from qbackup.qmp.monitor import Looker
 from qbackup.qmp.vm import query_condition
 from qbackup.repository.removal import taken_away
-from qbackup.repository.repository import DamagedBackup, Repository
+from qbackup.repository.repository import Repository
 from qbackup.repository.state import StateDirectory
 from qbackup.watching.control import vm_looker
 
@@ -59,6 +56,8 @@ class DiskStatus:
     name: str
     virtual_size_bytes: int
     last_backup: str | None
+    next_method: Method
+    """How the next incremental would be made."""
     bitmap: BitmapStatus
 
 
@@ -68,7 +67,8 @@ class VmStatus:
 
     `off`: nobody listens where its monitor would be, and its bitmaps are saved. `crashed`: nobody
     listens, and there are bitmap files that were in use: QEMU crashed, or ended unwatched.
-    `busy`: another client has the monitor. `unreachable`: nothing else is known.
+    `busy`: another client has the monitor. `unreachable`: nothing else is known, or somebody has
+    its images open.
     """
 
     vm: str
@@ -120,13 +120,9 @@ async def query_status(
     except DiskError as err:
         return replace(status, state=state, detail=err.message)
     except MonitorError as err:
-        disks = await asyncio.to_thread(_saved_disks, state_directory, history, vm=vm, owner=owner)
-        if err.absent:
-            state, detail = await asyncio.to_thread(
-                _without_qemu, state_directory, disks, status.last_backup, err.message
-            )
-            return replace(status, state=state, detail=detail, disks=disks)
-        return replace(status, detail=err.message, disks=disks)
+        return await asyncio.to_thread(
+            _without_monitor, status, state_directory, history, err, vm=vm, owner=owner
+        )
     # A job of our own that was left behind hides disks, but not from the next run.
     unwanted = _left_out(inventory, vm)
     present = [
@@ -134,7 +130,7 @@ async def query_status(
         for disk in (*inventory.disks, *inventory.busy)
         if disk.name not in unwanted and (vm.disks is None or disk.name in vm.disks)
     ]
-    bases = newest_bases(_usable(history), present)
+    bases = newest_bases(usable(history), present)
     not_loaded = (
         migrated_verdicts(condition.migration, bases, owner) or state_directory.read_verdicts()
     )
@@ -151,6 +147,7 @@ async def query_status(
             not_loaded=not_loaded,
             vm=vm,
             history=history,
+            compare=vm.compare and vm.engine == "snapshot",
         )
         for disk in present
     ]
@@ -177,18 +174,15 @@ def _left_out(inventory: Inventory, vm: Vm) -> dict[str, str]:
     return left_out
 
 
-def _usable(history: History) -> Iterator[Backup]:
-    return (b for b in history.newest_first() if not isinstance(b, DamagedBackup))
-
-
-def _disk_status(verdict: Verdict, vm: Vm) -> DiskStatus:
+def _disk_status(verdict: Verdict, vm: Vm, *, where: BitmapPlace = "qemu") -> DiskStatus:
     bitmap = verdict.bitmap
-    trusted = verdict.method == "incremental"
+    trusted = verdict.method == "bitmap"
     known = trusted or verdict.reason == "chain-full"
     return DiskStatus(
         name=verdict.disk.name,
         virtual_size_bytes=verdict.disk.virtual_size_bytes,
         last_backup=verdict.base.backup.id if verdict.base else None,
+        next_method=verdict.method,
         bitmap=BitmapStatus(
             trusted=trusted,
             reason=verdict.reason,
@@ -199,107 +193,61 @@ def _disk_status(verdict: Verdict, vm: Vm) -> DiskStatus:
                 else None
             ),
             granularity_bytes=bitmap.granularity_bytes if bitmap else vm.granularity_bytes,
-            where="none" if bitmap is None else "qemu",
+            where="none" if bitmap is None else where,
         ),
     )
 
 
-def _without_qemu(
-    state: StateDirectory, disks: Sequence[DiskStatus], newest: Backup | None, detail: str
-) -> tuple[str, str]:
-    """Say what a VM is whose monitor nobody serves, as far as its bitmap files tell."""
-    # Files of disks that the VM no longer has say nothing.
-    had = {disk.name for disk in newest.disks} if newest else set()
-    reasons = {disk.bitmap.reason for disk in disks if disk.name in had}
+def _without_monitor(
+    status: VmStatus,
+    state: StateDirectory,
+    history: History,
+    err: MonitorError,
+    *,
+    vm: Vm,
+    owner: Owner,
+) -> VmStatus:
+    """Say what a VM is whose monitor cannot be reached, as far as its files tell.
+
+    If it is off, the next backup will find what is found here.
+    """
+    stopped = look_at_stopped_vm(state, history, vm=vm, owner=owner)
+    disks = tuple(_saved_disk(disk, stopped, history, vm=vm, owner=owner) for disk in stopped.disks)
+    status = replace(status, detail=err.message, disks=disks)
+    if not err.absent:
+        return status
+    if (user := stopped.user(unlocked=False)) is not None:
+        return replace(status, detail=f"{err.message}, but {user}")
+    reasons = {disk.bitmap.reason for disk in disks}
     if "unclean" in reasons:
-        return "crashed", f"QEMU ended without its bitmaps being saved, or unwatched; {detail}"
-    files = [path for (name, _), path in state.bitmap_files().items() if name in had]
+        why = "QEMU ended without its bitmaps being saved, or unwatched"
+        return replace(status, state="crashed", detail=f"{why}; {err.message}")
+    files = [path for disk in stopped.disks for path in disk.files if disk.name in stopped.bases]
     if None in reasons or (files and all(is_clean(path) for path in files)):
-        return "off", f"bitmaps saved; {detail}"
-    return "unreachable", detail
+        return replace(status, state="off", detail=f"bitmaps saved; {err.message}")
+    return status
 
 
-def _saved_disks(
-    state: StateDirectory, history: History, *, vm: Vm, owner: Owner
-) -> tuple[DiskStatus, ...]:
-    """Look at the files of a VM that is off. Whether its images changed is seen when it starts."""
-    files = state.bitmap_files()
-    refused = state.read_verdicts()
-    found = []
-    for base in last_seen_disks(history):
-        backup, disk = base.backup, base.disk
-        ours = {
-            bitmap: path
-            for (name, bitmap), path in files.items()
-            if name == disk.name and owner.checkpoint(bitmap)
-        }
-        wanted = owner.bitmap(backup.id)
-        why, dirty_bytes = _judge_files(ours, wanted, vm=vm.name, disk=disk)
-        if why is not None and why.reason == "missing":
-            why = refused.get((disk.name, wanted), why)
-        if why is None and (
-            full := why_not_built_upon(history, backup, disk.name, max_chain=vm.max_chain)
-        ):
-            why = Refusal(reason=full[0], detail=full[1])
-        found.append(
-            DiskStatus(
-                name=disk.name,
-                virtual_size_bytes=disk.virtual_size_bytes,
-                last_backup=backup.id,
-                bitmap=BitmapStatus(
-                    trusted=why is None,
-                    reason=why.reason if why else None,
-                    detail=why.detail if why else None,
-                    dirty_bytes=dirty_bytes,
-                    granularity_bytes=disk.granularity_bytes,
-                    where="file" if wanted in ours else "none",
-                ),
-            )
-        )
-    return tuple(found)
-
-
-def last_seen_disks(history: History) -> list[Base]:
-    """Return the newest backup of each disk that the VM had when it was last backed up.
-
-    A disk that the newest backup neither holds nor left out by choice was not there any more.
-    """
-    newest = history.newest_usable()
-    if newest is None:
-        return []
-    missing = {name for name, why in newest.left_out.items() if why in LEFT_OUT_BY_CHOICE}
-    missing |= {disk.name for disk in newest.disks}
-    found: dict[str, Base] = {}
-    for backup in _usable(history):
-        for disk in backup.disks:
-            if disk.name in missing:
-                found[disk.name] = Base(backup=backup, disk=disk)
-                missing.remove(disk.name)
-        if not missing:
-            break
-    return list(found.values())
-
-
-def _judge_files(
-    files: Mapping[str, Path], wanted: str, *, vm: str, disk: DiskBackup
-) -> tuple[Refusal | None, int | None]:
-    """Say of a disk's saved bitmaps why none can be used, or how many bytes `wanted` has dirty.
-
-    After a crash there may be older files only, and what is wrong with them is the reason that
-    the next backup will tell.
-    """
-    if disk.virtual_size_bytes == 0:
-        return None, 0
-    if not files:
-        return Refusal(reason="missing"), None
-    path = files.get(wanted) or files[max(files)]
-    try:
-        file = read_saved(path, vm=vm, disk=disk.name, virtual_size_bytes=disk.virtual_size_bytes)
-    except NotTrustedError as err:
-        return err.refusal, None
-    if wanted not in files:
-        return Refusal(reason="wrong-checkpoint"), None
-    return None, file.bits.dirty_bytes()
+def _saved_disk(
+    disk: StoppedDisk, stopped: StoppedVm, history: History, *, vm: Vm, owner: Owner
+) -> DiskStatus:
+    verdict = assess(
+        disk.disk,
+        bases=stopped.bases,
+        owner=owner,
+        not_loaded=stopped.not_loaded,
+        vm=vm,
+        history=history,
+        compare=vm.compare,
+    )
+    found = _disk_status(verdict, vm, where="file")
+    base = stopped.bases.get(disk.name)
+    if base is None or verdict.bitmap is not None:
+        return found
+    # Not usable, but there.
+    wanted = owner.bitmap(base.backup.id)
+    where: BitmapPlace = "file" if any(path.stem == wanted for path in disk.files) else "none"
+    return replace(found, bitmap=replace(found.bitmap, where=where))
 
 
 async def _left_in_qemu(monitor: Looker, inventory: Inventory, owner: Owner) -> list[str]:

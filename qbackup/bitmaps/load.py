@@ -5,7 +5,6 @@
 The order is what makes the clean flag mean something.
 """
 
-from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +21,11 @@ from qbackup.bitmaps.files import (
 )
 from qbackup.bitmaps.image_files import no_bitmap_reason, open_images, query_disks
 from qbackup.bitmaps.size_guard import ensure_size_guard
+from qbackup.bitmaps.trust import require_local, require_unchanged
 from qbackup.errors import DiskError, MonitorLostError, QbackupError, QmpCommandError
 from qbackup.host.tasks import in_thread
-from qbackup.images.stamp import take_stamp
 from qbackup.model.backup import Refusal
-from qbackup.model.bitmap import Bits, DeviceStamp, ImageStamp, Sameness, compare_stamps
+from qbackup.model.bitmap import Bits, ImageStamp
 from qbackup.model.names import ANY_OWNER
 from qbackup.qmp import commands
 from qbackup.qmp.disks import Disk, query_inventory, query_written_nodes
@@ -115,13 +114,13 @@ async def load_saved_bitmaps(
             if candidate.disk.node in written:
                 raise NotTrustedError("image-changed")  # noqa: TRY301 - all reasons end below
             with await in_thread(open_images, candidate.disk, pid) or nullcontext() as images:
-                paths = _require_local(
+                paths = require_local(
                     images.paths if images is not None else None,
                     trust_block_devices=trust_block_devices,
                 )
                 await in_thread(
                     partial(
-                        _require_unchanged,
+                        require_unchanged,
                         candidate.stamp,
                         paths,
                         fingerprint_is_enough=trust_block_devices is True,
@@ -236,48 +235,3 @@ async def _guard_size(monitor: Monitor, candidate: _Candidate) -> None:
         granularity_bytes=candidate.bits.granularity_bytes,
         scratch=await in_thread(sidecar_path, candidate.path),
     )
-
-
-def _require_local(
-    images: Sequence[Path] | None, *, trust_block_devices: bool | None
-) -> Sequence[Path]:
-    if images is None:
-        raise NotTrustedError(
-            "unsupported", "QEMU has no file or block device of this host open for the disk"
-        )
-    if trust_block_devices is False and any(image.is_block_device() for image in images):
-        raise NotTrustedError(
-            "unsupported", "the configuration says to trust no block device (trust_block_devices)"
-        )
-    return images
-
-
-def _require_unchanged(
-    expected: ImageStamp | None, images: Sequence[Path], *, fingerprint_is_enough: bool
-) -> None:
-    try:
-        now = take_stamp(images)
-    except (OSError, ValueError) as err:
-        raise NotTrustedError("image-changed", f"the image cannot be examined: {err}") from err
-    sameness = compare_stamps(expected, now)
-    if sameness is Sameness.CHANGED:
-        raise NotTrustedError("image-changed")
-    # Several files have a stamp like that of a device, made of what proves it for each file.
-    files_only = not any(image.is_block_device() for image in images)
-    if sameness is Sameness.ALIKE and not (fingerprint_is_enough or files_only):
-        raise NotTrustedError("unproven", _why_unproven(expected, now))
-
-
-def _why_unproven(expected: ImageStamp | None, now: ImageStamp) -> str:
-    """Say what is missing for a proof that a block device was not written."""
-    before = expected if isinstance(expected, DeviceStamp) else None
-    after = now if isinstance(now, DeviceStamp) else None
-    if after is not None and after.uncounted is not None:
-        why = after.uncounted
-    elif before is None or before.record is None or before.record.below is None:
-        why = "the writes to it could not be counted when the VM ended"
-    elif after is not None and after.record and after.record.session != before.record.session:
-        why = "the host was started again, or the device made anew, since the VM ended"
-    else:
-        why = "something was written to what the block device lies on"
-    return f"{why}; trust_block_devices = true would make do with a fingerprint"

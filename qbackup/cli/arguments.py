@@ -3,9 +3,11 @@
 import argparse
 import re
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from qbackup import __version__
+from qbackup.cli.examples import EXAMPLES
+from qbackup.cli.parser import Parser
 from qbackup.errors import UsageError
 from qbackup.model.health import parse_free_limit
 from qbackup.model.limits import MAX_PARALLEL
@@ -13,19 +15,15 @@ from qbackup.model.quantities import parse_duration_s, parse_size_bytes
 
 T = TypeVar("T")
 
+SHELLS = ("bash", "zsh", "fish")
+"""Those that `qbackup completion` knows."""
+
 _EXIT_CODES = """\
 exit codes:
   0 done   1 failed   2 usage   3 done, but degraded   4 refused (--no-fallback)
-  10 no repository   11 locked   12 QEMU cannot be reached   13 verification failed
-  130 interrupted
+  10 no repository   11 locked   12 QEMU cannot be reached
+  13 verification failed   130 interrupted
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports mistakes as every other error is reported, with `--json` too."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, hint=f"see {self.prog} --help")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -34,7 +32,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     Raises:
         UsageError: it is wrong.
     """
-    arguments = _make_parser().parse_args(argv)
+    arguments = make_parser().parse(argv)
     if getattr(arguments, "all", False) and arguments.vms:
         mistake = "--all and names of VMs exclude each other"
     elif getattr(arguments, "vms_required", False) and not (arguments.vms or arguments.all):
@@ -44,24 +42,21 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     raise UsageError(mistake, hint=f"see qbackup {arguments.name} --help")
 
 
-def _make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def make_parser() -> Parser:
+    """Make the parser of every command: what help, completion and the manual page are made from."""
+    parser = Parser(
         prog="qbackup",
-        description="Back up the disks of running QEMU virtual machines: in full, "
-        "then only what changed.",
-        epilog=_EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description="Back up the disks of running QEMU virtual machines: in full, then only what\n"
+        "changed. qbackup COMMAND --help tells about one command.",
+        epilog=f"{EXAMPLES['qbackup']}\n\n{_EXIT_CODES}",
     )
     parser.add_argument("--version", action="version", version=f"qbackup {__version__}")
     _add_common(parser, defaults=True)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    def command(
-        name: str, text: str, *, module: str = "", aliases: tuple[str, ...] = ()
-    ) -> _Parser:
-        sub: _Parser = commands.add_parser(
-            name, help=text, description=text, aliases=list(aliases), allow_abbrev=False
+    def command(name: str, text: str, *, module: str = "", aliases: tuple[str, ...] = ()) -> Parser:
+        sub: Parser = commands.add_parser(
+            name, help=text, description=text, aliases=list(aliases), epilog=EXAMPLES.get(name)
         )
         _add_common(sub, defaults=False)
         sub.set_defaults(module=module or name, name=name)
@@ -78,13 +73,7 @@ def _make_parser() -> argparse.ArgumentParser:
         aliases=("inc",),
     )  # fmt: skip
     _add_backup_arguments(incremental)
-    incremental.add_argument(
-        "--no-fallback", action="store_true",
-        help="fail with exit code 4 where a disk would need a full backup",
-    )  # fmt: skip
-    incremental.add_argument(
-        "--strict", action="store_true", help="exit with 3 if a disk got a full backup instead"
-    )
+    _add_incremental_arguments(incremental)
 
     listing = command("list", "list backups, the newest last; P marks protected ones")
     _add_vms(listing)
@@ -93,28 +82,44 @@ def _make_parser() -> argparse.ArgumentParser:
     show.add_argument("vm", metavar="VM")
     show.add_argument("id", metavar="ID", help="a backup id, or the beginning of one")
 
-    restore = command("restore", "restore disks into a directory or onto a block device")
-    restore.add_argument("vm", metavar="VM")
-    restore.add_argument("--to", required=True, metavar="DIR", help="directory or block device")
-    restore.add_argument(
-        "--at", metavar="ID|TIME", help="this backup, or the newest not after a time"
+    restore = command(
+        "restore",
+        "restore disks into a directory, onto a block device, or into the VM's own images",
     )
-    restore.add_argument("--disk", action="append", default=[], metavar="NAME")
+    _add_point(restore)
+    where = restore.add_mutually_exclusive_group(required=True)
+    where.add_argument("--to", metavar="DIR", help="directory or block device")
+    where.add_argument(
+        "--in-place", action="store_true",
+        help="overwrite the disks of the VM, which is off; needs --force",
+    )  # fmt: skip
+    restore.add_argument(
+        "-i", "--interactive", action="store_true", help="choose the backup from a list"
+    )
     restore.add_argument("--format", choices=("raw", "qcow2"), help="default: as the source was")
     restore.add_argument("--force", action="store_true", help="replace what is there")
     restore.add_argument(
         "--with-vm", action="store_true", help="write start.sh, which starts the VM on them"
     )
-    _add_lock_wait(restore)
 
-    verify = command("verify", "compare every byte of the backups with what was written")
-    _add_vms(verify)
-    _add_parallel(verify)
-    verify.add_argument("--at", metavar="ID|TIME", help="only this backup and what it needs")
-    _add_lock_wait(verify)
+    _add_bad_day_commands(command)
 
+    _add_verify_command(command)
     _add_retention_commands(command)
 
+    _add_watching_commands(command)
+    _add_bitmap_command(command)
+
+    _add_status_command(command)
+    _add_units_command(command)
+    _add_report_command(command)
+
+    completion = command("completion", "print what lets a shell complete the command line")
+    completion.add_argument("shell", choices=SHELLS, metavar="|".join(SHELLS))
+    return parser
+
+
+def _add_watching_commands(command: Callable[..., Parser]) -> None:
     run = command("run", "start QEMU, and keep its bitmaps beyond its end")
     run.add_argument("vm", metavar="VM")
     run.add_argument(
@@ -135,15 +140,8 @@ def _make_parser() -> argparse.ArgumentParser:
         help="a guest that has not powered off by then is paused, saved and ended",
     )  # fmt: skip
 
-    _add_bitmap_command(command)
 
-    _add_status_command(command)
-    _add_units_command(command)
-    _add_report_command(command)
-    return parser
-
-
-def _add_units_command(command: Callable[..., _Parser]) -> None:
+def _add_units_command(command: Callable[..., Parser]) -> None:
     units = command(
         "install-units", "write systemd timers and services for VMs", module="install_units"
     )
@@ -156,13 +154,13 @@ def _add_units_command(command: Callable[..., _Parser]) -> None:
     )
 
 
-def _add_report_command(command: Callable[..., _Parser]) -> None:
+def _add_report_command(command: Callable[..., Parser]) -> None:
     report = command("report", "write an HTML page about backups, chains and changes")
     _add_vms(report)
     report.add_argument("--html", required=True, metavar="FILE", help="where to write the page")
 
 
-def _add_status_command(command: Callable[..., _Parser]) -> None:
+def _add_status_command(command: Callable[..., Parser]) -> None:
     status = command("status", "show bitmaps, changes and what interrupted runs left")
     _add_vms(status)
     status.add_argument(
@@ -184,7 +182,93 @@ def _add_status_command(command: Callable[..., _Parser]) -> None:
     )  # fmt: skip
 
 
-def _add_retention_commands(command: Callable[..., _Parser]) -> None:
+def _add_incremental_arguments(incremental: argparse.ArgumentParser) -> None:
+    incremental.add_argument(
+        "--no-fallback", action="store_true",
+        help="fail with exit code 4 where a disk would need a full backup",
+    )  # fmt: skip
+    incremental.add_argument(
+        "--no-compare", action="store_true",
+        help="back up a disk whose bitmap is not trusted in full, instead of comparing it",
+    )  # fmt: skip
+    incremental.add_argument(
+        "--strict", action="store_true", help="exit with 3 if a disk got a full backup instead"
+    )
+
+
+def _add_verify_command(command: Callable[..., Parser]) -> None:
+    verify = command("verify", "compare every byte of the backups with what was written")
+    _add_vms(verify)
+    _add_parallel(verify)
+    verify.add_argument("--at", metavar="ID|TIME", help="only this backup and what it needs")
+    _add_lock_wait(verify)
+    verify.add_argument(
+        "--boot", action="store_true",
+        help="verify the newest backup, or --at, and start a throw-away VM from it",
+    )  # fmt: skip
+    verify.add_argument(
+        "--expect", metavar="REGEX", help="with --boot: what the serial console has to say"
+    )
+    verify.add_argument(
+        "--boot-timeout", type=_argument(parse_duration_s), default=120, metavar="2m",
+        help="with --boot: wait so long for that, or for the guest agent",
+    )  # fmt: skip
+    _add_boot_options(verify)
+
+
+def _add_bad_day_commands(command: Callable[..., Parser]) -> None:
+    nbd = command("nbd", "serve a backup's disks, read-only, on a UNIX socket until Ctrl-C")
+    _add_point(nbd)
+    nbd.add_argument("--socket", metavar="PATH", help="default: one in a private directory")
+
+    mount = command("mount", "show the files in a backup, read-only, until Ctrl-C or umount")
+    _add_point(mount)
+    mount.add_argument("dir", metavar="DIR", help="an empty directory")
+    mount.add_argument("--images", action="store_true", help="show each disk as a raw file instead")
+    mount.add_argument(
+        "--partition", metavar="DEVICE",
+        help="show this file system, for example /dev/sda1, where there is no operating system",
+    )  # fmt: skip
+
+    boot = command("boot", "start a throw-away VM, without network, from a backup")
+    _add_point(boot)
+    _add_boot_options(boot)
+    screen = boot.add_mutually_exclusive_group()
+    screen.add_argument("--vnc", metavar="ADDRESS", help="its screen by VNC, for example :0")
+    screen.add_argument("--window", action="store_true", help="its screen in a window")
+
+
+def _add_boot_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a throw-away VM may have otherwise than the backup tells."""
+    parser.add_argument(
+        "--memory", type=_argument(parse_size_bytes), metavar="2G", help="default: as the VM had"
+    )
+    parser.add_argument(
+        "--accel", choices=("tcg", "kvm"), help="default: boot_accel of the configuration, or tcg"
+    )
+    parser.add_argument("--machine", metavar="TYPE", help="a machine type of QEMU's")
+    for name, text in (
+        ("bios", "firmware"),
+        ("kernel", "start this kernel of the host's"),
+        ("initrd", "with this initial file system"),
+    ):
+        parser.add_argument(f"--{name}", metavar="FILE", help=text)
+    parser.add_argument("--append", metavar="TEXT", help="and this command line")
+
+
+def _add_point(parser: argparse.ArgumentParser) -> None:
+    """Add what says which backup and which of its disks."""
+    parser.add_argument("vm", metavar="VM")
+    parser.add_argument(
+        "--at", metavar="ID|TIME", help="this backup, or the newest not after a time"
+    )
+    parser.add_argument(
+        "--disk", action="append", default=[], metavar="NAME", help="only this disk (repeatable)"
+    )
+    _add_lock_wait(parser)
+
+
+def _add_retention_commands(command: Callable[..., Parser]) -> None:
     prune = command("prune", "remove the backups that no rule keeps")
     _add_vms(prune, required=True)
     _add_parallel(prune)
@@ -204,14 +288,14 @@ def _add_retention_commands(command: Callable[..., _Parser]) -> None:
         _add_lock_wait(marking)
 
 
-def _add_bitmap_command(command: Callable[..., _Parser]) -> None:
+def _add_bitmap_command(command: Callable[..., Parser]) -> None:
     bitmap = command("bitmap", "look at a bitmap file")
-    actions = bitmap.add_subparsers(dest="action", metavar="show|check", required=True)
+    actions = bitmap.add_subparsers(dest="action", metavar="show|check")
     for name, text in (
         ("show", "show what a bitmap file says, and a heat map of the disk"),
         ("check", "exit with 0 if a bitmap file is intact and clean, else with 1"),
     ):
-        action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        action = actions.add_parser(name, help=text, description=text)
         _add_common(action, defaults=False)
         action.add_argument("file", metavar="FILE")
 

@@ -18,6 +18,7 @@ _CONSISTENCY_TEXT = {
     "crash": "crash-consistent, as after a power cut",
     "filesystem": "filesystem-consistent",
     "paused": "the guest was paused",
+    "off": "the VM was off",
 }
 
 
@@ -39,6 +40,7 @@ async def run(arguments: argparse.Namespace) -> int:
         speed_limit_bytes_per_s=arguments.speed_limit,
         lock_wait_s=arguments.lock_wait,
         fallback=not (incremental and arguments.no_fallback),
+        compare=not (incremental and arguments.no_compare),
         strict=incremental and arguments.strict,
         compress=arguments.compress,
     )
@@ -63,6 +65,16 @@ async def run(arguments: argparse.Namespace) -> int:
 
 def _done(outcome: Outcome) -> Done:
     backup = outcome.backup
+    if outcome.unchanged:
+        line = f"{backup.vm}: off and unchanged since {backup.id}"
+        return Done(
+            # That backup is as good as a new one would be.
+            document=lambda: backup.summary() | {"unchanged": True, "disks": []},
+            text=lambda: line,
+            line=line,
+            columns=(backup.id, "unchanged", ""),
+            facts={"id": backup.id, "copied_bytes": 0, "stored_bytes": 0, "unchanged": True},
+        )
     copied = sum(disk.copied_bytes for disk in backup.disks)
     return Done(
         document=backup.summary,
@@ -79,7 +91,7 @@ def _text(backup: Backup) -> str:
     rows = [
         (
             f"  {disk.name}",
-            disk.kind,
+            disk.word,
             format_size(disk.virtual_size_bytes),
             format_size(disk.copied_bytes),
             format_size(disk.stored_bytes),

@@ -11,7 +11,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any, NoReturn
 
-from qbackup.cli.arguments import parse_arguments
+from qbackup.cli.arguments import make_parser, parse_arguments
 from qbackup.cli.output import report_error
 from qbackup.errors import InterruptedByUserError, as_reported
 from qbackup.ui.reporters import print_line
@@ -25,6 +25,10 @@ def main() -> NoReturn:
     """Run the command of `sys.argv` and exit."""
     # Imports make next to no garbage; looking for it is a tenth of a short command's time.
     gc.disable()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
+        from qbackup.cli.completers import answer_shell  # noqa: PLC0415 - only then
+
+        answer_shell(make_parser())
     code = run(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

@@ -56,11 +56,12 @@ def _text(backup: Backup, repository: str, *, protected: bool) -> str:
     ]
     for disk in backup.disks:
         why = f" ({REASON_TEXT[disk.reason]})" if disk.reason else ""
+        compared = ", compared with its parent" if disk.made_by == "compare" else ""
         lines += [
             "",
             facts(
                 [
-                    (f"disk {disk.name}", f"{disk.kind}{why}"),
+                    (f"disk {disk.name}", f"{disk.kind}{compared}{why}"),
                     ("  size", f"{format_size(disk.virtual_size_bytes)} as the guest sees it"),
                     ("  copied", format_size(disk.copied_bytes)),
                     ("  stored", format_size(disk.stored_bytes)),

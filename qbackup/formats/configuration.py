@@ -38,6 +38,8 @@ T = TypeVar("T")
 Engine = Literal["snapshot", "direct", "drive-backup"]
 """How the bytes get into the repository: docs/architecture.md, "Engines"."""
 
+Accelerator = Literal["tcg", "kvm"]
+
 DEFAULT_STALL_TIMEOUT_S = 300.0
 MIN_STALL_TIMEOUT_S = 1.0
 
@@ -74,6 +76,12 @@ class Vm:
     keep: Rules | None = None
     """The VM's own rules of retention, in place of the global ones; None means these."""
     max_chain: int = DEFAULT_MAX_CHAIN
+    compare: bool = True
+    """Whether digests are kept, and a disk whose bitmap is not trusted is compared by them."""
+    trust_block_devices: bool | None = None
+    """As `Configuration.trust_block_devices`."""
+    images: Mapping[str, "ConfiguredImage"] = field(default_factory=dict)
+    """Where disks are while the VM is off, by their names; others where the last backup says."""
     warn_age_s: int | None = None
     critical_age_s: int | None = None
     """For `status --check`; None means the default: see `model.health`."""
@@ -81,6 +89,14 @@ class Vm:
     """Files, and directories with files, that are backed up beside the disks."""
     hooks: HookCommands = field(default_factory=HookCommands)
     hook_timeout_s: float = DEFAULT_HOOK_TIMEOUT_S
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfiguredImage:
+    """One `[vm.NAME.images.DISK]` table."""
+
+    file: Path
+    format: Literal["raw", "qcow2"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +122,8 @@ class Configuration:
     """True: a fingerprint is enough. False: never. None: if the kernel proves that nobody wrote."""
     vms: dict[str, Vm]
     keep: Rules = NO_RULES
+    boot_accel: Accelerator = "tcg"
+    """What throw-away VMs run with; nothing else is chosen by itself."""
     parallel: int = DEFAULT_PARALLEL
     """How many VMs are worked on at once."""
     metrics: Path | None = None
@@ -143,9 +161,11 @@ class _VmTable:
     granularity: str | int = "64K"
     engine: Literal["snapshot", "direct", "drive-backup", "blockdev-backup"] = "snapshot"
     max_chain: int | None = None
+    compare: bool = True
     warn_age: str | None = None
     critical_age: str | None = None
     keep: dict[str, Any] | None = None
+    images: dict[str, Any] | None = None
     files: list[str] | None = None
     hooks: dict[str, Any] | None = None
     hook_timeout: str | int | float | None = None
@@ -155,6 +175,12 @@ class _VmTable:
 class _HooksTable:
     before: list[str] | None = None
     after: list[str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ImageTable:
+    file: str
+    format: Literal["raw", "qcow2"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +207,7 @@ class _File:
     metrics: str | None = None
     warn_free: str | None = None
     critical_free: str | None = None
+    boot_accel: Accelerator = "tcg"
     keep: dict[str, Any] | None = None
     hooks: dict[str, Any] | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -200,19 +227,22 @@ class _Shared:
     max_chain: int
     snapshot: SnapshotSettings
     hooks: HookCommands
+    trust_block_devices: bool | None
 
 
 _OWN_TABLES = frozenset({"keep", "hooks"})
 """What a VM has in a table of its own, which replaces the one for all."""
 
-_OF_ONE_VM = frozenset({"qmp", "agent", "files"}) | _OWN_TABLES
+_OF_ONE_VM = frozenset({"qmp", "agent", "files", "images"}) | _OWN_TABLES
 """Keys of a VM's table that [defaults] cannot have: two VMs cannot share a socket, or a TPM."""
 
 _EXPECTED = {
     "repository": 'a directory, such as repository = "/srv/backups"',
     "state": 'a directory, such as state = "/var/lib/qbackup"',
     "trust_block_devices": "true or false",
+    "compare": "true or false",
     "max_chain": f"a number of backups from 1 to {LARGEST_MAX_CHAIN}, such as max_chain = 100",
+    "boot_accel": '"tcg" or "kvm"',
     "parallel": f"how many VMs at once, a number from 1 to {MAX_PARALLEL}",
     "defaults": "a table [defaults] with keys that every VM has",
     "vm": "tables such as [vm.vm1]",
@@ -230,6 +260,9 @@ _EXPECTED = {
     "warn_free": 'a part or a size, such as warn_free = "10%"',
     "critical_free": 'a part or a size, such as critical_free = "50G"',
     "keep": "a table, such as [keep] or [vm.vm1.keep]",
+    "images": "a table for each disk, such as [vm.vm1.images.data]",
+    "file": 'an image or device, such as file = "/var/lib/vm1/data.qcow2"',
+    "format": '"raw" or "qcow2"',
     "files": 'a list of files and directories, such as files = ["/var/lib/swtpm/vm1"]',
     "hooks": "a table, such as [hooks] or [vm.vm1.hooks]",
     "before": 'a program and its arguments, such as before = ["/usr/local/sbin/quiesce", "db"]',
@@ -276,6 +309,7 @@ def parse_configuration(
             for key in ("warn_free", "critical_free")
             if (value := getattr(top, key)) is not None
         },
+        boot_accel=top.boot_accel,
     )
 
 
@@ -301,6 +335,7 @@ def _shared(top: _File, *, path: Path) -> _Shared:
         ),
         snapshot=_snapshot(top, path=path, folder=path.absolute().parent),
         hooks=_hooks(top.hooks or {}, path=path, where="hooks"),
+        trust_block_devices=top.trust_block_devices,
     )
     _check(top.defaults, _VmTable, path=path, where="defaults", without=_OF_ONE_VM)
     unused = _VmTable(qmp="-", **top.defaults)
@@ -382,6 +417,8 @@ def _vm(name: str, table: _VmTable, *, path: Path, where: str, shared: _Shared) 
         engine="direct" if table.engine == "blockdev-backup" else table.engine,
         snapshot=shared.snapshot,
         keep=None if table.keep is None else _rules(table.keep, path=path, where=f"{where}.keep"),
+        images=_images(table.images or {}, path=path, folder=folder, where=f"{where}.images"),
+        trust_block_devices=shared.trust_block_devices,
         max_chain=(
             shared.max_chain
             if table.max_chain is None
@@ -402,7 +439,26 @@ def _vm(name: str, table: _VmTable, *, path: Path, where: str, shared: _Shared) 
             if table.hook_timeout is None
             else _duration_s(table.hook_timeout, key="hook_timeout", where=place)
         ),
+        compare=table.compare,
     )
+
+
+def _images(
+    document: dict[str, Any], *, path: Path, folder: Path, where: str
+) -> dict[str, ConfiguredImage]:
+    images = {}
+    for name, content in document.items():
+        try:
+            check_name("disk", name)
+        except UsageError as err:
+            raise ConfigurationError(f"{path}: {where}: {err.message}", hint=err.hint) from err
+        if not isinstance(content, dict):
+            raise ConfigurationError(
+                f"{path}: {where}.{name}: expected a table", hint=f"expected {_EXPECTED['images']}"
+            )
+        table = _table(content, _ImageTable, path=path, where=f"{where}.{name}")
+        images[name] = ConfiguredImage(file=folder / table.file, format=table.format)
+    return images
 
 
 def _ages(table: _VmTable, *, where: str) -> tuple[int | None, int | None]:
@@ -610,6 +666,7 @@ state = {_quoted(state)}
 # metrics = "/var/lib/prometheus/node-exporter/qbackup.prom"  # for Prometheus's node exporter
 # warn_free = "10%"                   # for qbackup status --check: of the room for backups
 # critical_free = "5%"
+# boot_accel = "kvm"                  # what qbackup boot runs with; default: "tcg"
 # parallel = {DEFAULT_PARALLEL}                        # how many VMs at once (--all)
 
 # What qbackup prune keeps: the newest backup of each of so many periods that have one. A table
@@ -641,6 +698,8 @@ state = {_quoted(state)}
 # agent = "/run/vm1/qga.sock"         # guest agent: freeze file systems for the instant
 # disks = ["system", "data"]          # default: every writable disk
 # granularity = "{granularity}"                 # bytes per bit of the dirty bitmap, 4K to 2M
+# compare = true                      # after a crash, store what differs from the last backup;
+#                                     # false: keep no digests, and back up in full
 # engine = "snapshot"                 # or "direct": QEMU writes the backup itself, and a slow
 #                                     # repository slows the guest; "drive-backup" is like it
 # max_chain = {DEFAULT_MAX_CHAIN}                     # for this VM alone
@@ -649,6 +708,11 @@ state = {_quoted(state)}
 # hook_timeout = "5m"                 # after which a hook is killed
 # files = ["/var/lib/swtpm/vm1"]      # small files and directories that belong to the VM, such as
 #                                     # the state of its TPM
+#
+# [vm.vm1.images.data]                # where a disk is while the VM is off, if its last backup
+#                                     # cannot tell: there is none yet, or the disk has moved
+# file = "/var/lib/vm1/data.qcow2"
+# format = "qcow2"                    # or "raw"
 """
 
 

@@ -35,6 +35,7 @@ REFCOUNT_BLOCK_OFFSET = 2 * CLUSTER_BYTES
 
 _BACKING_FIELDS = struct.Struct(">QI")
 _BACKING_FIELDS_OFFSET = 8
+_VERSION_2_HEADER_BYTES = 72
 _INCOMPATIBLE_DIRTY = 1 << 0
 _INCOMPATIBLE_CORRUPT = 1 << 1
 _INCOMPATIBLE_DATA_FILE = 1 << 2
@@ -50,6 +51,17 @@ class Qcow2Header:
     backing_format: str | None
     corrupt: bool
     has_data_file: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceHeader:
+    """What the header of a VM's own image says of where its data is."""
+
+    virtual_size_bytes: int
+    backing_file: str | None
+    backing_format: str | None
+    has_data_file: bool
+    encrypted: bool
 
 
 def write_empty_image(fd: int, *, virtual_size_bytes: int, compression: Compression) -> None:
@@ -119,11 +131,44 @@ def read_header(data: bytes) -> Qcow2Header:
     )
 
 
-def header_extensions(data: bytes) -> list[tuple[int, int, int]]:
-    """Return (type, offset of the data, length) of every header extension, the end one too."""
+def read_source_header(data: bytes) -> SourceHeader:
+    """Read the header of an image that QEMU uses as qcow2, of version 2 or 3.
+
+    `data` is the image's first `CLUSTER_BYTES`, or all of a shorter one.
+
+    Raises:
+        Qcow2Error: it is not one, or it points outside of `data`.
+    """
     if len(data) < HEADER_BYTES or data[:4] != MAGIC:
         raise Qcow2Error("not a qcow2 image")
-    (offset,) = struct.unpack_from(">I", data, 100)
+    _, version, name_offset, name_length, _, size, encryption, *_ = _HEADER.unpack_from(data)
+    if version not in (2, 3):
+        raise Qcow2Error(f"qcow2 version {version}")
+    # Version 2 has neither features nor a header length: it ends there.
+    features = _HEADER.unpack_from(data)[13] if version > 2 else 0
+    start = None if version > 2 else _VERSION_2_HEADER_BYTES
+    backing_file = None
+    if name_offset:
+        if name_length > MAX_BACKING_NAME_BYTES or name_offset + name_length > len(data):
+            raise Qcow2Error("the backing file name lies outside of the header")
+        backing_file = _text(data[name_offset : name_offset + name_length])
+    return SourceHeader(
+        virtual_size_bytes=size,
+        backing_file=backing_file,
+        backing_format=_backing_format(data, start),
+        has_data_file=bool(features & _INCOMPATIBLE_DATA_FILE),
+        encrypted=bool(encryption),
+    )
+
+
+def header_extensions(data: bytes, start: int | None = None) -> list[tuple[int, int, int]]:
+    """Return (type, offset of the data, length) of every header extension, the end one too.
+
+    `start` is where they begin; None: where the header, of version 3, says that it ends.
+    """
+    if len(data) < HEADER_BYTES or data[:4] != MAGIC:
+        raise Qcow2Error("not a qcow2 image")
+    offset = struct.unpack_from(">I", data, 100)[0] if start is None else start
     found = []
     while offset + EXTENSION.size <= len(data):
         kind, length = EXTENSION.unpack_from(data, offset)
@@ -141,10 +186,10 @@ def _end_of_extensions(data: bytes) -> int:
     return header_extensions(data)[-1][1]
 
 
-def _backing_format(data: bytes) -> str | None:
+def _backing_format(data: bytes, start: int | None = None) -> str | None:
     found = [
         _text(data[offset : offset + length])
-        for kind, offset, length in header_extensions(data)
+        for kind, offset, length in header_extensions(data, start)
         if kind == _EXTENSION_BACKING_FORMAT
     ]
     return found[-1] if found else None  # of several, QEMU takes the last

@@ -9,9 +9,12 @@ the files are for.
 import os
 import stat
 from collections import deque
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from qbackup.host.process import HostProcess
 
 _MAX_LINKS = 40  # path_resolution(7)
 _FD_DIRECTORIES = ("/dev/fd/", "/proc/self/fd/")
@@ -67,6 +70,10 @@ class ProcessFiles:
                 identity = identity_of(entry.stat())
                 if identity is not None:
                     self._descriptors.setdefault(identity, []).append(int(entry.name))
+
+    def has(self, identity: FileIdentity) -> bool:
+        """Tell whether the process has this very file open."""
+        return identity in self._descriptors
 
     @property
     def life(self) -> str:
@@ -149,6 +156,17 @@ class ProcessFiles:
             writable = True
         return False if writable else None
 
+    def may_write(self, identities: Collection[FileIdentity]) -> bool:
+        """Tell whether the process has one of these files open for writing."""
+        numbers = (n for found in identities for n in self._descriptors.get(found, []))
+        for number in numbers:
+            with suppress(OSError):
+                text = (self._process / "fdinfo" / str(number)).read_text()
+                flags = next(line for line in text.splitlines() if line.startswith("flags:"))
+                if int(flags.split(":", 1)[1], 8) & os.O_ACCMODE != os.O_RDONLY:
+                    return True
+        return False
+
     def _candidates(self, name: str) -> list[Path]:
         """Return where a name may lead: in our own sight first, then in the process's."""
         for directory in _FD_DIRECTORIES:
@@ -186,6 +204,43 @@ class ProcessFiles:
             else:
                 here, depth = here / part, depth + 1
         return here
+
+
+def find_users(identity: FileIdentity) -> list[str]:
+    """Return which other processes, and loop devices, have a file open, as far as we may see."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        pid = int(entry.name)
+        with suppress(OSError):
+            if pid != os.getpid() and ProcessFiles(pid).has(identity):
+                name = _text(entry / "comm")
+                found.append(f"process {pid} ({name})")
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):
+            if identity_of(Path(_text(backing)).stat()) == identity:
+                found.append(f"/dev/{backing.parent.parent.name}")
+    return found
+
+
+def find_writer(identities: Collection[FileIdentity]) -> HostProcess | None:
+    """Return a process that has one of these files open for writing; None if none is seen.
+
+    Other users' processes are seen by root only. Close what is returned.
+    """
+    for name in os.listdir("/proc"):  # noqa: PTH208 - names are all that is wanted
+        if not name.isdigit() or int(name) == os.getpid():
+            continue
+        process = HostProcess.open(int(name))
+        if process is None:
+            continue
+        try:
+            writes = ProcessFiles(process.pid).may_write(identities)
+        except OSError:
+            writes = False  # it has gone, or is not ours to look at
+        if writes:
+            return process
+        process.close()
+    return None
 
 
 def identity_of(facts: os.stat_result) -> FileIdentity | None:

@@ -14,7 +14,11 @@ from qbackup.model import limits
 
 Kind = Literal["full", "incremental"]
 
-Consistency = Literal["crash", "filesystem", "paused"]
+Method = Literal["copy", "bitmap", "compare"]
+"""How it was known what to store: everything was, a bitmap said it, or the disk was compared with
+its last backup."""
+
+Consistency = Literal["crash", "filesystem", "paused", "off"]
 
 Reason = Literal[
     # Why a bitmap is not trusted:
@@ -28,6 +32,7 @@ Reason = Literal[
     "granularity-changed",
     "wrong-disk",
     "wrong-checkpoint",
+    "bitmap-wrong",
     # Why no bitmap of the disk can be trusted, ever:
     "shared",
     "throw-away",
@@ -51,6 +56,8 @@ REASON_TEXT: dict[Reason, str] = {
     "granularity-changed": "the configured granularity is not the bitmap's",
     "wrong-disk": "the bitmap belongs to another disk",
     "wrong-checkpoint": "the bitmap does not belong to the newest usable backup",
+    "bitmap-wrong": "a block that the bitmap calls unchanged has changed; backups made since the "
+    "bitmap began to miss writes may be wrong, too",
     "shared": "the image may be written by others than this QEMU (share-rw=on or locking=off)",
     "throw-away": "the disk is a throw-away overlay (snapshot=on), gone when QEMU ends",
     "migrated": "the guest came from another QEMU or a file, or went to one; bitmaps do not",
@@ -61,13 +68,40 @@ REASON_TEXT: dict[Reason, str] = {
 }
 """Each reason, said to people."""
 
+COMPARED: dict[Reason, bool] = {
+    # A bitmap that is not trusted says nothing of the disk, and nothing against its last backup:
+    "missing": True,
+    "unclean": True,
+    "corrupt": True,
+    "unsupported": True,
+    "unproven": True,
+    "granularity-changed": True,
+    "wrong-disk": True,
+    "wrong-checkpoint": True,
+    "bitmap-wrong": True,
+    "migrated": True,
+    # Whatever it is that the disk is now on, its bytes are compared, not its name:
+    "image-changed": True,
+    "throw-away": True,
+    # It was another size in between. Digests of a disk of another size than now are refused.
+    "size-changed": True,
+    # Others may write; what is read once is digested, and stored or not, from the same buffer.
+    "shared": True,
+    # There is nothing to compare with, or the chain must not go on:
+    "new-disk": False,
+    "no-parent": False,
+    "chain-full": False,
+    # `full` copies.
+    "requested": False,
+}
+"""For each reason, whether the disk may be compared with its last backup instead of copied."""
 UNTRUSTED_REASONS: frozenset[Reason] = frozenset(REASON_TEXT) - {
     "new-disk",
     "requested",
     "no-parent",
     "chain-full",
 }
-"""Reasons for a full backup that are about the disk's bitmap."""
+"""Reasons that are about the disk's bitmap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,13 +193,27 @@ class SourceImage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Digests:
+    """The file of digests beside an image: where (relative to the repository), how long, its hash.
+
+    `root` binds what is read of it piece by piece (`formats/digests.py`). Both are hexadecimal.
+    """
+
+    file: str
+    file_size_bytes: ByteCount
+    blake3: str
+    root: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DiskBackup:
     """One disk of one backup.
 
     `file` is relative to the repository; `parent` is the backup whose file of the same disk
     is this file's backing file, None for a full. `copied_bytes` is what the job went through,
     `stored_bytes` is what the file takes on the repository's disk, `file_size_bytes` its
-    length, and `blake3` the hash of its whole content in hexadecimal.
+    length, and `blake3` the hash of its whole content in hexadecimal. `method` is None in backups
+    of old; `digests` is None in those, of engines that have none, and where it was not wanted.
     """
 
     name: str
@@ -180,6 +228,18 @@ class DiskBackup:
     file_size_bytes: ByteCount
     blake3: str
     source: SourceImage
+    method: Method | None = None
+    digests: Digests | None = None
+
+    @property
+    def made_by(self) -> Method:
+        """The method, also where it was not written down."""
+        return self.method or ("copy" if self.kind == "full" else "bitmap")
+
+    @property
+    def word(self) -> str:
+        """What tables say that it is: its kind, or that it was compared."""
+        return "compare" if self.made_by == "compare" else self.kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,6 +305,11 @@ class Backup:
         return "incremental" if any(d.kind == "incremental" for d in self.disks) else "full"
 
     @property
+    def word(self) -> str:
+        """What tables say that it is: its kind, or that a disk of it was compared."""
+        return "compare" if any(d.word == "compare" for d in self.disks) else self.kind
+
+    @property
     def virtual_size_bytes(self) -> int:
         """Sum of the disks' sizes as the guest sees them."""
         return sum(disk.virtual_size_bytes for disk in self.disks)
@@ -268,6 +333,7 @@ class Backup:
                 {
                     "name": disk.name,
                     "kind": disk.kind,
+                    "method": disk.made_by,
                     "reason": disk.reason,
                     "parent": disk.parent,
                     "virtual_size_bytes": disk.virtual_size_bytes,

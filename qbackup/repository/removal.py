@@ -16,7 +16,7 @@ import stat
 from pathlib import Path
 
 from qbackup.errors import RemovalError
-from qbackup.formats.manifest import MANIFEST_FILE
+from qbackup.formats.manifest import DIGESTS_SUFFIX, MANIFEST_FILE
 from qbackup.formats.vm_files import ARCHIVE_FILE
 from qbackup.host import durable
 from qbackup.model.names import REMOVED_SUFFIX, is_backup_id
@@ -24,6 +24,7 @@ from qbackup.model.progress import Reporter
 
 PROTECTED_FILE = "protected"
 IMAGE_SUFFIX = ".qcow2"
+_SUFFIXES = (IMAGE_SUFFIX, DIGESTS_SUFFIX)
 _OURS = frozenset({MANIFEST_FILE, PROTECTED_FILE, ARCHIVE_FILE})
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -103,7 +104,7 @@ def _delete_ours(fd: int) -> list[str]:
     with os.scandir(fd) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:
-        ours = entry.name in _OURS or entry.name.endswith(IMAGE_SUFFIX)
+        ours = entry.name in _OURS or entry.name.endswith(_SUFFIXES)
         if ours and not entry.is_dir(follow_symlinks=False):
             os.unlink(entry.name, dir_fd=fd)
         else:

@@ -4,6 +4,7 @@
     STATE/vm1/data/.<bitmap name>.qbm.new  being written; not clean until renamed
     STATE/vm1/verdicts.json                why bitmaps were not saved or not loaded
     STATE/vm1/.watch                       held by the process that watches the VM
+    STATE/vm1/.off                         as well, and while files change of a VM that is off
     STATE/vm1/control.sock                 where that process is asked for the monitor
 
 Bytes only: what a bitmap file says is the business of `formats.qbm`. What has been put there that
@@ -26,6 +27,7 @@ from qbackup.errors import LockedError
 from qbackup.formats.documents import DocumentError, convert
 from qbackup.host import durable
 from qbackup.host.files import open_regular, read_bounded
+from qbackup.host.process_lock import ProcessLock
 from qbackup.host.tasks import in_thread
 from qbackup.model.backup import REASON_TEXT, Refusal
 from qbackup.model.names import is_safe_name, split_bitmap_name
@@ -34,6 +36,7 @@ BITMAP_SUFFIX = ".qbm"
 VERDICTS_FILE = "verdicts.json"
 CONTROL_SOCKET = "control.sock"
 WATCH_LOCK = ".watch"
+OFF_LOCK = ".off"
 HEADER_BYTES = 512
 _NEW_SUFFIX = ".new"
 _MAX_VERDICTS_BYTES = 1024 * 1024
@@ -100,6 +103,14 @@ class StateDirectory:
             for folder in self._disk_directories()
             for path in _content_of(folder)
             if path.name.endswith(BITMAP_SUFFIX) and not path.name.startswith(".")
+        ]
+
+    def unfinished_files(self, disk: str, prefix: str) -> list[Path]:
+        """Return bitmap files of a disk, of names with this prefix, that are not in place."""
+        return [
+            path
+            for path in _content_of(self.path / disk)
+            if path.name.startswith(f".{prefix}") and f"{BITMAP_SUFFIX}{_NEW_SUFFIX}" in path.name
         ]
 
     def bitmap_file(self, disk: str, bitmap: str) -> Path:
@@ -212,6 +223,18 @@ class StateDirectory:
             yield
         finally:
             os.close(fd)
+
+    def off_lock(self) -> ProcessLock:
+        """Return the lock of who may change bitmap files while no QEMU has the images.
+
+        A watcher takes it for as long as it lives, a backup of a VM that is off for the moment in
+        which it puts its files in place. Open it once in a process.
+
+        Raises:
+            OSError: the state directory cannot be written.
+        """
+        self.create()
+        return ProcessLock(self.path / OFF_LOCK)
 
     def _disk_directories(self) -> list[Path]:
         with suppress(FileNotFoundError), os.scandir(self.path) as entries:

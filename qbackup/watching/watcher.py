@@ -48,6 +48,7 @@ from qbackup.qmp.vm import Condition, query_condition, query_state
 from qbackup.repository.repository import Repository
 from qbackup.repository.state import StateDirectory
 from qbackup.watching.control import RECALL_S, SILENCE_S, Request, listening
+from qbackup.watching.off import files_taken
 
 _EVENTS = ("SHUTDOWN", "STOP", "RESUME", "GUEST_PANICKED")
 _GOES_ON = ("RESUME", "WAKEUP")
@@ -163,7 +164,10 @@ class Watcher:
             LockedError: another process watches the VM.
         """
         with self._state.watched(self._vm.name):
-            async with listening(self._state.control_socket, self._inbox):
+            async with (
+                files_taken(self._state, self._vm.name, self._reporter),
+                listening(self._state.control_socket, self._inbox),
+            ):
                 yield
 
     async def watch(
@@ -215,7 +219,7 @@ class Watcher:
             self._tell_not_kept()
             return Ending.NOT_KEPT
         self._reporter.warning(
-            f"{self._vm.name}: QEMU ended without warning; the next backup will be a full one"
+            f"{self._vm.name}: QEMU ended without warning; the next backup cannot go by the bitmaps"
         )
         return Ending.GONE
 
@@ -231,6 +235,9 @@ class Watcher:
         with self._state.watched(self._vm.name):
             try:
                 async with AsyncExitStack() as session:
+                    await session.enter_async_context(
+                        files_taken(self._state, self._vm.name, self._reporter)
+                    )
                     monitor = await self._connect_within(timeout_s, session)
                     self._take_hold(monitor)
                     if await self._has_never_run(monitor):
@@ -600,7 +607,7 @@ class Watcher:
     def _not_kept(self) -> str:
         return (
             f"{self._vm.name}: its bitmaps are not kept, since this QEMU's images may be written "
-            "elsewhere; the next backup will be a full one"
+            "elsewhere; the next backup cannot go by the bitmaps"
         )
 
     def _tell_not_kept(self) -> None:
@@ -647,7 +654,7 @@ class Watcher:
                     f"{self._vm.name}: the guest ran again before QEMU ended; nothing is trusted"
                 )
             if problem is not None:
-                raise QbackupError(problem, hint="the next backup will be a full one")
+                raise QbackupError(problem, hint="the next backup cannot go by the bitmaps")
             if not self._is_worth_saving(condition):
                 self._tell_not_kept()
                 return Ending.NOT_KEPT
@@ -687,7 +694,7 @@ class Watcher:
         except Exception as err:
             raise QbackupError(
                 f"{self._vm.name}: the bitmaps could not be saved: {_text(err)}",
-                hint="the next backup will be a full one",
+                hint="the next backup cannot go by the bitmaps",
             ) from err
 
     async def _bring_to_rest(self, monitor: Monitor) -> None:

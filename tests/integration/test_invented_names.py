@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from support.lab import VM, kinds, reasons
+from support.lab import VM, methods, reasons
 from support.qemu import DiskSpec
 from support.watching import kept_lab
 
@@ -56,7 +56,7 @@ async def test_two_disks_whose_invented_names_swap_are_backed_up_in_full(tmp_pat
             "virtio1": "image-changed",
         }
         summary = await it.back_up("incremental")
-        assert set(kinds(summary).values()) == {"full"}
+        assert set(methods(summary).values()) == {"compare"}
         assert set(reasons(summary).values()) == {"image-changed"}
         await it.power_off()
         await it.check_sources()

@@ -19,6 +19,7 @@ EXIT_CODES = {
     "MonitorBusyError": 12,
     "MonitorLostError": 12,
     "VerificationError": 13,
+    "BootError": 13,
     "InterruptedByUserError": 130,
     "QmpCommandError": 1,
     "VmStateError": 1,
@@ -32,6 +33,11 @@ EXIT_CODES = {
     "BackupNotFoundError": 1,
     "RemovalError": 1,
     "RestoreError": 1,
+    "ExportError": 1,
+    "ProgramError": 1,
+    "VmStartedError": 1,
+    "HookError": 1,
+    "UnitChangedError": 1,
 }
 
 

@@ -14,14 +14,14 @@ Where no disk has changed since its newest backup there is nothing to read, and 
 set up: the writer makes images that add nothing.
 """
 
-import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qbackup.backup.engines import Copied, Existence, Work
+from qbackup.backup.engines import Copied, Work
+from qbackup.backup.engines.writer_session import WriterSession, writer_for
 from qbackup.backup.finish import cleaned_up
 from qbackup.backup.instant import (
     Instant,
@@ -32,27 +32,18 @@ from qbackup.backup.instant import (
     take_unchanged_instant,
 )
 from qbackup.backup.judge import Verdict
-from qbackup.errors import JobFailedError, SnapshotError, WriterError
-from qbackup.formats.manifest import backing_file, disk_file, encode_manifest
-from qbackup.formats.vm_files import ARCHIVE_FILE
+from qbackup.errors import SnapshotError
 from qbackup.host.tasks import in_thread, task_group
-from qbackup.model.backup import Backup, DiskBackup
 from qbackup.model.bitmap import Bits
-from qbackup.model.names import PARTIAL_SUFFIX, Owner, short_mark
-from qbackup.model.quantities import format_duration, format_size
+from qbackup.model.names import Owner, short_mark
+from qbackup.model.quantities import format_size
 from qbackup.qmp import commands, jobs
 from qbackup.qmp.commands import Command
 from qbackup.qmp.monitor import Events, Monitor
 from qbackup.qmp.sidecar import save_bitmap
 from qbackup.qmp.snapshot import EVENTS, NbdServer, Scratch, nbd_server, scratch_attached
 from qbackup.repository.state import StateDirectory
-from qbackup.writer.client import CopyRequest, CopyResult, StartedWriter, Writer, writer_process
-
-CHECK_S = 0.25
-"""How often the snapshot is looked at while it is read."""
-
-DISCARD_TIMEOUT_S = 2.0
-"""How long a failed backup's images may take to be removed; else the next run does it."""
+from qbackup.writer.client import CopyResult, StartedWriter, Writer
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,25 +67,17 @@ class SnapshotEngine:
     `started` is that process, which has inherited the lock.
     """
 
+    compares = True
+
     def __init__(self, monitor: Monitor, *, state: StateDirectory, started: StartedWriter) -> None:
         self._monitor, self._state, self._started = monitor, state, started
 
     @asynccontextmanager
     async def session(self, work: Work) -> AsyncIterator["SnapshotSession"]:
         """Begin a backup; see `Engine.session`."""
-        directory = work.repository.vm_directory(work.vm.name)
-        progress = _Progress(work)
         folder = work.vm.snapshot.scratch or self._state.path
         await in_thread(_remove_left_scratch, folder, work.owner)
-        async with writer_process(
-            partial=directory / f"{work.backup_id}{PARTIAL_SUFFIX}",
-            final=directory / work.backup_id,
-            on_progress=progress.tell,
-            discard_timeout_s=DISCARD_TIMEOUT_S,
-            started=self._started,
-        ) as writer:
-            # From here on only the writer has anything open in the repository.
-            await work.lock.hand_over()
+        async with writer_for(work, started=self._started) as writer:
             yield SnapshotSession(
                 self._monitor, work=work, state=self._state, scratch=folder, writer=writer
             )
@@ -113,21 +96,7 @@ def _remove_left_scratch(folder: Path, owner: Owner) -> None:
                     Path(entry.path).unlink()
 
 
-class _Progress:
-    """Passes on what the writer tells."""
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-
-    def tell(self, disk: str, done_bytes: int, total_bytes: int) -> None:
-        if total_bytes == 0:
-            return  # it is not known yet
-        self._work.reporter.progress(
-            vm=self._work.vm.name, disk=disk, done_bytes=done_bytes, total_bytes=total_bytes
-        )
-
-
-class SnapshotSession:
+class SnapshotSession(WriterSession):
     """Copies the disks of one plan. Everything one run needs to know is here."""
 
     def __init__(
@@ -139,23 +108,12 @@ class SnapshotSession:
         scratch: Path,
         writer: Writer,
     ) -> None:
-        self._monitor, self._work, self._state, self._writer = monitor, work, state, writer
-        self._scratch = scratch
+        super().__init__(work, writer)
+        self._monitor, self._state, self._scratch = monitor, state, scratch
         self._owner, self._settings = work.owner, work.vm.snapshot
         # QEMU holds back an event of a node for a second if it has just told one of a node of that
         # name (monitor.c, QUORUM_REPORT_BAD): an earlier backup's must not be named like ours.
         self._mark = short_mark(work.backup_id)
-
-    @property
-    def exists(self) -> Existence:
-        """Whether the backup exists by now."""
-        return self._writer.outcome
-
-    async def publish(self, backup: Backup, *, archive: bytes | None = None) -> None:
-        """Make the backup exist; see `Session.publish`."""
-        data = encode_manifest(backup, repository_id=self._work.repository.id)
-        extra = None if archive is None else (ARCHIVE_FILE, archive)
-        await self._writer.publish(data, extra=extra, timeout_s=self._settings.stall_timeout_s)
 
     async def copy(self) -> Copied:
         """Take the instant and copy it; see `Session.copy`.
@@ -200,6 +158,7 @@ class SnapshotSession:
             consistency=instant.consistency,
             freeze_failed=instant.freeze_failed,
             instant=instant.time,
+            wrong_bitmaps=self._wrong_bitmaps(results),
         )
 
     async def _copy_nothing(self, verdicts: Sequence[Verdict]) -> list[CopyResult]:
@@ -297,59 +256,6 @@ class SnapshotSession:
             await self._follow(copies, lambda: self._require_kept(disks, events))
         return [copy.result() for copy in copies.values()]
 
-    async def _follow(
-        self,
-        copies: Mapping[str, "asyncio.Task[CopyResult]"],
-        require: Callable[[], Awaitable[None]] | None = None,
-    ) -> None:
-        """Wait for all copies, by disk; `require` is called again and again meanwhile."""
-        running = set(copies.values())
-        while running:
-            done, running = await asyncio.wait(
-                running, timeout=CHECK_S, return_when=asyncio.FIRST_COMPLETED
-            )
-            for copy in done:
-                copy.result()
-            if running:
-                if require is not None:
-                    await require()
-                self._require_progress()
-            if done and running:
-                await self._share_speed(copies)
-
-    async def _copy(self, verdict: Verdict, request: CopyRequest) -> CopyResult:
-        name = verdict.disk.name
-        try:
-            result = await self._writer.copy(request)
-        except WriterError as err:
-            if err.kind != "source":
-                raise
-            raise JobFailedError(
-                name,
-                os.strerror(err.errno) if err.errno else err.message,
-                hint=f"QEMU could not read {verdict.disk.source.filename}",
-            ) from err
-        self._work.reporter.progress(
-            vm=self._work.vm.name,
-            disk=name,
-            done_bytes=result.copied_bytes,
-            total_bytes=result.copied_bytes,
-        )
-        return result
-
-    def _request(self, verdict: Verdict, bits: Bits | None, *, running: int) -> CopyRequest:
-        """Return what the writer is to make of a disk; where to read it from is not in it yet."""
-        name, parent = verdict.disk.name, verdict.parent
-        return CopyRequest(
-            disk=name,
-            file=f"{name}.qcow2",
-            virtual_size_bytes=verdict.disk.virtual_size_bytes,
-            bits=bits,
-            backing_file=None if parent is None else backing_file(parent, name),
-            compress=self._work.options.compress,
-            speed_limit_bytes_per_s=self._work.speed_bytes_per_s(running),
-        )
-
     async def _bits(self, disk: _Disk) -> Bits | None:
         """Return what an incremental copies; its bitmap was stopped at the instant."""
         bitmap = source_bitmap(disk.verdict)
@@ -364,25 +270,6 @@ class SnapshotSession:
             path=self._state.scratch_file(),
             owner=self._owner,
         )
-
-    async def _share_speed(self, copies: Mapping[str, "asyncio.Task[CopyResult]"]) -> None:
-        """Let the copies that still run have what the finished ones leave of the limit."""
-        if not self._work.options.speed_limit_bytes_per_s:
-            return
-        running = [disk for disk, copy in copies.items() if not copy.done()]
-        for disk in running:
-            await self._writer.set_speed(disk, self._work.speed_bytes_per_s(len(running)))
-
-    def _require_progress(self) -> None:
-        limit_s = self._settings.stall_timeout_s
-        if self._writer.stalled_s > limit_s:
-            directory = self._work.repository.vm_directory(self._work.vm.name)
-            raise WriterError(
-                f"{directory}: nothing could be written for {format_duration(limit_s)}",
-                kind="stalled",
-                hint="does the repository's file system answer? (stall_timeout in the "
-                "configuration is how long a backup waits)",
-            )
 
     async def _require_kept(self, disks: Sequence[_Disk], events: Events) -> None:
         """Require that every snapshot still shows the instant.
@@ -421,21 +308,4 @@ class SnapshotSession:
             f"disk {disk.name}: the snapshot was lost: {disk.scratch.path.parent}: {why}",
             hint="what the guest overwrites during a backup is kept there; 'scratch' in the "
             "configuration can name a directory with more room",
-        )
-
-    def _stored(self, verdict: Verdict, result: CopyResult) -> DiskBackup:
-        name = verdict.disk.name
-        return DiskBackup(
-            name=name,
-            kind=verdict.method,
-            reason=verdict.reason,
-            parent=verdict.parent,
-            virtual_size_bytes=verdict.disk.virtual_size_bytes,
-            granularity_bytes=self._work.vm.granularity_bytes,
-            copied_bytes=result.copied_bytes,
-            stored_bytes=result.stored_bytes,
-            file=disk_file(self._work.vm.name, self._work.backup_id, name),
-            file_size_bytes=result.file_size_bytes,
-            blake3=result.blake3,
-            source=verdict.disk.source,
         )

@@ -1,5 +1,6 @@
 """The command line: what is understood, and that mistakes are ordinary errors."""
 
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 from qbackup.cli.arguments import parse_arguments
 from qbackup.errors import UsageError
 
-HEAVY = ("asyncio", "rich", "qemu", "msgspec", "blake3", "aiofiles")
+HEAVY = ("asyncio", "rich", "qemu", "msgspec", "blake3", "aiofiles", "argcomplete", "difflib")
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ def test_help_tells_every_command_and_exit_code(capsys: pytest.CaptureFixture[st
     text = capsys.readouterr().out
     # Design, section 4.
     commands = ["init", "full", "incremental", "list", "show", "restore", "verify", "status"]
-    commands += ["prune", "protect", "unprotect"]
+    commands += ["prune", "protect", "unprotect", "nbd", "mount", "boot"]
     codes = ["0 done", "1 failed", "2 usage", "3 done, but degraded", "4 refused", "10 no", "11 lo"]
     codes += ["12 QEMU", "13 verification", "130 interrupted"]
     assert [word for word in commands + codes if word not in text] == []
@@ -44,12 +45,13 @@ def test_help_tells_every_command_and_exit_code(capsys: pytest.CaptureFixture[st
 def test_a_backup_takes_everything_that_is_documented(name: str) -> None:
     arguments = parse_arguments(
         f"{name} vm1 --disk a --disk b --exclude c --label x --speed-limit 50M --lock-wait 10m"
-        " --no-fallback --strict --compress".split()
+        " --no-fallback --no-compare --strict --compress".split()
     )
     assert (arguments.name, arguments.module, arguments.vms) == ("incremental", "backup", ["vm1"])
     assert (arguments.disk, arguments.exclude, arguments.label) == (["a", "b"], ["c"], "x")
     assert (arguments.speed_limit, arguments.lock_wait) == (50 * 2**20, 600)
-    assert arguments.no_fallback and arguments.strict and arguments.compress
+    assert arguments.no_fallback and arguments.no_compare
+    assert arguments.strict and arguments.compress
 
 
 def test_prune_takes_every_rule_and_they_need_not_be_given() -> None:
@@ -93,8 +95,9 @@ def test_what_is_not_given_has_its_default() -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "required: COMMAND"),
-        (["explode"], "invalid choice: 'explode'"),
+        (["--json"], "required: COMMAND"),
+        (["--json", "bitmap"], "required: show|check"),
+        (["explode"], "there is no command 'explode'"),
         (["full"], "required: VM"),
         (["full", "vm1", "--all"], "--all and names of VMs exclude each other"),
         (["full", "vm1", "--no-fallback"], "unrecognized arguments: --no-fallback"),
@@ -103,7 +106,7 @@ def test_what_is_not_given_has_its_default() -> None:
         (["full", "vm1", "--lock-wait", "-1"], "--lock-wait"),
         (["inc", "vm1", "--lock-wait", "10 parsecs"], "is not a duration"),
         (["restore", "vm1"], "required: --to"),
-        (["restore", "vm1", "--to", "x", "--format", "vmdk"], "invalid choice: 'vmdk'"),
+        (["restore", "vm1", "--to", "x", "--format", "vmdk"], "'vmdk' is none of raw, qcow2"),
         (["show", "vm1"], "required: ID"),
         (["protect", "vm1"], "required: ID"),
         (["prune"], "required: VM"),
@@ -119,6 +122,25 @@ def test_what_is_not_given_has_its_default() -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_mistake_is_told_with_where_to_read(argv: list[str], said: str) -> None:
-    with pytest.raises(UsageError, match=said) as caught:
+    with pytest.raises(UsageError, match=re.escape(said)) as caught:
         parse_arguments(argv)
     assert caught.value.hint is not None and "--help" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["ful", "vm1"], "did you mean full? see qbackup --help"),
+        (["bitmap", "shwo", "x"], "did you mean show? see qbackup bitmap --help"),
+        (["full", "vm1", "--exlude=x"], "did you mean --exclude? see qbackup full --help"),
+        (["bitmap", "show", "x", "--jso"], "did you mean --json? see qbackup bitmap show --help"),
+        (["restore", "vm1", "--to", "x", "--format", "qcow"], "did you mean qcow2? see"),
+        (["--verbos", "list"], "did you mean --verbose? see qbackup list --help"),
+        (["full", "vm1", "--zzz"], "see qbackup full --help"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_who_mistypes_is_asked_what_was_meant(argv: list[str], hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_arguments(argv)
+    assert caught.value.hint is not None and caught.value.hint.startswith(hint)

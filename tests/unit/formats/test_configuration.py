@@ -1,5 +1,6 @@
 """The configuration file: every mistake names the file, the key and what is allowed."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from qbackup.errors import ConfigurationError, UsageError
 from qbackup.formats.configuration import (
     Configuration,
+    ConfiguredImage,
     HookCommands,
     SnapshotSettings,
     Vm,
@@ -118,6 +120,11 @@ def test_the_direct_engine_has_an_older_name(word: str) -> None:
     assert parse(with_key(f'engine = "{word}"')).vm("vm1").engine == "direct"
 
 
+def test_throw_away_vms_are_emulated_unless_it_says_kvm() -> None:
+    assert parse(TABLE).boot_accel == "tcg"
+    assert parse(f'boot_accel = "kvm"\n{TABLE}').boot_accel == "kvm"
+
+
 def test_the_snapshot_is_configured_for_all_vms() -> None:
     vm = parse(f'scratch = "tmp"\nscratch_limit = "20G"\nstall_timeout = "2m"\n{TABLE}').vm("vm1")
     assert vm.snapshot == SnapshotSettings(
@@ -212,6 +219,7 @@ MISTAKES = {
         ["vm.vm1.engine"],
         ["snapshot", "direct", "drive-backup"],
     ),
+    "boot accel": (f'boot_accel = "xen"\n{TABLE}', ["boot_accel", "xen"], ["tcg", "kvm"]),
     "scratch limit zero": (f"scratch_limit = 0\n{TABLE}", ["scratch_limit"], ["20G"]),
     "scratch limit no size": (f'scratch_limit = "much"\n{TABLE}', ["scratch_limit"], ["20G"]),
     "stall timeout short": (f"stall_timeout = 0.5\n{TABLE}", ["stall_timeout"], ["5m"]),
@@ -354,6 +362,24 @@ def test_the_example_in_the_file_that_init_writes_is_a_configuration() -> None:
     lines = [line.removeprefix("# ") for line in example.splitlines()]
     vm = parse("\n".join([before, "[vm.vm1]", *lines])).vm("vm1")
     assert vm.disks == ("system", "data") and vm.agent == Path("/run/vm1/qga.sock")
+    assert vm.images == {
+        "data": ConfiguredImage(file=Path("/var/lib/vm1/data.qcow2"), format="qcow2")
+    }
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ('[vm.vm1.images.data]\nfile = "a"', "vm.vm1.images.data.format is missing"),
+        ('[vm.vm1.images.data]\nfile = "a"\nformat = "vmdk"', "'vmdk' is not allowed"),
+        ('[vm.vm1.images.data]\nfile = "a"\nformat = "raw"\nsize = 1', "unknown key"),
+        ('[vm.vm1.images]\ndata = "a"', "expected a table"),
+        ('[vm.vm1.images."../x"]\nfile = "a"\nformat = "raw"', "cannot be used as a name"),
+    ],
+)
+def test_an_image_that_makes_no_sense_is_refused(lines: str, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        parse(with_key(lines))
 
 
 @pytest.mark.parametrize(

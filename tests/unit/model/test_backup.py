@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 
 from qbackup.formats.documents import convert
-from qbackup.model.backup import REASON_TEXT, Backup, Reason, SourceFile, SourceImage
+from qbackup.model.backup import COMPARED, REASON_TEXT, Backup, Reason, SourceFile, SourceImage
 
 from ..values import ID1, ID2, backups, make_backup, make_disk_backup, make_source
 
@@ -29,7 +29,7 @@ DISK_KEYS = {
 def test_the_summary_has_the_keys_that_other_programs_rely_on(backup: Backup) -> None:
     summary = json.loads(json.dumps(backup.summary()))
     assert set(summary) == SUMMARY_KEYS | {"label"}
-    assert all(set(disk) == DISK_KEYS | {"parent"} for disk in summary["disks"])
+    assert all(set(disk) == DISK_KEYS | {"parent", "method"} for disk in summary["disks"])
     assert [disk["file"] for disk in summary["disks"]] == [disk.file for disk in backup.disks]
     assert summary["id"] == backup.id and summary["parent"] == backup.parent
 
@@ -39,6 +39,15 @@ def test_a_backup_is_incremental_if_any_disk_is() -> None:
     assert make_backup(ID2, parent=ID1).kind == "incremental"
     mixed = [make_disk_backup(ID2, "new"), make_disk_backup(ID2, parent=ID1)]
     assert make_backup(ID2, disks=mixed).kind == "incremental"
+
+
+def test_a_backup_of_old_says_how_it_was_made_and_a_compared_one_is_called_so() -> None:
+    assert make_disk_backup().made_by == "copy"
+    assert make_disk_backup(ID2, parent=ID1).made_by == "bitmap"
+    compared = make_disk_backup(ID2, parent=ID1, method="compare")
+    assert (compared.made_by, compared.word) == ("compare", "compare")
+    assert make_backup(ID2, disks=[make_disk_backup(ID2, "b"), compared]).word == "compare"
+    assert make_backup(ID2, disks=[make_disk_backup(ID2, "b", parent=ID1)]).word == "incremental"
 
 
 def test_sizes_are_the_sums_over_the_disks() -> None:
@@ -58,6 +67,10 @@ def test_a_disk_is_found_by_its_name() -> None:
 
 def test_every_reason_is_said_to_people() -> None:
     assert set(REASON_TEXT) == set(get_args(Reason))
+
+
+def test_each_reason_says_whether_a_disk_may_be_compared() -> None:
+    assert set(COMPARED) == set(get_args(Reason))
 
 
 def source_of(*files: SourceFile, process: str | None = "p1", **changes: Any) -> SourceImage:

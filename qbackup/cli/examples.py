@@ -1,0 +1,88 @@
+"""Examples for the end of each command's `--help` and for the manual page, which indents more."""
+
+
+def _examples(*lines: str) -> str:
+    return "\n".join(["examples:", *(f"  {line}" for line in lines)])
+
+
+EXAMPLES = {
+    "qbackup": _examples(
+        "qbackup init",
+        "qbackup run vm1 -- qemu-system-x86_64 …    # keeps bitmaps beyond its end",
+        "qbackup full vm1",
+        "qbackup incremental vm1",
+        "qbackup restore vm1 --to /var/tmp/vm1",
+    ),
+    "init": _examples(
+        "qbackup init",
+        "qbackup init --repository /mnt/nas/backups",
+    ),
+    "full": _examples(
+        "qbackup full vm1",
+        "qbackup full vm1 --disk system --label 'before the upgrade'",
+    ),
+    "incremental": _examples(
+        "qbackup incremental vm1",
+        "qbackup -q incremental --all --lock-wait 10m  # for cron",
+        "qbackup incremental vm1 --no-fallback      # never a full backup instead",
+    ),
+    "list": _examples(
+        "qbackup list",
+        "qbackup --json list vm1",
+    ),
+    "show": _examples(
+        "qbackup show vm1 20261123-1506             # or less of the id",
+    ),
+    "restore": _examples(
+        "qbackup restore vm1 --to /var/tmp/vm1",
+        "qbackup restore vm1 --to /var/tmp/vm1 --at 2026-11-23T15:07+00:00",
+        "qbackup restore vm1 --to /dev/vg0/data --disk data --force",
+    ),
+    "verify": _examples(
+        "qbackup verify",
+        "qbackup verify vm1 --at 20261123-1506",
+    ),
+    "prune": _examples(
+        "qbackup prune vm1 --dry-run                # what would go, and why",
+        "qbackup prune vm1 --keep-daily 7 --keep-weekly 4",
+    ),
+    "protect": _examples(
+        "qbackup protect vm1 20261123-1506          # or less of the id",
+    ),
+    "unprotect": _examples(
+        "qbackup unprotect vm1 20261123-1506",
+    ),
+    "run": _examples(
+        "qbackup run vm1 -- qemu-system-x86_64 -m 2G -drive if=virtio,id=data,…",
+    ),
+    "watch": _examples(
+        "qemu-system-x86_64 … -S -qmp unix:/run/vm1/qmp.sock,server=on,wait=off &",
+        "qbackup watch vm1",
+    ),
+    "stop": _examples(
+        "qbackup stop vm1",
+        "qbackup stop vm1 --timeout 5m",
+    ),
+    "bitmap": _examples(
+        "qbackup bitmap show /var/lib/qbackup/vm1/data/*.qbm",
+        "qbackup bitmap check FILE && echo clean",
+    ),
+    "status": _examples(
+        "qbackup status",
+        "qbackup --json status vm1",
+        "qbackup status --check --warn-age 26h      # for monitoring",
+    ),
+    "install-units": _examples(
+        "qbackup install-units --dry-run",
+        "qbackup install-units vm1",
+    ),
+    "report": _examples(
+        "qbackup report --html /var/www/html/backups.html",
+    ),
+    "completion": _examples(
+        'eval "$(qbackup completion bash)"          # in ~/.bashrc',
+        'eval "$(qbackup completion zsh)"           # in ~/.zshrc, after compinit',
+        "qbackup completion fish | source         # in ~/.config/fish/config.fish",
+    ),
+}
+"""By the name of the command. A test requires one for each."""
