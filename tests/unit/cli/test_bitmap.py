@@ -157,7 +157,7 @@ def test_what_is_no_file_is_an_error(qbackup: Command, tmp_path: Path) -> None:
 
 
 def test_wrong_use_is_told(qbackup: Command) -> None:
-    for arguments in (("bitmap",), ("bitmap", "show"), ("bitmap", "paint", CLEAN)):
+    for arguments in (("--json", "bitmap"), ("bitmap", "show"), ("bitmap", "paint", CLEAN)):
         assert qbackup(*arguments)[0] == 2
 
 
