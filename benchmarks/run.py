@@ -20,6 +20,7 @@ import bitmaps
 from fingerprint import fingerprint
 from guest_latency import guest_latency
 from measure import TMPFS, TOP, Failed, Row, print_table
+from merging import merging
 from run_overhead import run_overhead
 from writer import writer
 
@@ -32,6 +33,7 @@ def all_benchmarks(rounds: int, disk: Path) -> dict[str, Benchmark]:
         "full": lambda: backups.full(rounds, TMPFS, "tmpfs"),
         "full-disk": lambda: backups.full(rounds, disk, "disk"),
         "writer": lambda: writer(rounds),
+        "merging": lambda: merging(rounds, disk),
         "nothing": lambda: backups.nothing(rounds),
         "dirty": lambda: backups.dirty(rounds),
         "sparse": lambda: backups.sparse(rounds),

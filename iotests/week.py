@@ -40,7 +40,7 @@ async def scenario(t: Transcript) -> None:
     await t.ended(vm)
     await t.qbackup("status", "vm1")
     vm = await t.run()
-    await t.qbackup("incremental", "vm1", "--no-fallback")
+    await t.qbackup("incremental", "vm1", "--no-compare", "--no-fallback")
     await t.qbackup("incremental", "vm1", "--label", "Friday")
 
     t.comment("Saturday: all is well again, also after another night off")

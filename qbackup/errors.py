@@ -12,6 +12,7 @@ The tree, and the exit codes that other programs rely on:
     │   ├── MonitorBusyError          12  another client has the monitor, or QEMU hangs
     │   └── MonitorLostError          12  the connection ended in the middle
     ├── VerificationError             13  what is stored is not what was written
+    ├── BootError                     13  a backup was booted, and did not do what was expected
     ├── InterruptedByUserError       130  Ctrl-C or SIGTERM
     ├── QmpCommandError                1  QEMU refused a command
     ├── VmStateError                   1  the VM is in no state for what was asked
@@ -25,8 +26,11 @@ The tree, and the exit codes that other programs rely on:
     ├── ChainBrokenError               1  a backup needs another one that is not there
     ├── BackupNotFoundError            1  no backup, or several, by that name
     ├── RemovalError                   1  a backup that was to be removed is still there
+    ├── ConsolidationError             1  a backup could not take in what others hold
+    ├── ChainsFullError                1  chains must begin anew before the next incremental
     ├── UnitChangedError               1  a systemd unit that somebody changed is in the way
     ├── RestoreError                   1  a restore cannot start, or failed
+    ├── ExportError                    1  a disk cannot be served where it was to be
     ├── ProgramError                   1  a program that is needed is missing, or failed
     └── VmStartedError                 1  a VM that was off was started during its backup
 
@@ -35,7 +39,7 @@ for several VMs, the exit code is the worst of theirs, in the order of `_BEST_FI
 This module imports nothing of qbackup.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 EXIT_DEGRADED = 3
 
@@ -128,6 +132,12 @@ class VerificationError(QbackupError):
             "chain with qbackup full VM. qemu-img can still read what is left of an image",
         )
         self.problems = tuple(problems)
+
+
+class BootError(QbackupError):
+    """A backup was booted in a throw-away VM, and what was expected was not seen."""
+
+    exit_code = 13
 
 
 class InterruptedByUserError(QbackupError):
@@ -253,8 +263,31 @@ class RemovalError(QbackupError):
         self.directory = directory
 
 
+class ConsolidationError(QbackupError):
+    """A backup could not be given images that hold what others do; it can be restored as before."""
+
+    def __init__(self, backup_id: str, fact: str) -> None:
+        super().__init__(
+            f"backup {backup_id} could not be merged with older ones: {fact}",
+            hint="nothing is lost; the older ones stay, because it needs them",
+        )
+        self.backup_id, self.fact = backup_id, fact
+
+
+class ChainsFullError(QbackupError):
+    """Chains are as long as they may be; `bases` are the backups to begin anew with, and disks."""
+
+    def __init__(self, bases: Mapping[str, Sequence[str]]) -> None:
+        super().__init__(f"chains are full: {', '.join(sorted(bases))}")
+        self.bases = bases
+
+
 class RestoreError(QbackupError):
     """A restore cannot start, or it failed; what it had written is removed."""
+
+
+class ExportError(QbackupError):
+    """A backup's disk cannot be served, or shown, where it was to be."""
 
 
 class ProgramError(QbackupError):

@@ -433,8 +433,8 @@ class Demo:
 
     async def _thursday(self, guest: Guest) -> None:
         self._page.say(
-            "What was written last is in no bitmap. So the daily backup must not be\n"
-            "incremental, and it is not:"
+            "What was written last is in no bitmap. So the daily backup reads the disks\n"
+            "once, and stores what differs from the last backup:"
         )
         await self._back_up("Thursday", "incremental", guest, reason="unclean")
 
@@ -455,7 +455,7 @@ class Demo:
     ) -> None:
         """Note the files as the guest sees them, and back up.
 
-        `reason` is why an incremental must be a full backup.
+        `reason` is why the disks must be compared with the last backup.
 
         Raises:
             DemoError: the backup fails, or it is of another kind than it has to be.
@@ -468,10 +468,10 @@ class Demo:
                 ["qbackup", "--json", "list", VM], environment=self._environment, quiet=True
             )
         )
-        wanted = ("full", "requested") if command == "full" else ("incremental", None)
+        wanted = ("copy", "requested") if command == "full" else ("bitmap", None)
         for disk in backups[-1]["disks"]:
-            found = disk["kind"], disk["reason"]
-            if found != (("full", reason) if reason else wanted):
+            found = disk["method"], disk["reason"]
+            if found != (("compare", reason) if reason else wanted):
                 raise DemoError(f"{day}, disk {disk['name']}: a backup of another kind: {found}")
         self._days.append(Day(name=day, backup=backups[-1], files=files))
 
@@ -514,10 +514,15 @@ class Demo:
             wrong += [f"{day.name}: not {text}" for text, right in verdicts.items() if not right]
             cells = [text if right else f"NOT {text}" for text, right in verdicts.items()]
             disks = day.backup["disks"]
+            compared = disks[0]["method"] == "compare"
             stored = sum(disk["stored_bytes"] for disk in disks) / 2**20
             rows.append(
                 (
-                    *(day.name, disks[0]["kind"], f"{day.backup['seconds']:.1f} s"),
+                    *(
+                        day.name,
+                        "compare" if compared else disks[0]["kind"],
+                        f"{day.backup['seconds']:.1f} s",
+                    ),
                     f"{stored:.1f} MiB",
                     *cells,
                     "same" if day.name == COMPARED else "-",

@@ -10,9 +10,11 @@ it, the backup exists and only QEMU's old bitmaps remain to be removed.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from qbackup.actions.backup_stopped import back_up_stopped
+from qbackup.actions.consolidate import begin_chains_anew
 from qbackup.backup import reconcile
 from qbackup.backup.engines import Work
 from qbackup.backup.engines.choose import chosen_engine
@@ -32,7 +34,7 @@ from qbackup.bitmaps.image_files import query_disks
 from qbackup.bitmaps.load import distrust_present
 from qbackup.bitmaps.roll_back import prune_bitmaps, roll_back_bitmaps
 from qbackup.catalog.history import History
-from qbackup.errors import MonitorError, QbackupError, VmStateError
+from qbackup.errors import ChainsFullError, MonitorError, QbackupError, VmStateError
 from qbackup.formats.configuration import Vm
 from qbackup.host.lock import HeldLock
 from qbackup.host.tasks import to_its_end
@@ -74,6 +76,9 @@ async def back_up(
 ) -> Outcome:
     """Back up a VM; one that is off, from its images.
 
+    If a chain is full, the backup that an incremental would build on first gets images that need no
+    other, made from the chain; only where that fails, a full is copied from the guest.
+
     Raises:
         LockedError: another run is at work.
         MonitorError: QEMU cannot be reached, or went away.
@@ -87,30 +92,48 @@ async def back_up(
         repository.lock(vm.name, wait_s=options.lock_wait_s) as lock,
         hooks_around(vm, options.kind, reporter) as hooks,
     ):
-        absent = None
+        back_up_it = partial(
+            _back_up_it, repository, state=state, options=options, reporter=reporter, lock=lock
+        )
         try:
-            backup, hooks.degraded = await _back_up_running(
-                repository, vm, state, options, reporter, lock=lock, started=started
-            )
-            made = True
-        except MonitorError as err:
-            if not err.absent:
-                raise
-            absent = err
-        if absent is not None:
-            stopped = await back_up_stopped(
-                repository,
-                vm,
-                state,
-                options,
-                reporter,
-                lock=lock,
-                started=started,
-                absent=absent,
-            )
-            backup, made, hooks.degraded = stopped.backup, stopped.made, stopped.degraded
+            backup, made, hooks.degraded = await back_up_it(vm, started=started)
+        except ChainsFullError as err:
+            # Without QEMU's monitor, which others may want meanwhile.
+            wait_s = options.lock_wait_s
+            if not await begin_chains_anew(
+                repository, vm.name, err.bases, reporter, lock=lock, wait_s=wait_s
+            ):
+                vm = replace(vm, consolidate="never")
+            backup, made, hooks.degraded = await back_up_it(vm, started=started)
         hooks.backup_id = backup.id
     return Outcome(backup=backup, degraded=hooks.degraded, unchanged=not made)
+
+
+async def _back_up_it(
+    repository: Repository,
+    vm: Vm,
+    *,
+    state: StateDirectory,
+    options: BackupOptions,
+    reporter: Reporter,
+    lock: HeldLock,
+    started: float,
+) -> tuple[Backup, bool, tuple[str, ...]]:
+    """Back up a VM, running or off; return also whether that was made now, and what it lacks."""
+    try:
+        backup, degraded = await _back_up_running(
+            repository, vm, state, options, reporter, lock=lock, started=started
+        )
+    except MonitorError as err:
+        if not err.absent:
+            raise
+        absent = err
+    else:
+        return backup, True, degraded
+    stopped = await back_up_stopped(
+        repository, vm, state, options, reporter, lock=lock, started=started, absent=absent
+    )
+    return stopped.backup, stopped.made, stopped.degraded
 
 
 async def _back_up_running(
@@ -138,7 +161,7 @@ async def _back_up_running(
             await distrust_present(monitor, state)
         _require_fit(condition, vm.name)
         await reconcile.clear_jobs(monitor, vm=vm.name, owner=owner, reporter=reporter)
-        await reconcile.remove_partials(repository, vm.name, reporter)
+        await reconcile.remove_partials(repository, vm.name, reporter, lock=lock)
         history = History(repository, vm.name)
         plan = await _prepare(
             monitor,
@@ -148,6 +171,7 @@ async def _back_up_running(
             owner=owner,
             migration=condition.migration,
             options=options,
+            can_compare=engine.compares,
             reporter=reporter,
         )
         version = await query_version(monitor)
@@ -194,6 +218,7 @@ async def _prepare(
     owner: Owner,
     migration: Migration,
     options: BackupOptions,
+    can_compare: bool,
     reporter: Reporter,
 ) -> Plan:
     """Adopt the bits that an interrupted run left, then look again and decide.
@@ -215,6 +240,7 @@ async def _prepare(
         owner=owner,
         not_loaded=migrated_verdicts(migration, bases, owner) or state.read_verdicts(),
         options=options,
+        can_compare=can_compare,
         reporter=reporter,
     )
 

@@ -82,7 +82,7 @@ async def back_up_stopped(
         await _require_unwatched(off_lock, absent)
         stopped = await in_thread(partial(look_at_stopped_vm, state, history, vm=vm, owner=owner))
         await _require_off(stopped, absent, vm=vm)
-        await reconcile.remove_partials(repository, vm.name, reporter)
+        await reconcile.remove_partials(repository, vm.name, reporter, lock=lock)
         plan = _plan(stopped, history, absent, vm=vm, owner=owner, options=options, to=reporter)
         if options.kind == "incremental" and options.label is None and _is_unchanged(plan):
             bases = [verdict.base.backup for verdict in plan.verdicts if verdict.base is not None]
@@ -164,6 +164,7 @@ def _plan(
         owner=owner,
         not_loaded=stopped.not_loaded,
         options=options,
+        can_compare=ImagesEngine.compares,
         reporter=to,
     )
 
@@ -215,7 +216,6 @@ def _not_known(stopped: StoppedVm, name: str, absent: MonitorError, *, vm: Vm) -
 
 def _is_unchanged(plan: Plan) -> bool:
     return all(
-        verdict.method == "incremental"
-        and (verdict.bitmap is None or not verdict.bitmap.dirty_bytes)
+        verdict.method == "bitmap" and (verdict.bitmap is None or not verdict.bitmap.dirty_bytes)
         for verdict in plan.verdicts
     )

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from qbackup.actions.status import DiskStatus, VmStatus, query_status
-from qbackup.backup.judge import Base
+from qbackup.backup.judge import Base, renews
 from qbackup.backup.stopped import last_seen_disks
 from qbackup.catalog.chain_check import why_not_built_upon
 from qbackup.catalog.history import History
@@ -196,6 +196,8 @@ class _Chain:
         reason, detail = self._why_not
         name = self._base.disk.name
         if reason == "chain-full":
+            if renews(self._base.disk, self._vm):
+                return  # it begins anew from its images
             text = f"the next backup of disk {name} is a full one: {detail}"
             yield Finding(grade=Grade.WARNING, vm=self._vm.name, text=text)
         else:

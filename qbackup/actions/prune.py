@@ -1,20 +1,26 @@
 """Remove the backups of a VM that no rule keeps.
 
-    be alone → look at everything → decide → for each, the newest first: take away, delete
+    be alone → finish what was left → look at everything → decide
+    → for each that nobody needs, the newest first: take away, delete
+    → for each group that others need: merge it into these (`consolidate`), then the same
 
 A backup goes before what it needs, and wholly or not at all: at no moment is there one that
 cannot be restored. Killed anywhere, the next prune or backup deletes what was taken away.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from qbackup.actions.consolidate import Estimate, merge_into, worthwhile
 from qbackup.catalog.survey import Survey, survey
-from qbackup.errors import RemovalError
-from qbackup.host.tasks import not_in_the_middle
+from qbackup.errors import ConsolidationError, RemovalError
+from qbackup.host.tasks import in_thread, not_in_the_middle
 from qbackup.model.backup import Backup
+from qbackup.model.chain import DEFAULT_MAX_CHAIN
+from qbackup.model.consolidation import When, groups, with_merges
 from qbackup.model.progress import Reporter
 from qbackup.model.retention import Rules, Verdict, decide
 from qbackup.repository.removal import delete, finish, take_away
@@ -23,9 +29,11 @@ from qbackup.repository.repository import Repository
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneOptions:
-    """What the user asked for."""
+    """What the user asked for. `max_chain` is how many backups a chain may have."""
 
     rules: Rules
+    consolidate: When = "worthwhile"
+    max_chain: int = DEFAULT_MAX_CHAIN
     dry_run: bool = False
     lock_wait_s: float = 0
 
@@ -35,7 +43,7 @@ class Pruned:
     """What became of each backup, the newest first, or would with `dry_run`.
 
     `backups` are the manifests as they were before, `problems` what is wrong with those that
-    are damaged.
+    are damaged. `merges` is what was merged, by estimate, `failures` what could not be, and why.
     """
 
     vm: str
@@ -43,6 +51,8 @@ class Pruned:
     verdicts: tuple[Verdict, ...]
     backups: dict[str, Backup]
     problems: dict[str, str]
+    merges: tuple[Estimate, ...] = ()
+    failures: tuple[ConsolidationError, ...] = ()
 
     @property
     def removed(self) -> list[Verdict]:
@@ -51,8 +61,17 @@ class Pruned:
 
     @property
     def freed_bytes(self) -> int:
-        """What the images that were removed took on the repository's disk."""
-        return sum(self.backups[verdict.id].stored_bytes for verdict in self.removed)
+        """By how much the repository's images are smaller: what went, less what others grew."""
+        merged = {backup_id for merge in self.merges for backup_id in merge.group.going}
+        others = (v.id for v in self.removed if v.id not in merged)
+        return sum(self.backups[backup_id].stored_bytes for backup_id in others) + sum(
+            merge.freed_bytes for merge in self.merges
+        )
+
+    @property
+    def written_bytes(self) -> int:
+        """About how many bytes of new images were written for that."""
+        return sum(merge.written_bytes for merge in self.merges)
 
 
 async def prune(
@@ -69,12 +88,52 @@ async def prune(
     hold = repository.reading if options.dry_run else repository.removing
     async with hold(vm, wait_s=options.lock_wait_s):
         if not options.dry_run:
+            await repository.finish_replacements(vm, reporter, alone=True)
             await finish(repository.vm_directory(vm), reporter)
-        pruned = _pruned(vm, options, survey(repository, vm), now=now)
+        found = survey(repository, vm)
+        pruned = _pruned(vm, options, found, now=now)
         _tell_of_damage(pruned, reporter)
-        if not options.dry_run:
-            await _remove(repository, pruned, reporter)
-    return pruned
+        wanted = await in_thread(_wanted, repository, pruned, found)
+        if options.dry_run:
+            return _with_merges(pruned, wanted)
+        await _remove(repository, vm, [verdict.id for verdict in pruned.removed], reporter)
+        return await _consolidate(repository, pruned, wanted, reporter)
+
+
+def _wanted(repository: Repository, pruned: Pruned, found: Survey) -> list[Estimate]:
+    return worthwhile(
+        repository,
+        groups(found.candidates, pruned.verdicts),
+        found.backups,
+        when=pruned.options.consolidate,
+        max_chain=pruned.options.max_chain,
+    )
+
+
+async def _consolidate(
+    repository: Repository, pruned: Pruned, wanted: Iterable[Estimate], reporter: Reporter
+) -> Pruned:
+    """Merge group by group, and remove what goes with each before the next takes room."""
+    done: list[Estimate] = []
+    failures: list[ConsolidationError] = []
+    for one in wanted:
+        try:
+            for child, merges in one.group.into.items():
+                backup = pruned.backups[child]
+                await merge_into(repository, backup, merges, pruned.backups, reporter)
+        except ConsolidationError as err:
+            failures.append(err)
+            reporter.warning(f"{pruned.vm}: {err}")
+            continue
+        await _remove(repository, pruned.vm, one.group.going, reporter)
+        done.append(one)
+    return replace(_with_merges(pruned, done), failures=tuple(failures))
+
+
+def _with_merges(pruned: Pruned, done: Iterable[Estimate]) -> Pruned:
+    merges = tuple(done)
+    verdicts = with_merges(pruned.verdicts, [merge.group for merge in merges])
+    return replace(pruned, merges=merges, verdicts=tuple(verdicts))
 
 
 def _pruned(vm: str, options: PruneOptions, found: Survey, *, now: datetime) -> Pruned:
@@ -94,14 +153,14 @@ def _tell_of_damage(pruned: Pruned, reporter: Reporter) -> None:
         reporter.warning(f"{pruned.vm}: keeping {what} be restored whole: {problem}")
 
 
-async def _remove(repository: Repository, pruned: Pruned, reporter: Reporter) -> None:
+async def _remove(
+    repository: Repository, vm: str, newest_first: Iterable[str], reporter: Reporter
+) -> None:
     done: list[str] = []
     try:
-        for verdict in pruned.removed:
-            await not_in_the_middle(
-                _remove_one(repository.vm_directory(pruned.vm) / verdict.id, reporter)
-            )
-            done.append(verdict.id)
+        for backup_id in newest_first:
+            await not_in_the_middle(_remove_one(repository.vm_directory(vm) / backup_id, reporter))
+            done.append(backup_id)
     except RemovalError as err:
         if done:
             err.add_note(f"removed before that: {', '.join(done)}")

@@ -13,15 +13,10 @@ from pathlib import Path
 
 from qbackup.actions.restore_vm import vm_to_restore
 from qbackup.catalog.choose import choose_backup
+from qbackup.catalog.disk_images import DiskImages, choose_disks, find_images
 from qbackup.catalog.history import History
-from qbackup.catalog.image_check import check_header, content_differs
-from qbackup.errors import (
-    ChainBrokenError,
-    DiskError,
-    RestoreError,
-    UsageError,
-    VerificationError,
-)
+from qbackup.catalog.image_check import content_differs
+from qbackup.errors import RestoreError, UsageError, VerificationError
 from qbackup.host import durable
 from qbackup.host.tasks import task_group
 from qbackup.images.hashing import hash_file
@@ -69,41 +64,29 @@ class Restored:
     script: Path | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
-    """A disk in the repository: all images that reading it needs, the full first."""
+async def check_content(source: DiskImages) -> None:
+    """Compare every byte of a disk's images with the manifests.
 
-    vm: str
-    disk: DiskBackup
-    chain: tuple[tuple[Path, str], ...]
+    Raises:
+        VerificationError: an image is not what was written.
+    """
+    for path, expected in source.chain:
+        if await hash_file(path) != expected:
+            raise VerificationError([content_differs(path)])
 
-    @property
-    def images(self) -> list[Path]:
-        """The images of the chain, the full first."""
-        return [path for path, _ in self.chain]
 
-    async def check_content(self) -> None:
-        """Compare every byte of the chain with the manifests.
+def progress_to(reporter: Reporter, source: DiskImages) -> Callable[[float], None]:
+    """Return what tells the reporter how far the copy of a disk is."""
 
-        Raises:
-            VerificationError: an image is not what was written.
-        """
-        for path, expected in self.chain:
-            if await hash_file(path) != expected:
-                raise VerificationError([content_differs(path)])
+    def on_fraction(fraction: float) -> None:
+        reporter.progress(
+            vm=source.vm,
+            disk=source.disk.name,
+            done_bytes=int(fraction * source.disk.virtual_size_bytes),
+            total_bytes=source.disk.virtual_size_bytes,
+        )
 
-    def progress_to(self, reporter: Reporter) -> Callable[[float], None]:
-        """Return what tells the reporter how far the copy is."""
-
-        def on_fraction(fraction: float) -> None:
-            reporter.progress(
-                vm=self.vm,
-                disk=self.disk.name,
-                done_bytes=int(fraction * self.disk.virtual_size_bytes),
-                total_bytes=self.disk.virtual_size_bytes,
-            )
-
-        return on_fraction
+    return on_fraction
 
 
 async def restore(
@@ -126,8 +109,8 @@ async def _restore(
 ) -> Restored:
     history = History(repository, vm)
     backup = choose_backup(history, options.at)
-    chosen = _choose_disks(backup, options.disks)
-    sources = [_source(history, backup, disk) for disk in chosen]
+    chosen = choose_disks(backup, options.disks)
+    sources = [find_images(history, backup, disk) for disk in chosen]
     whole = not options.disks and not options.to.is_block_device()
     if options.with_vm and not whole:
         raise UsageError("--with-vm needs all disks, and a directory", hint="leave out --disk")
@@ -154,68 +137,36 @@ async def _restore(
     )
 
 
-async def _onto_device(source: _Source, target: RestoredDisk, reporter: Reporter) -> None:
+async def _onto_device(source: DiskImages, target: RestoredDisk, reporter: Reporter) -> None:
     """Overwrite a device, but not before every byte that goes there is known to be right."""
-    await source.check_content()
+    await check_content(source)
     await convert(
         source.images,
         target.path,
         virtual_size_bytes=target.virtual_size_bytes,
         target_format=target.image_format,
         target_exists=True,
-        on_fraction=source.progress_to(reporter),
+        on_fraction=progress_to(reporter, source),
     )
     await durable.sync_file(target.path)
 
 
-async def _into_file(source: _Source, target: RestoredDisk, reporter: Reporter) -> None:
+async def _into_file(source: DiskImages, target: RestoredDisk, reporter: Reporter) -> None:
     """Write a new file; while it is written, the images are compared with the manifests."""
     partial = target.path.with_name(target.path.name + PARTIAL_SUFFIX)
     with _removed_on_failure(partial):
         async with task_group() as group:
-            group.create_task(source.check_content())
+            group.create_task(check_content(source))
             await convert(
                 source.images,
                 partial,
                 virtual_size_bytes=target.virtual_size_bytes,
                 target_format=target.image_format,
                 target_exists=False,
-                on_fraction=source.progress_to(reporter),
+                on_fraction=progress_to(reporter, source),
             )
         await durable.sync_file(partial)
         await durable.publish(partial, target.path)
-
-
-def _choose_disks(backup: Backup, names: Sequence[str]) -> list[DiskBackup]:
-    for name in names:
-        if backup.disk(name) is None:
-            there = ", ".join(disk.name for disk in backup.disks)
-            raise DiskError(
-                f"backup {backup.id} does not hold a disk {name!r}", hint=f"it holds: {there}"
-            )
-    return [disk for disk in backup.disks if not names or disk.name in names]
-
-
-def _source(history: History, backup: Backup, disk: DiskBackup) -> _Source:
-    """Find all images that a disk needs, and check what their headers say.
-
-    Raises:
-        ChainBrokenError: an image is missing, or names another parent than its manifest.
-    """
-    repository, chain = history.repository, history.chain(backup, disk.name)
-    for owner, stored in chain:
-        if problem := check_header(repository.path, stored):
-            raise ChainBrokenError(
-                backup.id,
-                disk.name,
-                f"needs backup {owner.id}: {problem}",
-                hint="choose an earlier backup with --at, or the intact disks with --disk",
-            )
-    return _Source(
-        vm=backup.vm,
-        disk=disk,
-        chain=tuple((repository.path / stored.file, stored.blake3) for _, stored in chain),
-    )
 
 
 def _device_target(chosen: Sequence[DiskBackup], options: RestoreOptions) -> RestoredDisk:

@@ -22,7 +22,7 @@ from qbackup.bitmaps.stopped import StoppedDisk
 from qbackup.catalog.history import History
 from qbackup.errors import DiskError, MonitorBusyError, MonitorError
 from qbackup.formats.configuration import Vm
-from qbackup.model.backup import REASON_TEXT, Backup, Reason
+from qbackup.model.backup import REASON_TEXT, Backup, Method, Reason
 from qbackup.model.names import Owner, owner_of
 from qbackup.qmp.disks import Inventory
 from qbackup.qmp.jobs import query_jobs
@@ -56,6 +56,8 @@ class DiskStatus:
     name: str
     virtual_size_bytes: int
     last_backup: str | None
+    next_method: Method
+    """How the next incremental would be made."""
     bitmap: BitmapStatus
 
 
@@ -104,7 +106,11 @@ async def query_status(
     if running:
         # The backup has the monitor; what is in QEMU now will be different in a moment.
         return status
-    left = (*repository.partials(vm.name), *taken_away(repository.vm_directory(vm.name)))
+    left = (
+        *repository.partials(vm.name),
+        *repository.replacements(vm.name),
+        *taken_away(repository.vm_directory(vm.name)),
+    )
     status = replace(status, leftovers=tuple(path.name for path in left))
     state = status.state
     try:
@@ -145,6 +151,7 @@ async def query_status(
             not_loaded=not_loaded,
             vm=vm,
             history=history,
+            compare=vm.compare and vm.engine == "snapshot",
         )
         for disk in present
     ]
@@ -173,12 +180,13 @@ def _left_out(inventory: Inventory, vm: Vm) -> dict[str, str]:
 
 def _disk_status(verdict: Verdict, vm: Vm, *, where: BitmapPlace = "qemu") -> DiskStatus:
     bitmap = verdict.bitmap
-    trusted = verdict.method == "incremental"
+    trusted = verdict.method == "bitmap"
     known = trusted or verdict.reason == "chain-full"
     return DiskStatus(
         name=verdict.disk.name,
         virtual_size_bytes=verdict.disk.virtual_size_bytes,
         last_backup=verdict.base.backup.id if verdict.base else None,
+        next_method=verdict.method,
         bitmap=BitmapStatus(
             trusted=trusted,
             reason=verdict.reason,
@@ -234,6 +242,7 @@ def _saved_disk(
         not_loaded=stopped.not_loaded,
         vm=vm,
         history=history,
+        compare=vm.compare,
     )
     found = _disk_status(verdict, vm, where="file")
     base = stopped.bases.get(disk.name)

@@ -13,6 +13,7 @@ from qbackup.catalog.history import History
 from qbackup.catalog.image_check import check_header, content_differs
 from qbackup.catalog.vm_files import stored_files
 from qbackup.errors import ChainBrokenError, ManifestDamagedError
+from qbackup.host.files import size_of_regular
 from qbackup.images.hashing import hash_file
 from qbackup.model.backup import Backup, DiskBackup
 from qbackup.model.progress import Reporter
@@ -64,6 +65,7 @@ class Verifier:
                 for disk in backup.disks:
                     self._check_chain(history, backup, disk)
                     await self._check_file(backup, disk)
+                    await self._check_digests(disk)
                 if backup.files:
                     self._files += 1
                     await self._check_archive(backup)
@@ -114,6 +116,24 @@ class Verifier:
             return
         if digest != disk.blake3:
             self._add(content_differs(path))
+
+    async def _check_digests(self, disk: DiskBackup) -> None:
+        """Compare a file of digests with the manifest; a backup can be restored without it."""
+        digests = disk.digests
+        if digests is None:
+            return
+        path = self._repository.path / digests.file
+        try:
+            size = size_of_regular(path)
+            right = size == digests.file_size_bytes and await hash_file(path) == digests.blake3
+        except OSError as err:
+            self._add(f"{path}: {err.strerror}")
+            return
+        if not right:
+            self._add(
+                f"{path}: the digests are not what was written; the backup can be restored, but no "
+                "disk be compared with it"
+            )
 
     async def _check_archive(self, backup: Backup) -> None:
         try:

@@ -43,8 +43,8 @@ class Instant:
 
 
 def source_bitmap(verdict: Verdict) -> str | None:
-    """Return the bitmap that a disk's backup copies from, None for a full one."""
-    return verdict.bitmap.name if verdict.method == "incremental" and verdict.bitmap else None
+    """Return the bitmap that a disk's backup copies from, None if it does not go by one."""
+    return verdict.bitmap.name if verdict.method == "bitmap" and verdict.bitmap else None
 
 
 def bitmap_actions(
@@ -148,7 +148,7 @@ async def take_unchanged_instant(
 
 def _is_unchanged(verdict: Verdict) -> bool:
     bitmap = verdict.bitmap
-    return verdict.method == "incremental" and bitmap is not None and not bitmap.dirty_bytes
+    return verdict.method == "bitmap" and bitmap is not None and not bitmap.dirty_bytes
 
 
 async def _act(

@@ -11,9 +11,19 @@ from dataclasses import dataclass, replace
 
 from qbackup.bitmaps.size_guard import is_guarded
 from qbackup.catalog.chain_check import why_not_built_upon
+from qbackup.catalog.digest_check import why_not_compared
 from qbackup.catalog.history import History
 from qbackup.formats.configuration import Vm
-from qbackup.model.backup import Backup, DiskBackup, Kind, Reason, Refusal
+from qbackup.model.backup import (
+    COMPARED,
+    REASON_TEXT,
+    Backup,
+    DiskBackup,
+    Kind,
+    Method,
+    Reason,
+    Refusal,
+)
 from qbackup.model.names import Owner
 from qbackup.qmp.disks import Bitmap, Disk
 from qbackup.qmp.vm import Migration
@@ -29,7 +39,7 @@ class Base:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What a disk's next backup is based on; `reason` says why it must be a full one.
+    """What a disk's next backup is based on; `reason` says why it cannot go by the bitmap.
 
     `bitmap` is the base's bitmap in QEMU where there is one, trusted or not.
     """
@@ -40,18 +50,32 @@ class Verdict:
     reason: Reason | None
     problem: str | None = None
     """What exactly is wrong, where the reason alone does not say it."""
+    renews: bool = False
+    """Whether the chain is full, and the base is given an image of its own first."""
+    compare: bool = False
+    """Whether the disk is compared with its base instead of being copied."""
+    chain: tuple[DiskBackup, ...] = ()
+    """What an incremental builds on, the newest first."""
 
     @property
-    def method(self) -> Kind:
-        """How the disk's next backup is made. The one place that decides it."""
+    def method(self) -> Method:
+        """How it is known what the disk's next backup stores. The one place that decides it."""
+        if self.base is None:
+            return "copy"
+        if self.compare:
+            return "compare"
         has_bits = self.bitmap is not None or self.disk.virtual_size_bytes == 0
-        trusted = self.reason is None and self.base is not None and has_bits
-        return "incremental" if trusted else "full"
+        return "bitmap" if self.reason is None and has_bits else "copy"
+
+    @property
+    def kind(self) -> Kind:
+        """What the disk's next backup is."""
+        return "full" if self.method == "copy" else "incremental"
 
     @property
     def parent(self) -> str | None:
         """The backup that an incremental builds on, None for a full."""
-        return self.base.backup.id if self.base and self.method == "incremental" else None
+        return self.base.backup.id if self.base and self.kind == "incremental" else None
 
 
 def newest_bases(newest_first: Iterable[Backup], disks: Iterable[Disk]) -> dict[str, Base]:
@@ -91,10 +115,14 @@ def assess(
     not_loaded: Mapping[tuple[str, str], Refusal],
     vm: Vm,
     history: History,
+    compare: bool = False,
+    every_byte: bool = False,
 ) -> Verdict:
     """Judge a disk's bitmap, and require that an incremental would leave a chain to restore from.
 
-    The backups of `bases` are `history`'s; the rest is as for `judge`.
+    The backups of `bases` are `history`'s; the rest is as for `judge`. With `compare`, a disk whose
+    bitmap is not trusted is compared with its last backup if it can be; `every_byte` of the digests
+    is looked at then.
     """
     verdict = judge(
         disk,
@@ -105,13 +133,34 @@ def assess(
     )
     if verdict.reason == "no-parent" and history.newest_usable() is not None:
         return replace(verdict, reason="new-disk")
-    if verdict.method == "full" or verdict.base is None:
+    untrusted = verdict.reason
+    if verdict.base is None or (untrusted and not (compare and COMPARED[untrusted])):
         return verdict
     found = why_not_built_upon(history, verdict.base.backup, disk.name, max_chain=vm.max_chain)
-    if found is None:
-        return verdict
-    reason, problem = found
-    return replace(verdict, reason=reason, problem=problem)
+    if found is not None:
+        reason, problem = found
+        if untrusted:
+            return _not_compared(verdict, untrusted, problem)
+        anew = reason == "chain-full" and renews(verdict.base.disk, vm)
+        return replace(verdict, reason=None if anew else reason, problem=problem, renews=anew)
+    stored = history.chain(verdict.base.backup, disk.name)
+    chain = tuple(part for _, part in reversed(stored))
+    why_not = untrusted and why_not_compared(
+        history.repository.path, chain, disk.virtual_size_bytes, every_byte=every_byte
+    )
+    if untrusted and why_not:
+        return _not_compared(verdict, untrusted, why_not)
+    return replace(verdict, compare=untrusted is not None, chain=chain)
+
+
+def _not_compared(verdict: Verdict, reason: Reason, problem: str) -> Verdict:
+    why = verdict.problem or REASON_TEXT[reason]
+    return replace(verdict, problem=f"{why}; not compared with the last backup: {problem}")
+
+
+def renews(disk: DiskBackup, vm: Vm) -> bool:
+    """Tell whether the chain of a disk's newest image can begin anew with that image."""
+    return disk.parent is not None and vm.consolidate != "never"
 
 
 def judge(

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 
 from qbackup.backup.judge import Base, Verdict, assess, checkpoints
 from qbackup.catalog.history import History
-from qbackup.errors import DiskError, NoSpaceError, RefusedError, RepositoryError, UsageError
+from qbackup.errors import (
+    ChainsFullError,
+    DiskError,
+    NoSpaceError,
+    RefusedError,
+    RepositoryError,
+    UsageError,
+)
 from qbackup.formats.configuration import Vm
 from qbackup.model.backup import REASON_TEXT, Backup, Kind, Refusal
 from qbackup.model.names import Owner, has_successor, split_bitmap_name
@@ -29,7 +36,10 @@ LEFT_OUT_UNWRITTEN = frozenset({EMPTY, READ_ONLY})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackupOptions:
-    """What the user asked for. `speed_limit_bytes_per_s` 0 means none, for all disks together."""
+    """What the user asked for. `speed_limit_bytes_per_s` 0 means none, for all disks together.
+
+    `compare`: a disk whose bitmap is not trusted may be compared with its last backup.
+    """
 
     kind: Kind
     disks: tuple[str, ...] = ()
@@ -38,6 +48,7 @@ class BackupOptions:
     speed_limit_bytes_per_s: int = 0
     lock_wait_s: float = 0
     fallback: bool = True
+    compare: bool = True
     strict: bool = False
     """Whether a full backup of a disk, where an incremental one was asked for, is degraded."""
     compress: bool = False
@@ -70,11 +81,13 @@ def make_plan(
     owner: Owner,
     not_loaded: Mapping[tuple[str, str], Refusal],
     options: BackupOptions,
+    can_compare: bool,
     reporter: Reporter,
 ) -> Plan:
-    """Decide how each disk is backed up.
+    """Decide how each disk is backed up; `can_compare` says whether the engine can compare at all.
 
     Raises:
+        ChainsFullError: backups are to be given images of their own first.
         DiskError: a disk that was asked for is not there, or none remains.
         RefusedError: a full backup would be needed and `fallback` is off.
         NoSpaceError: the backup will not fit.
@@ -89,11 +102,15 @@ def make_plan(
             not_loaded=not_loaded,
             vm=vm,
             history=history,
+            compare=can_compare and options.compare and vm.compare and options.kind != "full",
+            every_byte=True,
         )
         for disk in chosen
     ]
     if options.kind == "full":
         verdicts = [replace(verdict, reason="requested") for verdict in verdicts]
+    elif any(verdict.renews for verdict in verdicts):
+        raise ChainsFullError(_bases_to_renew(verdicts))
     plan = Plan(
         verdicts=tuple(verdicts),
         left_out=left_out,
@@ -106,6 +123,14 @@ def make_plan(
     if not options.compress:
         _require_space(plan, history.repository)
     return plan
+
+
+def _bases_to_renew(verdicts: Sequence[Verdict]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        if verdict.renews and verdict.base is not None:
+            found.setdefault(verdict.base.backup.id, []).append(verdict.disk.name)
+    return found
 
 
 def _newest_id(history: History, bases: Mapping[str, Base]) -> str | None:
@@ -234,16 +259,22 @@ def _announce(plan: Plan, *, vm: str, options: BackupOptions, reporter: Reporter
             reporter.warning(f"{vm}: disk {disk.name} is shared: {REASON_TEXT['shared']}")
     if options.kind == "full":
         return
-    fallen = [(v.disk.name, v.reason) for v in plan.verdicts if v.reason is not None]
+    fallen = [
+        (v.disk.name, v.reason) for v in plan.verdicts if v.reason is not None and v.kind == "full"
+    ]
     if fallen and not options.fallback:
         raise RefusedError(vm, fallen)
     for verdict in plan.verdicts:
-        if verdict.reason is not None:
-            why = verdict.problem or REASON_TEXT[verdict.reason]
-            message = f"{vm}: disk {verdict.disk.name} gets a full backup ({verdict.reason}): {why}"
-            # A disk's first backup, and a chain that is full, are no cause for alarm.
-            expected = verdict.base is None or verdict.reason == "chain-full"
-            (reporter.notice if expected else reporter.warning)(message)
+        if verdict.reason is None:
+            continue
+        why = f"({verdict.reason}): {verdict.problem or REASON_TEXT[verdict.reason]}"
+        what = (
+            "gets a full backup" if verdict.kind == "full" else "is compared with the last backup"
+        )
+        # A disk's first backup, and a chain that is full, are no cause for alarm.
+        expected = verdict.base is None or verdict.reason == "chain-full"
+        tell = reporter.notice if expected else reporter.warning
+        tell(f"{vm}: disk {verdict.disk.name} {what} {why}")
 
 
 def _require_space(plan: Plan, repository: Repository) -> None:
@@ -260,6 +291,8 @@ def _require_space(plan: Plan, repository: Repository) -> None:
 def _expected_bytes(verdict: Verdict) -> int:
     """Return about what a disk's file will take; 0 where QEMU cannot tell (block devices)."""
     disk = verdict.disk
-    if verdict.method == "incremental" and verdict.bitmap is not None:
+    if verdict.method == "compare":
+        return 0  # nobody knows before how much differs
+    if verdict.kind == "incremental" and verdict.bitmap is not None:
         return min(verdict.bitmap.dirty_bytes, disk.virtual_size_bytes)
     return min(disk.source.actual_size_bytes, disk.virtual_size_bytes)

@@ -3,6 +3,8 @@
 Bitmaps are not removed but rolled back: `bitmaps/roll_back.py`.
 """
 
+from qbackup.errors import LockedError
+from qbackup.host.lock import HeldLock
 from qbackup.model.names import Owner
 from qbackup.model.progress import Reporter
 from qbackup.qmp.exports import end_exports
@@ -13,8 +15,10 @@ from qbackup.repository import removal
 from qbackup.repository.repository import Repository
 
 
-async def remove_partials(repository: Repository, vm: str, reporter: Reporter) -> None:
-    """Remove what unfinished runs left in the repository. The VM's lock must be held."""
+async def remove_partials(
+    repository: Repository, vm: str, reporter: Reporter, *, lock: HeldLock
+) -> None:
+    """Remove what unfinished runs left in the repository. `lock` is the VM's."""
     for path in repository.partials(vm):
         try:
             await repository.remove_partial(path)
@@ -23,6 +27,12 @@ async def remove_partials(repository: Repository, vm: str, reporter: Reporter) -
             reporter.warning(f"{path}: left by an interrupted run, cannot be removed: {err}")
         else:
             reporter.notice(f"{vm}: removed {path.name}, left by an interrupted run")
+    if repository.replacements(vm):
+        try:
+            async with lock.alone(vm=vm, wait_s=0):
+                await repository.finish_replacements(vm, reporter, alone=True)
+        except LockedError:  # somebody reads; a later run finishes what is left then
+            await repository.finish_replacements(vm, reporter, alone=False)
     await removal.finish(repository.vm_directory(vm), reporter)
 
 

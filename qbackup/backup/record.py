@@ -11,7 +11,7 @@ from qbackup.backup.engines import Copied, Work
 from qbackup.backup.plan import Plan
 from qbackup.backup.vm_files import Collected
 from qbackup.catalog.history import History
-from qbackup.model.backup import Backup, VmConfiguration
+from qbackup.model.backup import REASON_TEXT, Backup, VmConfiguration
 from qbackup.model.names import new_backup_id
 from qbackup.model.progress import Reporter
 
@@ -55,6 +55,13 @@ def degradations(work: Work, copied: Copied, collected: Collected) -> tuple[str,
     """Return what of a backup is not as it was asked for."""
     degraded = [f"disk {name} was left out: {why}" for name, why in work.plan.refused.items()]
     degraded += [f"file {why}" for why in collected.missing]
+    for name in copied.wrong_bitmaps:
+        degraded.append(f"disk {name}: bitmap-wrong")
+        work.reporter.warning(
+            f"{work.vm.name}: disk {name}: THE BITMAP MISSED WRITES: "
+            f"{REASON_TEXT['bitmap-wrong']}. This backup is right: the disk was compared with the "
+            "last one"
+        )
     if copied.freeze_failed:
         degraded.append("the guest's file systems were not frozen")
     if work.options.kind == "incremental" and work.options.strict:
@@ -77,7 +84,7 @@ def place_in_chain(plan: Plan, backup_id: str) -> tuple[str | None, str]:
     parents = [
         verdict.base.backup
         for verdict in plan.verdicts
-        if verdict.method == "incremental" and verdict.base is not None
+        if verdict.kind == "incremental" and verdict.base is not None
     ]
     if not parents:
         return None, backup_id

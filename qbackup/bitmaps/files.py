@@ -33,13 +33,35 @@ async def distrust_all(state: StateDirectory, *, present: Collection[str] | None
         try:
             await state.rewrite_header(path, lambda header: qbm.with_clean(header, clean=False))
         except (ValueError, OSError):
-            try:
-                await state.remove(path)
-            except OSError as err:
-                if await in_thread(_may_be_clean, path):
-                    failed[path] = err
+            await _remove(state, path, failed)
     if failed:
         raise StillTrustedError(failed)
+
+
+async def forget(state: StateDirectory, disks: Collection[str], why: Refusal) -> None:
+    """Remove the bitmap files of some disks, durably, whosesoever they are, and remember why.
+
+    Raises:
+        StillTrustedError: some that look clean cannot be removed. All others are gone.
+    """
+    failed: dict[Path, OSError] = {}
+    forgotten: dict[tuple[str, str], Refusal] = {}
+    for path in await in_thread(state.all_bitmap_files):
+        if path.parent.name in disks:
+            await _remove(state, path, failed)
+            forgotten[path.parent.name, path.stem] = why
+    if failed:
+        raise StillTrustedError(failed)
+    await remember(state, forgotten, settled=())
+
+
+async def _remove(state: StateDirectory, path: Path, failed: dict[Path, OSError]) -> None:
+    """Remove a file; if that fails and it may be clean, add it to `failed`."""
+    try:
+        await state.remove(path)
+    except OSError as err:
+        if await in_thread(_may_be_clean, path):
+            failed[path] = err
 
 
 class StillTrustedError(QbackupError):

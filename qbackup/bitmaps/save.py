@@ -249,7 +249,7 @@ def _tell_unproven(one: Saved, stamp: ImageStamp, reporter: Reporter) -> None:
     if not isinstance(stamp, DeviceStamp) or stamp.uncounted is None:
         return
     reporter.notice(
-        f"disk {one.disk}: it will get a full backup after the VM's next start, because nothing "
+        f"disk {one.disk}: its bitmap will not be used after the VM's next start, because nothing "
         f"will prove that it was not written: {stamp.uncounted}; with trust_block_devices = true "
         "in the configuration a fingerprint is enough"
     )

@@ -73,13 +73,7 @@ def make_parser() -> Parser:
         aliases=("inc",),
     )  # fmt: skip
     _add_backup_arguments(incremental)
-    incremental.add_argument(
-        "--no-fallback", action="store_true",
-        help="fail with exit code 4 where a disk would need a full backup",
-    )  # fmt: skip
-    incremental.add_argument(
-        "--strict", action="store_true", help="exit with 3 if a disk got a full backup instead"
-    )
+    _add_incremental_arguments(incremental)
 
     listing = command("list", "list backups, the newest last; P marks protected ones")
     _add_vms(listing)
@@ -88,26 +82,29 @@ def make_parser() -> Parser:
     show.add_argument("vm", metavar="VM")
     show.add_argument("id", metavar="ID", help="a backup id, or the beginning of one")
 
-    restore = command("restore", "restore disks into a directory or onto a block device")
-    restore.add_argument("vm", metavar="VM")
-    restore.add_argument("--to", required=True, metavar="DIR", help="directory or block device")
-    restore.add_argument(
-        "--at", metavar="ID|TIME", help="this backup, or the newest not after a time"
+    restore = command(
+        "restore",
+        "restore disks into a directory, onto a block device, or into the VM's own images",
     )
-    restore.add_argument("--disk", action="append", default=[], metavar="NAME")
+    _add_point(restore)
+    where = restore.add_mutually_exclusive_group(required=True)
+    where.add_argument("--to", metavar="DIR", help="directory or block device")
+    where.add_argument(
+        "--in-place", action="store_true",
+        help="overwrite the disks of the VM, which is off; needs --force",
+    )  # fmt: skip
+    restore.add_argument(
+        "-i", "--interactive", action="store_true", help="choose the backup from a list"
+    )
     restore.add_argument("--format", choices=("raw", "qcow2"), help="default: as the source was")
     restore.add_argument("--force", action="store_true", help="replace what is there")
     restore.add_argument(
         "--with-vm", action="store_true", help="write start.sh, which starts the VM on them"
     )
-    _add_lock_wait(restore)
 
-    verify = command("verify", "compare every byte of the backups with what was written")
-    _add_vms(verify)
-    _add_parallel(verify)
-    verify.add_argument("--at", metavar="ID|TIME", help="only this backup and what it needs")
-    _add_lock_wait(verify)
+    _add_bad_day_commands(command)
 
+    _add_verify_command(command)
     _add_retention_commands(command)
 
     _add_watching_commands(command)
@@ -185,6 +182,92 @@ def _add_status_command(command: Callable[..., Parser]) -> None:
     )  # fmt: skip
 
 
+def _add_incremental_arguments(incremental: argparse.ArgumentParser) -> None:
+    incremental.add_argument(
+        "--no-fallback", action="store_true",
+        help="fail with exit code 4 where a disk would need a full backup",
+    )  # fmt: skip
+    incremental.add_argument(
+        "--no-compare", action="store_true",
+        help="back up a disk whose bitmap is not trusted in full, instead of comparing it",
+    )  # fmt: skip
+    incremental.add_argument(
+        "--strict", action="store_true", help="exit with 3 if a disk got a full backup instead"
+    )
+
+
+def _add_verify_command(command: Callable[..., Parser]) -> None:
+    verify = command("verify", "compare every byte of the backups with what was written")
+    _add_vms(verify)
+    _add_parallel(verify)
+    verify.add_argument("--at", metavar="ID|TIME", help="only this backup and what it needs")
+    _add_lock_wait(verify)
+    verify.add_argument(
+        "--boot", action="store_true",
+        help="verify the newest backup, or --at, and start a throw-away VM from it",
+    )  # fmt: skip
+    verify.add_argument(
+        "--expect", metavar="REGEX", help="with --boot: what the serial console has to say"
+    )
+    verify.add_argument(
+        "--boot-timeout", type=_argument(parse_duration_s), default=120, metavar="2m",
+        help="with --boot: wait so long for that, or for the guest agent",
+    )  # fmt: skip
+    _add_boot_options(verify)
+
+
+def _add_bad_day_commands(command: Callable[..., Parser]) -> None:
+    nbd = command("nbd", "serve a backup's disks, read-only, on a UNIX socket until Ctrl-C")
+    _add_point(nbd)
+    nbd.add_argument("--socket", metavar="PATH", help="default: one in a private directory")
+
+    mount = command("mount", "show the files in a backup, read-only, until Ctrl-C or umount")
+    _add_point(mount)
+    mount.add_argument("dir", metavar="DIR", help="an empty directory")
+    mount.add_argument("--images", action="store_true", help="show each disk as a raw file instead")
+    mount.add_argument(
+        "--partition", metavar="DEVICE",
+        help="show this file system, for example /dev/sda1, where there is no operating system",
+    )  # fmt: skip
+
+    boot = command("boot", "start a throw-away VM, without network, from a backup")
+    _add_point(boot)
+    _add_boot_options(boot)
+    screen = boot.add_mutually_exclusive_group()
+    screen.add_argument("--vnc", metavar="ADDRESS", help="its screen by VNC, for example :0")
+    screen.add_argument("--window", action="store_true", help="its screen in a window")
+
+
+def _add_boot_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a throw-away VM may have otherwise than the backup tells."""
+    parser.add_argument(
+        "--memory", type=_argument(parse_size_bytes), metavar="2G", help="default: as the VM had"
+    )
+    parser.add_argument(
+        "--accel", choices=("tcg", "kvm"), help="default: boot_accel of the configuration, or tcg"
+    )
+    parser.add_argument("--machine", metavar="TYPE", help="a machine type of QEMU's")
+    for name, text in (
+        ("bios", "firmware"),
+        ("kernel", "start this kernel of the host's"),
+        ("initrd", "with this initial file system"),
+    ):
+        parser.add_argument(f"--{name}", metavar="FILE", help=text)
+    parser.add_argument("--append", metavar="TEXT", help="and this command line")
+
+
+def _add_point(parser: argparse.ArgumentParser) -> None:
+    """Add what says which backup and which of its disks."""
+    parser.add_argument("vm", metavar="VM")
+    parser.add_argument(
+        "--at", metavar="ID|TIME", help="this backup, or the newest not after a time"
+    )
+    parser.add_argument(
+        "--disk", action="append", default=[], metavar="NAME", help="only this disk (repeatable)"
+    )
+    _add_lock_wait(parser)
+
+
 def _add_retention_commands(command: Callable[..., Parser]) -> None:
     prune = command("prune", "remove the backups that no rule keeps")
     _add_vms(prune, required=True)
@@ -193,6 +276,16 @@ def _add_retention_commands(command: Callable[..., Parser]) -> None:
     prune.add_argument(
         "--dry-run", action="store_true", help="only show what is kept, and why, and what not"
     )
+    merging = prune.add_mutually_exclusive_group()
+    merging.add_argument(
+        "--consolidate", choices=("always", "worthwhile", "never"),
+        help="merge what no rule keeps, but is needed, into what needs it; worthwhile (default): "
+        "a full is not copied to free little",
+    )  # fmt: skip
+    merging.add_argument(
+        "--no-consolidate", dest="consolidate", action="store_const", const="never",
+        help="the same as never: keep what is needed",
+    )  # fmt: skip
     _add_lock_wait(prune)
 
     for name, text in (

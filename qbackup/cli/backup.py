@@ -40,6 +40,7 @@ async def run(arguments: argparse.Namespace) -> int:
         speed_limit_bytes_per_s=arguments.speed_limit,
         lock_wait_s=arguments.lock_wait,
         fallback=not (incremental and arguments.no_fallback),
+        compare=not (incremental and arguments.no_compare),
         strict=incremental and arguments.strict,
         compress=arguments.compress,
     )
@@ -90,7 +91,7 @@ def _text(backup: Backup) -> str:
     rows = [
         (
             f"  {disk.name}",
-            disk.kind,
+            disk.word,
             format_size(disk.virtual_size_bytes),
             format_size(disk.copied_bytes),
             format_size(disk.stored_bytes),

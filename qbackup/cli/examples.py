@@ -37,10 +37,24 @@ EXAMPLES = {
         "qbackup restore vm1 --to /var/tmp/vm1",
         "qbackup restore vm1 --to /var/tmp/vm1 --at 2026-11-23T15:07+00:00",
         "qbackup restore vm1 --to /dev/vg0/data --disk data --force",
+        "qbackup restore vm1 --in-place --force     # over the images of an off VM",
     ),
     "verify": _examples(
         "qbackup verify",
         "qbackup verify vm1 --at 20261123-1506",
+        "qbackup verify vm1 --boot --expect 'login:'  # and see it start",
+    ),
+    "nbd": _examples(
+        "qbackup nbd vm1                            # says how to look at it",
+        "qbackup nbd vm1 --at 20261123-1506 --disk data --socket /run/vm1/data.sock",
+    ),
+    "mount": _examples(
+        "qbackup mount vm1 /mnt/vm1                 # the files of the newest backup",
+        "qbackup mount vm1 /mnt/vm1 --images        # each disk as a raw file",
+    ),
+    "boot": _examples(
+        "qbackup boot vm1",
+        "qbackup boot vm1 --at 20261123-1506 --memory 2G --vnc :0",
     ),
     "prune": _examples(
         "qbackup prune vm1 --dry-run                # what would go, and why",

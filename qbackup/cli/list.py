@@ -68,8 +68,8 @@ def _table(backups: Sequence[Backup], protected: Set[tuple[str, str]], *, with_v
         [
             *([backup.vm] if with_vm else []),
             backup.id,
-            _local_time(backup.time),
-            backup.kind,
+            local_time(backup.time),
+            backup.word,
             format_size(backup.stored_bytes),
             backup.chain[-4:],
             *(["P" if (backup.vm, backup.id) in protected else ""] if marks else []),
@@ -80,5 +80,6 @@ def _table(backups: Sequence[Backup], protected: Set[tuple[str, str]], *, with_v
     return table(head, rows, right=(head.index("STORED"),))
 
 
-def _local_time(time: str) -> str:
+def local_time(time: str) -> str:
+    """Return a backup's time as people of this host write it, to the second."""
     return datetime.fromisoformat(time).astimezone().isoformat(" ", "seconds")[:19]

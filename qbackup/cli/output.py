@@ -19,8 +19,13 @@ def answer(document: Any, *, text: str, json_output: bool, quiet: bool = False) 
 
 def summary(document: dict[str, Any], *, text: str, json_output: bool, quiet: bool) -> None:
     """Print the last line of a long command."""
+    line({"type": "summary", **document}, text=text, json_output=json_output, quiet=quiet)
+
+
+def line(document: dict[str, Any], *, text: str, json_output: bool, quiet: bool) -> None:
+    """Print one of several JSON lines, or text for people."""
     if json_output:
-        print(json.dumps({"type": "summary", **document}), flush=True)
+        print(json.dumps(document), flush=True)
     else:
         answer(document, text=text, json_output=False, quiet=quiet)
 

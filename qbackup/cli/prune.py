@@ -9,6 +9,7 @@ from qbackup.actions.metrics import metrics_after, recorded
 from qbackup.actions.prune import Pruned, PruneOptions, prune
 from qbackup.cli.context import Context, is_fleet, make_context
 from qbackup.cli.fleet import Done, Work, report_alone, run_fleet
+from qbackup.errors import EXIT_DEGRADED
 from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_size
 from qbackup.model.retention import Rules
@@ -25,8 +26,11 @@ async def run(arguments: argparse.Namespace) -> int:
     now = datetime.now(UTC)
 
     async def one(vm: str, reporter: Reporter) -> Done:
+        when, max_chain = context.configuration.consolidation(vm)
         options = PruneOptions(
             rules=given if given.are_given else context.configuration.rules(vm),
+            consolidate=arguments.consolidate or when,
+            max_chain=max_chain,
             dry_run=arguments.dry_run,
             lock_wait_s=arguments.lock_wait,
         )
@@ -63,10 +67,11 @@ def _done(pruned: Pruned) -> Done:
         document=lambda: _document(pruned),
         text=lambda: _text(pruned),
         line=_headline(pruned),
-        columns=(str(count), str(removed), format_size(pruned.freed_bytes)),
+        columns=(str(count), str(removed), _size(pruned.freed_bytes)),
         facts={"backups": count, "removed": removed, "freed_bytes": pruned.freed_bytes},
         # What would go, and why the rest stays, is what was asked for.
         detailed=pruned.options.dry_run,
+        exit_code=EXIT_DEGRADED if pruned.failures else 0,
     )
 
 
@@ -101,7 +106,14 @@ def _document(pruned: Pruned) -> dict[str, Any]:
         ],
         "removed": len(pruned.removed),
         "freed_bytes": pruned.freed_bytes,
+        "written_bytes": pruned.written_bytes,
+        "failed": [{"id": err.backup_id, "message": err.message} for err in pruned.failures],
     }
+
+
+def _size(size_bytes: int) -> str:
+    """Write a size that may be negative: merging scattered little images can take room."""
+    return f"{'-' if size_bytes < 0 else ''}{format_size(abs(size_bytes))}"
 
 
 def _text(pruned: Pruned) -> str:
@@ -116,7 +128,11 @@ def _text(pruned: Pruned) -> str:
         )
         for verdict in reversed(pruned.verdicts)
     ]
-    return f"{_headline(pruned)}\n{table(('  ID', 'STORED', 'WHY'), rows, right=(1,))}"
+    merging = ""
+    if pruned.merges:
+        would = "would be " if pruned.options.dry_run else ""
+        merging = f"  merging: {format_size(pruned.written_bytes)} {would}written\n"
+    return f"{_headline(pruned)}\n{merging}{table(('  ID', 'STORED', 'WHY'), rows, right=(1,))}"
 
 
 def _headline(pruned: Pruned) -> str:
@@ -126,5 +142,5 @@ def _headline(pruned: Pruned) -> str:
     would = "would be " if pruned.options.dry_run else ""
     return (
         f"{pruned.vm}: {removed} of {count} backup{'s' if count > 1 else ''} {would}removed, "
-        f"{format_size(pruned.freed_bytes)} {would}freed"
+        f"{_size(pruned.freed_bytes)} {would}freed"
     )

@@ -1,11 +1,15 @@
 """`qbackup restore`: disks out of the repository."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from qbackup.actions.restore import Restored, RestoreOptions, restore
+from qbackup.actions.restore_in_place import restore_in_place
+from qbackup.cli.choose_point import choose_point, point_options, require_terminal
 from qbackup.cli.context import make_context
 from qbackup.cli.output import summary
+from qbackup.errors import UsageError
 from qbackup.model.quantities import format_size
 from qbackup.ui.reporters import make_reporter
 
@@ -13,19 +17,33 @@ from qbackup.ui.reporters import make_reporter
 async def run(arguments: argparse.Namespace) -> int:
     """Restore, and say where everything is."""
     context = make_context(arguments)
+    if arguments.interactive:
+        require_terminal(json_output=context.json_output)
     repository = context.open_repository()
+    _require_sense(arguments)
     vm = context.vm_name(repository, arguments.vm)
-    options = RestoreOptions(
-        to=Path(arguments.to),
-        at=arguments.at,
-        disks=tuple(arguments.disk),
-        image_format=arguments.format,
-        force=arguments.force,
-        with_vm=arguments.with_vm,
-        lock_wait_s=arguments.lock_wait,
-    )
+    at = (await choose_point(repository, vm)).id if arguments.interactive else arguments.at
     with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
-        restored = await restore(repository, vm, options, reporter)
+        if arguments.in_place:
+            configured = context.vm(vm)
+            restored = await restore_in_place(
+                repository,
+                configured,
+                context.state(configured),
+                replace(point_options(arguments), at=at),
+                reporter,
+            )
+        else:
+            options = RestoreOptions(
+                to=Path(arguments.to),
+                at=at,
+                disks=tuple(arguments.disk),
+                image_format=arguments.format,
+                force=arguments.force,
+                with_vm=arguments.with_vm,
+                lock_wait_s=arguments.lock_wait,
+            )
+            restored = await restore(repository, vm, options, reporter)
     summary(
         _document(restored),
         text=_text(restored),
@@ -33,6 +51,20 @@ async def run(arguments: argparse.Namespace) -> int:
         quiet=context.quiet,
     )
     return 0
+
+
+def _require_sense(arguments: argparse.Namespace) -> None:
+    if arguments.in_place and arguments.format:
+        raise UsageError("--in-place keeps the format of the image", hint="leave out --format")
+    if arguments.in_place and arguments.with_vm:
+        raise UsageError("--with-vm needs a directory: --to DIR", hint="leave out --in-place")
+    if arguments.in_place and not arguments.force:
+        raise UsageError(
+            "--in-place overwrites the VM's disks: what they hold now is lost",
+            hint="use --force if that is meant",
+        )
+    if arguments.interactive and arguments.at:
+        raise UsageError("--at and --interactive are two ways to choose", hint="give one of them")
 
 
 def _document(restored: Restored) -> dict[str, object]:

@@ -8,7 +8,7 @@ from qbackup.cli.context import make_context
 from qbackup.cli.output import answer
 from qbackup.errors import UsageError
 from qbackup.formats.manifest import without_secrets
-from qbackup.model.backup import REASON_TEXT, Backup, DiskBackup
+from qbackup.model.backup import REASON_TEXT, Backup, DiskBackup, Merged
 from qbackup.model.quantities import format_duration, format_size
 from qbackup.ui.tables import facts
 
@@ -35,6 +35,16 @@ def _encryption(disk: DiskBackup) -> list[tuple[str, str]]:
     return [("  encrypted", "the source is; this backup is not")] if disk.source.encrypted else []
 
 
+def _merging(merged: Merged | None) -> list[tuple[str, str]]:
+    if merged is None:
+        return []
+    many = "s" if merged.count > 1 else ""
+    return [
+        ("  merged", f"{merged.count} older backup{many}, from {merged.oldest} on"),
+        ("  taken", "in full" if merged.parent is None else f"on {merged.parent}"),
+    ]
+
+
 def _text(backup: Backup, repository: str, *, protected: bool) -> str:
     command_line = backup.vm_configuration.command_line
     lines = [
@@ -56,16 +66,18 @@ def _text(backup: Backup, repository: str, *, protected: bool) -> str:
     ]
     for disk in backup.disks:
         why = f" ({REASON_TEXT[disk.reason]})" if disk.reason else ""
+        compared = ", compared with its parent" if disk.made_by == "compare" else ""
         lines += [
             "",
             facts(
                 [
-                    (f"disk {disk.name}", f"{disk.kind}{why}"),
+                    (f"disk {disk.name}", f"{disk.kind}{compared}{why}"),
                     ("  size", f"{format_size(disk.virtual_size_bytes)} as the guest sees it"),
                     ("  copied", format_size(disk.copied_bytes)),
                     ("  stored", format_size(disk.stored_bytes)),
                     ("  file", f"{repository}/{disk.file}"),
                     ("  parent", disk.parent or "-"),
+                    *_merging(disk.merged),
                     ("  BLAKE3", disk.blake3),
                     ("  source", f"{disk.source.filename} ({disk.source.format})"),
                     *_encryption(disk),

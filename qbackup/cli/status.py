@@ -73,6 +73,7 @@ def _document(status: VmStatus) -> dict[str, Any]:
                 "name": disk.name,
                 "virtual_size_bytes": disk.virtual_size_bytes,
                 "last_backup": disk.last_backup,
+                "next_method": disk.next_method,
                 "bitmap": {
                     "trusted": disk.bitmap.trusted,
                     "reason": disk.bitmap.reason,
@@ -113,5 +114,6 @@ def _row(disk: DiskStatus) -> tuple[str, str, str, str]:
     if bitmap.reason is None:
         following = "incremental"
     else:
-        following = f"full ({bitmap.reason}: {bitmap.detail or REASON_TEXT[bitmap.reason]})"
+        what = "full" if disk.next_method == "copy" else disk.next_method
+        following = f"{what} ({bitmap.reason}: {bitmap.detail or REASON_TEXT[bitmap.reason]})"
     return f"  {disk.name}", format_size(disk.virtual_size_bytes), changed, following

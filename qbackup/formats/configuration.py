@@ -20,6 +20,7 @@ from qbackup.model.backup import (
     MIN_GRANULARITY_BYTES,
 )
 from qbackup.model.chain import DEFAULT_MAX_CHAIN, LARGEST_MAX_CHAIN
+from qbackup.model.consolidation import When
 from qbackup.model.health import (
     DEFAULT_CRITICAL_FREE,
     DEFAULT_WARN_FREE,
@@ -38,7 +39,10 @@ T = TypeVar("T")
 Engine = Literal["snapshot", "direct", "drive-backup"]
 """How the bytes get into the repository: docs/architecture.md, "Engines"."""
 
+Accelerator = Literal["tcg", "kvm"]
+
 DEFAULT_STALL_TIMEOUT_S = 300.0
+DEFAULT_CONSOLIDATE: When = "worthwhile"
 MIN_STALL_TIMEOUT_S = 1.0
 
 DEFAULT_HOOK_TIMEOUT_S = 300.0
@@ -74,6 +78,10 @@ class Vm:
     keep: Rules | None = None
     """The VM's own rules of retention, in place of the global ones; None means these."""
     max_chain: int = DEFAULT_MAX_CHAIN
+    consolidate: When = DEFAULT_CONSOLIDATE
+    """When backups may be merged; a chain that is full begins anew from its images, or never."""
+    compare: bool = True
+    """Whether digests are kept, and a disk whose bitmap is not trusted is compared by them."""
     trust_block_devices: bool | None = None
     """As `Configuration.trust_block_devices`."""
     images: Mapping[str, "ConfiguredImage"] = field(default_factory=dict)
@@ -118,12 +126,24 @@ class Configuration:
     """True: a fingerprint is enough. False: never. None: if the kernel proves that nobody wrote."""
     vms: dict[str, Vm]
     keep: Rules = NO_RULES
+    boot_accel: Accelerator = "tcg"
+    """What throw-away VMs run with; nothing else is chosen by itself."""
     parallel: int = DEFAULT_PARALLEL
     """How many VMs are worked on at once."""
+    consolidate: When = DEFAULT_CONSOLIDATE
+    max_chain: int = DEFAULT_MAX_CHAIN
     metrics: Path | None = None
     """Where the metrics for Prometheus go, None: nowhere."""
     warn_free: FreeLimit = DEFAULT_WARN_FREE
     critical_free: FreeLimit = DEFAULT_CRITICAL_FREE
+
+    def consolidation(self, name: str) -> tuple[When, int]:
+        """Return when a VM's backups are merged, and how many a chain may have.
+
+        The VM need not be in the file.
+        """
+        vm = self.vms.get(name, self)
+        return vm.consolidate, vm.max_chain
 
     def rules(self, name: str) -> Rules:
         """Return what of a VM's backups is kept; the VM need not be in the file (any more)."""
@@ -155,6 +175,8 @@ class _VmTable:
     granularity: str | int = "64K"
     engine: Literal["snapshot", "direct", "drive-backup", "blockdev-backup"] = "snapshot"
     max_chain: int | None = None
+    consolidate: When | None = None
+    compare: bool = True
     warn_age: str | None = None
     critical_age: str | None = None
     keep: dict[str, Any] | None = None
@@ -200,6 +222,7 @@ class _File:
     metrics: str | None = None
     warn_free: str | None = None
     critical_free: str | None = None
+    boot_accel: Accelerator = "tcg"
     keep: dict[str, Any] | None = None
     hooks: dict[str, Any] | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -232,7 +255,10 @@ _EXPECTED = {
     "repository": 'a directory, such as repository = "/srv/backups"',
     "state": 'a directory, such as state = "/var/lib/qbackup"',
     "trust_block_devices": "true or false",
+    "compare": "true or false",
     "max_chain": f"a number of backups from 1 to {LARGEST_MAX_CHAIN}, such as max_chain = 100",
+    "consolidate": '"always", "worthwhile" or "never"',
+    "boot_accel": '"tcg" or "kvm"',
     "parallel": f"how many VMs at once, a number from 1 to {MAX_PARALLEL}",
     "defaults": "a table [defaults] with keys that every VM has",
     "vm": "tables such as [vm.vm1]",
@@ -292,6 +318,8 @@ def parse_configuration(
         trust_block_devices=top.trust_block_devices,
         vms=_vms(tables, shared),
         keep=_rules(top.keep or {}, path=path, where="keep"),
+        consolidate=top.defaults.get("consolidate", DEFAULT_CONSOLIDATE),
+        max_chain=top.defaults.get("max_chain", shared.max_chain),
         parallel=top.parallel,
         metrics=None if top.metrics is None else folder / top.metrics,
         **{
@@ -299,6 +327,7 @@ def parse_configuration(
             for key in ("warn_free", "critical_free")
             if (value := getattr(top, key)) is not None
         },
+        boot_accel=top.boot_accel,
     )
 
 
@@ -413,6 +442,7 @@ def _vm(name: str, table: _VmTable, *, path: Path, where: str, shared: _Shared) 
             if table.max_chain is None
             else _max_chain(table.max_chain, where=f"{place}.max_chain")
         ),
+        consolidate=table.consolidate or DEFAULT_CONSOLIDATE,
         warn_age_s=warn_age_s,
         critical_age_s=critical_age_s,
         files=tuple(
@@ -428,6 +458,7 @@ def _vm(name: str, table: _VmTable, *, path: Path, where: str, shared: _Shared) 
             if table.hook_timeout is None
             else _duration_s(table.hook_timeout, key="hook_timeout", where=place)
         ),
+        compare=table.compare,
     )
 
 
@@ -654,6 +685,7 @@ state = {_quoted(state)}
 # metrics = "/var/lib/prometheus/node-exporter/qbackup.prom"  # for Prometheus's node exporter
 # warn_free = "10%"                   # for qbackup status --check: of the room for backups
 # critical_free = "5%"
+# boot_accel = "kvm"                  # what qbackup boot runs with; default: "tcg"
 # parallel = {DEFAULT_PARALLEL}                        # how many VMs at once (--all)
 
 # What qbackup prune keeps: the newest backup of each of so many periods that have one. A table
@@ -685,9 +717,13 @@ state = {_quoted(state)}
 # agent = "/run/vm1/qga.sock"         # guest agent: freeze file systems for the instant
 # disks = ["system", "data"]          # default: every writable disk
 # granularity = "{granularity}"                 # bytes per bit of the dirty bitmap, 4K to 2M
+# compare = true                      # after a crash, store what differs from the last backup;
+#                                     # false: keep no digests, and back up in full
 # engine = "snapshot"                 # or "direct": QEMU writes the backup itself, and a slow
 #                                     # repository slows the guest; "drive-backup" is like it
 # max_chain = {DEFAULT_MAX_CHAIN}                     # for this VM alone
+# consolidate = "worthwhile"          # merge backups that no rule keeps into those that need them:
+#                                     # "always", "worthwhile" (copy no full for little), "never"
 # warn_age = "26h"                    # for qbackup status --check: how old the newest backup may be
 # critical_age = "50h"
 # hook_timeout = "5m"                 # after which a hook is killed

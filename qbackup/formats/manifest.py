@@ -4,12 +4,16 @@ Decoding checks everything that later becomes a path or a size: a manifest is a 
 files are damaged and forged.
 """
 
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import MAXYEAR, MINYEAR, datetime
+from typing import Any
 
+from qbackup.formats.digests import max_file_size_bytes
 from qbackup.formats.documents import DocumentError, convert, decode_document, encode_document
 from qbackup.formats.vm_files import check_files
-from qbackup.model.backup import MAX_DISK_BYTES, Backup, SourceImage
+from qbackup.model.backup import MAX_DISK_BYTES, Backup, DiskBackup, SourceImage
 from qbackup.model.names import is_backup_id, is_safe_name
 from qbackup.model.secrets import redacted, redacted_command_line
 
@@ -17,11 +21,20 @@ MANIFEST_FILE = "manifest.json"
 FORMAT_NAME = "qbackup-manifest"
 VERSION = 1
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+_SELDOM = ("merged", "replaces")
+"""Keys of a disk that are left out where there is nothing to say."""
+DIGESTS_SUFFIX = ".digests"
+
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 def encode_manifest(backup: Backup, *, repository_id: str) -> bytes:
     """Write a backup's manifest; wherever its values come from, the VM's secrets stay out."""
-    content = {"repository": repository_id, **asdict(without_secrets(backup))}
+    content: dict[str, Any] = {"repository": repository_id, **asdict(without_secrets(backup))}
+    for disk in content["disks"]:
+        for key in _SELDOM:
+            if disk[key] is None:
+                del disk[key]
     return encode_document(format_name=FORMAT_NAME, version=VERSION, content=content)
 
 
@@ -39,7 +52,7 @@ def decode_manifest(data: bytes, *, repository_id: str, vm: str, backup_id: str)
         raise DocumentError(f"it is the manifest of {backup.vm} {backup.id}")
     if not _is_time(backup.time):
         raise DocumentError(f"{backup.time!r} is not a time")
-    for reference in (backup.chain, backup.parent, *(disk.parent for disk in backup.disks)):
+    for reference in (backup.chain, backup.parent, *_references(backup)):
         if reference is not None and not is_backup_id(reference):
             raise DocumentError(f"{reference!r} is not a backup id")
     seen: set[str] = set()
@@ -51,11 +64,36 @@ def decode_manifest(data: bytes, *, repository_id: str, vm: str, backup_id: str)
             raise DocumentError(f"disk {disk.name}: file {disk.file!r} is not where it belongs")
         if not 0 <= disk.virtual_size_bytes <= MAX_DISK_BYTES:
             raise DocumentError(f"disk {disk.name}: size {disk.virtual_size_bytes} is impossible")
-        if (disk.kind == "full") != (disk.parent is None):
-            raise DocumentError(f"disk {disk.name}: {disk.kind} with parent {disk.parent}")
+        for image in (disk, disk.replaces):
+            if image is not None and (image.kind == "full") != (image.parent is None):
+                raise DocumentError(f"disk {disk.name}: {image.kind} with parent {image.parent}")
+        _check_digests(vm, backup_id, disk)
     if backup.files:
         check_files(backup.files)
     return backup
+
+
+def _references(backup: Backup) -> Iterator[str | None]:
+    """Yield everything in the disks that must be a backup id."""
+    for disk in backup.disks:
+        for image in (disk, disk.replaces):
+            if image is not None:
+                yield image.parent
+                if image.merged is not None:
+                    yield from (image.merged.parent, image.merged.oldest)
+
+
+def _check_digests(vm: str, backup_id: str, disk: DiskBackup) -> None:
+    digests = disk.digests
+    if digests is None:
+        return
+    where = f"disk {disk.name}: digests"
+    if digests.file != digests_file(vm, backup_id, disk.name):
+        raise DocumentError(f"{where}: file {digests.file!r} is not where it belongs")
+    if digests.file_size_bytes > max_file_size_bytes(disk.virtual_size_bytes):
+        raise DocumentError(f"{where}: {digests.file_size_bytes} bytes are impossible")
+    if not _HASH.fullmatch(digests.root):
+        raise DocumentError(f"{where}: {digests.root!r} is no hash")
 
 
 def _is_time(text: str) -> bool:
@@ -92,6 +130,11 @@ def _source_without_secrets(source: SourceImage) -> SourceImage:
 def disk_file(vm: str, backup_id: str, disk: str) -> str:
     """Return where a disk's image stands, relative to the repository."""
     return f"{vm}/{backup_id}/{disk}.qcow2"
+
+
+def digests_file(vm: str, backup_id: str, disk: str) -> str:
+    """Return where the digests of a disk's blocks stand, relative to the repository."""
+    return f"{vm}/{backup_id}/{disk}{DIGESTS_SUFFIX}"
 
 
 def backing_file(parent: str, disk: str) -> str:

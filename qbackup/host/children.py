@@ -96,7 +96,6 @@ async def child(
     folder: Path | None = None,
     pass_fds: Sequence[int] = (),
     streams: Streams | None = None,
-    death_signal: signal.Signals = signal.SIGTERM,
 ) -> AsyncIterator[Child]:
     """Run a program in `folder` for the duration of a block, and no longer than we live.
 
@@ -119,7 +118,7 @@ async def child(
             cwd=folder,
             pass_fds=pass_fds,
             process_group=None if streams.stdin == "inherit" else 0,
-            preexec_fn=_prepared(os.getpid(), death_signal),
+            preexec_fn=_prepared(os.getpid()),
         )
     except FileNotFoundError as err:
         raise missing(program, package) from err
@@ -145,12 +144,12 @@ async def read_tail(stream: asyncio.StreamReader) -> str:
     return kept.decode(errors="replace").strip()
 
 
-def _prepared(parent: int, death_signal: signal.Signals) -> Callable[[], None]:
+def _prepared(parent: int) -> Callable[[], None]:
     """Return what a child does before it becomes the program."""
     libc = ctypes.CDLL(None)  # loaded here: a child of fork(2) had better not
 
     def prepare() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
+        libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)  # we died before the kernel was told
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

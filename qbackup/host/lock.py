@@ -5,6 +5,8 @@
     restore, verify, protect   -            shared           reads backups that must stay
     prune                      alone        alone            removes backups
 
+A backup that exchanges images of one that is there is alone for the moment of that.
+
 So backups exclude each other, readers never do, a backup runs beside a restore, and whoever
 removes is alone. Both bytes are taken in one call: nobody holds one and waits for the other.
 
@@ -38,6 +40,7 @@ def _lock(kind: int, *, first: int, length: int) -> bytes:
 
 _CHANGES = _lock(fcntl.F_WRLCK, first=0, length=1)
 _READING = _lock(fcntl.F_RDLCK, first=1, length=1)
+_NOT_READING = _lock(fcntl.F_UNLCK, first=1, length=1)
 _ALONE = _lock(fcntl.F_WRLCK, first=0, length=2)
 
 
@@ -55,6 +58,19 @@ class HeldLock:
         """
         fd, self.fd = self.fd, -1
         await in_thread(os.close, fd)
+
+    @asynccontextmanager
+    async def alone(self, *, vm: str, wait_s: float) -> AsyncIterator[None]:
+        """Keep readers out, too, for the duration of a block; wait so long for those there are.
+
+        Raises:
+            LockedError: another process reads.
+        """
+        await _acquire(self.fd, _ALONE, vm=vm, wait_s=wait_s, required=True)
+        try:
+            yield
+        finally:
+            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _NOT_READING)
 
     def close(self) -> None:
         """Give the lock back, unless it was handed over."""

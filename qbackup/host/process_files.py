@@ -71,6 +71,10 @@ class ProcessFiles:
                 if identity is not None:
                     self._descriptors.setdefault(identity, []).append(int(entry.name))
 
+    def has(self, identity: FileIdentity) -> bool:
+        """Tell whether the process has this very file open."""
+        return identity in self._descriptors
+
     @property
     def life(self) -> str:
         """What distinguishes this process from every other one, on this host, ever."""
@@ -200,6 +204,22 @@ class ProcessFiles:
             else:
                 here, depth = here / part, depth + 1
         return here
+
+
+def find_users(identity: FileIdentity) -> list[str]:
+    """Return which other processes, and loop devices, have a file open, as far as we may see."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        pid = int(entry.name)
+        with suppress(OSError):
+            if pid != os.getpid() and ProcessFiles(pid).has(identity):
+                name = _text(entry / "comm")
+                found.append(f"process {pid} ({name})")
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):
+            if identity_of(Path(_text(backing)).stat()) == identity:
+                found.append(f"/dev/{backing.parent.parent.name}")
+    return found
 
 
 def find_writer(identities: Collection[FileIdentity]) -> HostProcess | None:

@@ -51,8 +51,9 @@ async def convert(
 ) -> None:
     """Copy a chain of qcow2 images, the full first, as its newest shows it, to `target`, sparse.
 
-    `target_exists` means a block device: nothing is created, zeroes are written where the
-    disk has zeroes. `on_fraction` is told how far it is, from 0 to 1. The caller syncs.
+    `target_exists` means a block device, or an image of the same size: nothing is created, zeroes
+    are written where the disk has zeroes. `on_fraction` is told how far it is, from 0 to 1.
+    The caller syncs.
 
     Raises:
         RestoreError: qemu-img is not installed, or it failed.
@@ -75,7 +76,7 @@ async def convert(
     base = {
         "driver": target_format,
         "file": {
-            "driver": "host_device" if target_exists else "file",
+            "driver": "host_device" if target.is_block_device() else "file",
             "filename": _file_argument(target),
         },
     }

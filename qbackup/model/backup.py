@@ -4,7 +4,7 @@ These values are the manifest and, without its inner facts, the `--json` summary
 nothing of where they are stored or how they were made.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -13,6 +13,10 @@ from msgspec import Meta
 from qbackup.model import limits
 
 Kind = Literal["full", "incremental"]
+
+Method = Literal["copy", "bitmap", "compare"]
+"""How it was known what to store: everything was, a bitmap said it, or the disk was compared with
+its last backup."""
 
 Consistency = Literal["crash", "filesystem", "paused", "off"]
 
@@ -28,6 +32,7 @@ Reason = Literal[
     "granularity-changed",
     "wrong-disk",
     "wrong-checkpoint",
+    "bitmap-wrong",
     # Why no bitmap of the disk can be trusted, ever:
     "shared",
     "throw-away",
@@ -51,6 +56,8 @@ REASON_TEXT: dict[Reason, str] = {
     "granularity-changed": "the configured granularity is not the bitmap's",
     "wrong-disk": "the bitmap belongs to another disk",
     "wrong-checkpoint": "the bitmap does not belong to the newest usable backup",
+    "bitmap-wrong": "a block that the bitmap calls unchanged has changed; backups made since the "
+    "bitmap began to miss writes may be wrong, too",
     "shared": "the image may be written by others than this QEMU (share-rw=on or locking=off)",
     "throw-away": "the disk is a throw-away overlay (snapshot=on), gone when QEMU ends",
     "migrated": "the guest came from another QEMU or a file, or went to one; bitmaps do not",
@@ -61,13 +68,40 @@ REASON_TEXT: dict[Reason, str] = {
 }
 """Each reason, said to people."""
 
+COMPARED: dict[Reason, bool] = {
+    # A bitmap that is not trusted says nothing of the disk, and nothing against its last backup:
+    "missing": True,
+    "unclean": True,
+    "corrupt": True,
+    "unsupported": True,
+    "unproven": True,
+    "granularity-changed": True,
+    "wrong-disk": True,
+    "wrong-checkpoint": True,
+    "bitmap-wrong": True,
+    "migrated": True,
+    # Whatever it is that the disk is now on, its bytes are compared, not its name:
+    "image-changed": True,
+    "throw-away": True,
+    # It was another size in between. Digests of a disk of another size than now are refused.
+    "size-changed": True,
+    # Others may write; what is read once is digested, and stored or not, from the same buffer.
+    "shared": True,
+    # There is nothing to compare with, or the chain must not go on:
+    "new-disk": False,
+    "no-parent": False,
+    "chain-full": False,
+    # `full` copies.
+    "requested": False,
+}
+"""For each reason, whether the disk may be compared with its last backup instead of copied."""
 UNTRUSTED_REASONS: frozenset[Reason] = frozenset(REASON_TEXT) - {
     "new-disk",
     "requested",
     "no-parent",
     "chain-full",
 }
-"""Reasons for a full backup that are about the disk's bitmap."""
+"""Reasons that are about the disk's bitmap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,13 +193,57 @@ class SourceImage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """What a disk's image has taken in of older backups, and how it was when it was taken.
+
+    `kind` and `parent` are those of the backup as it was taken. `count` is how many backups' images
+    it took in, `oldest` the first of these; the parent and whatever was below it, newest first.
+    """
+
+    kind: Kind
+    parent: str | None
+    count: Annotated[int, Meta(ge=1)]
+    oldest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Former:
+    """The facts of an image that another one is about to replace; see `DiskBackup.replaces`."""
+
+    kind: Kind
+    parent: str | None
+    stored_bytes: ByteCount
+    file_size_bytes: ByteCount
+    blake3: str
+    merged: Merged | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Digests:
+    """The file of digests beside an image: where (relative to the repository), how long, its hash.
+
+    `root` binds what is read of it piece by piece (`formats/digests.py`). Both are hexadecimal.
+    """
+
+    file: str
+    file_size_bytes: ByteCount
+    blake3: str
+    root: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DiskBackup:
     """One disk of one backup.
 
     `file` is relative to the repository; `parent` is the backup whose file of the same disk
     is this file's backing file, None for a full. `copied_bytes` is what the job went through,
     `stored_bytes` is what the file takes on the repository's disk, `file_size_bytes` its
-    length, and `blake3` the hash of its whole content in hexadecimal.
+    length, and `blake3` the hash of its whole content in hexadecimal. `method` is None in backups
+    of old; `digests` is None in those, of engines that have none, and where it was not wanted.
+
+    `kind` and `parent` are those of the file as it is. `merged` says what it took in of older
+    backups since it was written, None if nothing. `replaces` is there only while the file is being
+    exchanged (`repository/replacement.py`): the one that may still be in its place.
     """
 
     name: str
@@ -180,6 +258,77 @@ class DiskBackup:
     file_size_bytes: ByteCount
     blake3: str
     source: SourceImage
+    method: Method | None = None
+    digests: Digests | None = None
+    merged: Merged | None = None
+    replaces: Former | None = None
+
+    def as_before(self) -> "DiskBackup":
+        """Return the disk with the file that `replaces` describes."""
+        before = self.replaces
+        if before is None:
+            return self
+        return replace(
+            self,
+            kind=before.kind,
+            parent=before.parent,
+            stored_bytes=before.stored_bytes,
+            file_size_bytes=before.file_size_bytes,
+            blake3=before.blake3,
+            merged=before.merged,
+            replaces=None,
+        )
+
+    def with_image(
+        self,
+        *,
+        parent: str | None,
+        merged: Merged,
+        stored_bytes: int,
+        file_size_bytes: int,
+        blake3: str,
+        digests: Digests | None,
+    ) -> "DiskBackup":
+        """Return the disk with a new file that shows the same, and this one as what it replaces.
+
+        What is not said here of the new file is not known: nothing of the old one may be left
+        that tells what is in it, or beside it.
+        """
+        return DiskBackup(
+            name=self.name,
+            kind="incremental" if parent else "full",
+            reason=self.reason,
+            parent=parent,
+            virtual_size_bytes=self.virtual_size_bytes,
+            granularity_bytes=self.granularity_bytes,
+            copied_bytes=self.copied_bytes,
+            stored_bytes=stored_bytes,
+            file=self.file,
+            file_size_bytes=file_size_bytes,
+            blake3=blake3,
+            source=self.source,
+            method=self.method,
+            digests=digests,
+            merged=merged,
+            replaces=Former(
+                kind=self.kind,
+                parent=self.parent,
+                stored_bytes=self.stored_bytes,
+                file_size_bytes=self.file_size_bytes,
+                blake3=self.blake3,
+                merged=self.merged,
+            ),
+        )
+
+    @property
+    def made_by(self) -> Method:
+        """The method, also where it was not written down."""
+        return self.method or ("copy" if self.kind == "full" else "bitmap")
+
+    @property
+    def word(self) -> str:
+        """What tables say that it is: its kind, or that it was compared."""
+        return "compare" if self.made_by == "compare" else self.kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +361,8 @@ class Backup:
 
     `time` is what the clock said at that instant, in ISO 8601 (UTC), right or wrong; the id
     alone tells the order of a VM's backups. `chain` is the id of the full that the chain
-    began with; `parent` is the newest backup that a disk of this one builds on.
+    began with, which may be gone by now; `parent` is the newest backup that a disk of this one
+    builds on.
     """
 
     id: str
@@ -239,10 +389,25 @@ class Backup:
         """Return the disk of that name, None if the backup does not hold it."""
         return next((disk for disk in self.disks if disk.name == name), None)
 
+    def with_disks(self, disks: list[DiskBackup]) -> "Backup":
+        """Return the backup with other images of the same disks."""
+        parents = [disk.parent for disk in disks if disk.parent is not None]
+        return replace(self, disks=disks, parent=max(parents, default=None))
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether images of it are being exchanged, or were by somebody who was killed."""
+        return any(disk.replaces is not None for disk in self.disks)
+
     @property
     def kind(self) -> Kind:
         """Incremental if any disk of it is: then it needs its chain."""
         return "incremental" if any(d.kind == "incremental" for d in self.disks) else "full"
+
+    @property
+    def word(self) -> str:
+        """What tables say that it is: its kind, or that a disk of it was compared."""
+        return "compare" if any(d.word == "compare" for d in self.disks) else self.kind
 
     @property
     def virtual_size_bytes(self) -> int:
@@ -268,12 +433,14 @@ class Backup:
                 {
                     "name": disk.name,
                     "kind": disk.kind,
+                    "method": disk.made_by,
                     "reason": disk.reason,
                     "parent": disk.parent,
                     "virtual_size_bytes": disk.virtual_size_bytes,
                     "copied_bytes": disk.copied_bytes,
                     "stored_bytes": disk.stored_bytes,
                     "file": disk.file,
+                    "merged": disk.merged.count if disk.merged else 0,
                 }
                 for disk in self.disks
             ],

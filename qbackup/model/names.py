@@ -26,6 +26,9 @@ PARTIAL_SUFFIX = ".partial"
 REMOVED_SUFFIX = ".removed"
 """What `prune` has taken away, and not deleted yet."""
 
+MERGED_SUFFIX = ".merged"
+"""New images of a backup, which show what its old ones do together with older backups."""
+
 RESERVED_PREFIX = "qbackup-"
 """Jobs, nodes, exports, fd sets and bitmaps in QEMU whose name starts so are ours."""
 

@@ -30,6 +30,7 @@ Reason = Literal[
     "needed-by",
     "damaged",
     "no-rule",
+    "merge",
     "remove",
 ]
 
@@ -37,6 +38,7 @@ _TEXT: dict[Reason, str] = {
     "newest-of-disk": "newest of disk",
     "needed-by": "needed by",
     "no-rule": "no rule given",
+    "merge": "merge into",
 }
 """Reasons that people are told in other words."""
 
@@ -88,7 +90,7 @@ class Verdict:
     @property
     def keep(self) -> bool:
         """Whether the backup stays."""
-        return self.reason != "remove"
+        return self.reason not in ("remove", "merge")
 
     @property
     def text(self) -> str:

@@ -16,14 +16,16 @@ import stat
 from pathlib import Path
 
 from qbackup.errors import RemovalError
-from qbackup.formats.manifest import MANIFEST_FILE
+from qbackup.formats.manifest import DIGESTS_SUFFIX, MANIFEST_FILE
 from qbackup.formats.vm_files import ARCHIVE_FILE
 from qbackup.host import durable
-from qbackup.model.names import REMOVED_SUFFIX, is_backup_id
+from qbackup.model.names import REMOVED_SUFFIX
 from qbackup.model.progress import Reporter
+from qbackup.repository.leftovers import named_after_backups
 
 PROTECTED_FILE = "protected"
 IMAGE_SUFFIX = ".qcow2"
+_SUFFIXES = (IMAGE_SUFFIX, DIGESTS_SUFFIX)
 _OURS = frozenset({MANIFEST_FILE, PROTECTED_FILE, ARCHIVE_FILE})
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -60,12 +62,7 @@ async def finish(vm_directory: Path, reporter: Reporter) -> None:
 
 def taken_away(vm_directory: Path) -> list[Path]:
     """Return what was taken away and not wholly deleted."""
-    try:
-        with os.scandir(vm_directory) as entries:
-            names = sorted(e.name for e in entries if e.name.endswith(REMOVED_SUFFIX))
-    except FileNotFoundError:
-        return []
-    return [vm_directory / n for n in names if is_backup_id(n.removesuffix(REMOVED_SUFFIX))]
+    return named_after_backups(vm_directory, REMOVED_SUFFIX)
 
 
 async def delete(directory: Path, reporter: Reporter) -> None:
@@ -103,7 +100,7 @@ def _delete_ours(fd: int) -> list[str]:
     with os.scandir(fd) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:
-        ours = entry.name in _OURS or entry.name.endswith(IMAGE_SUFFIX)
+        ours = entry.name in _OURS or entry.name.endswith(_SUFFIXES)
         if ours and not entry.is_dir(follow_symlinks=False):
             os.unlink(entry.name, dir_fd=fd)
         else:

@@ -8,6 +8,7 @@ REPO/vm1/<backup id>/files.tar.gz      the VM's small files that are no disks, i
 REPO/vm1/<backup id>/protected         if it is there, `prune` leaves the backup alone
 REPO/vm1/<backup id>.partial/          being written
 REPO/vm1/<backup id>.removed/          being deleted (`removal.py`)
+REPO/vm1/<backup id>.merged/           new images on their way in (`replacement.py`)
 """
 
 import asyncio
@@ -37,7 +38,10 @@ from qbackup.host.files import read_bounded
 from qbackup.host.lock import HeldLock, is_locked, locked, locked_alone, locked_for_reading
 from qbackup.model.backup import Backup
 from qbackup.model.names import PARTIAL_SUFFIX, is_backup_id, is_safe_name
+from qbackup.model.progress import Reporter
+from qbackup.repository.leftovers import named_after_backups
 from qbackup.repository.removal import PROTECTED_FILE
+from qbackup.repository.replacement import Place, as_it_is, finish, staged
 
 REPOSITORY_FILE = "qbackup.json"
 _PROTECTED_TEXT = b"qbackup prune keeps this backup while this file is here.\n"
@@ -198,17 +202,20 @@ class Repository:
 
     def partials(self, vm: str) -> list[Path]:
         """Return what interrupted runs left, or what a running one is writing."""
+        return named_after_backups(self.vm_directory(vm), PARTIAL_SUFFIX)
+
+    def replacement(self, vm: str, backup_id: str) -> Place:
+        """Return where new images of a backup are put; see `replacement.py`."""
+        return Place(self.vm_directory(vm), backup_id, repository_id=self.id)
+
+    def replacements(self, vm: str) -> list[Path]:
+        """Return the new images of backups that an interrupted run left."""
+        return staged(self.vm_directory(vm))
+
+    async def finish_replacements(self, vm: str, reporter: Reporter, *, alone: bool) -> None:
+        """Finish or remove what an interrupted run left; see `replacement.finish`."""
         directory = self.vm_directory(vm)
-        try:
-            with os.scandir(directory) as entries:
-                names = [e.name for e in entries if e.name.endswith(PARTIAL_SUFFIX)]
-        except FileNotFoundError:
-            return []
-        return [
-            directory / name
-            for name in sorted(names)
-            if is_backup_id(name.removesuffix(PARTIAL_SUFFIX))
-        ]
+        await finish(directory, reporter, repository_id=self.id, alone=alone)
 
     def backup(self, vm: str, backup_id: str) -> Backup:
         """Read one backup's manifest.
@@ -228,7 +235,8 @@ class Repository:
             )
         try:
             data = read_bounded(path, MAX_MANIFEST_BYTES)
-            return decode_manifest(data, repository_id=self.id, vm=vm, backup_id=backup_id)
+            found = decode_manifest(data, repository_id=self.id, vm=vm, backup_id=backup_id)
+            return as_it_is(Path(directory), found) if found.is_changing else found
         except FileNotFoundError as err:
             if not Path(directory).is_dir():
                 raise BackupNotFoundError(f"{vm}: there is no backup {backup_id}") from err
@@ -272,7 +280,7 @@ class Repository:
     async def set_protected(self, vm: str, backup_id: str, *, protected: bool) -> None:
         """Let `prune` leave a backup alone, or not, durably.
 
-        The mark is no part of the manifest, which is never written again; it goes with the
+        The mark is no part of the manifest, which says what was backed up; it goes with the
         directory wherever that is copied.
 
         Raises:

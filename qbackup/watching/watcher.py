@@ -219,7 +219,7 @@ class Watcher:
             self._tell_not_kept()
             return Ending.NOT_KEPT
         self._reporter.warning(
-            f"{self._vm.name}: QEMU ended without warning; the next backup will be a full one"
+            f"{self._vm.name}: QEMU ended without warning; the next backup cannot go by the bitmaps"
         )
         return Ending.GONE
 
@@ -607,7 +607,7 @@ class Watcher:
     def _not_kept(self) -> str:
         return (
             f"{self._vm.name}: its bitmaps are not kept, since this QEMU's images may be written "
-            "elsewhere; the next backup will be a full one"
+            "elsewhere; the next backup cannot go by the bitmaps"
         )
 
     def _tell_not_kept(self) -> None:
@@ -654,7 +654,7 @@ class Watcher:
                     f"{self._vm.name}: the guest ran again before QEMU ended; nothing is trusted"
                 )
             if problem is not None:
-                raise QbackupError(problem, hint="the next backup will be a full one")
+                raise QbackupError(problem, hint="the next backup cannot go by the bitmaps")
             if not self._is_worth_saving(condition):
                 self._tell_not_kept()
                 return Ending.NOT_KEPT
@@ -694,7 +694,7 @@ class Watcher:
         except Exception as err:
             raise QbackupError(
                 f"{self._vm.name}: the bitmaps could not be saved: {_text(err)}",
-                hint="the next backup will be a full one",
+                hint="the next backup cannot go by the bitmaps",
             ) from err
 
     async def _bring_to_rest(self, monitor: Monitor) -> None:

@@ -1,17 +1,20 @@
 """Which clusters of a disk a backup may have to store: known before the first is read.
 
 For a full those that the export does not call zero; for an incremental those that a dirty
-granule touches. They are kept by region (what one L2 table covers, 8192 clusters), each in
-its shortest form, so that the memory that they take is bounded: 1 KiB for a region at worst,
-32 MiB for 16 TiB of which every second cluster is dirty.
+granule touches; for a comparison all that are not known as zero now and before. They are kept by
+region (what one L2 table covers, 8192 clusters), each in its shortest form, so that the memory that
+they take is bounded: 1 KiB for a region at worst, 32 MiB for 16 TiB of which every second cluster
+is dirty.
 
 A region's clusters are runs of one kind: DATA is read, and has a place in the file; ZERO is dirty
-and known to be zero, so that it need not be read; NONE is no candidate.
+and known to be zero, so that it need not be read; NONE is no candidate. ZERO runs are of whole
+blocks (`formats/digests.py`), and so is everything in a comparison.
 """
 
 import struct
 from collections.abc import Callable, Iterable, Iterator
 
+from qbackup.formats.digests import BLOCK_CLUSTERS
 from qbackup.formats.qcow2_layout import CLUSTER_BYTES, REGION_CLUSTERS, l1_entry_count
 from qbackup.model.bitmap_runs import CHUNK_BITS, CHUNK_BYTES, Kind, unpack_runs
 from qbackup.writer.nbd import MAX_STATUS_REQUEST_BYTES, STATE_ZERO, NbdConnection
@@ -201,8 +204,43 @@ def incremental_candidates(
             found.add(low, end, DATA)
             continue
         for first, last, zero in asking.states(low, end):
-            found.add(first, last, ZERO if zero else DATA)
+            inner = _whole_blocks(first, last, found.cluster_count) if zero else (last, last)
+            found.add(first, inner[0], DATA)
+            found.add(*inner, ZERO)
+            found.add(inner[1], last, DATA)
     return found.finish()
+
+
+def compared_candidates(
+    nbd: NbdConnection,
+    virtual_size_bytes: int,
+    not_zero_before: Callable[[int, int], Iterable[tuple[int, int]]],
+) -> Candidates:
+    """Return what a comparison has to look at, in whole blocks.
+
+    `not_zero_before` returns, of the blocks from the first to before the second, the runs that may
+    have held anything.
+    """
+    found = Candidates(virtual_size_bytes)
+    for start, end, zero in _Asking(nbd).states(0, found.cluster_count):
+        if not zero:
+            first = start // BLOCK_CLUSTERS * BLOCK_CLUSTERS
+            found.add(first, -(-end // BLOCK_CLUSTERS) * BLOCK_CLUSTERS, DATA)
+            continue
+        first, last = _whole_blocks(start, end, found.cluster_count)
+        if first == last:
+            continue
+        blocks = not_zero_before(first // BLOCK_CLUSTERS, -(-last // BLOCK_CLUSTERS))
+        for low, high in blocks:
+            found.add(low * BLOCK_CLUSTERS, high * BLOCK_CLUSTERS, ZERO)
+    return found.finish()
+
+
+def _whole_blocks(start: int, end: int, cluster_count: int) -> tuple[int, int]:
+    """Return the part of a run that is of whole blocks, empty at its end if there is none."""
+    first = -(-start // BLOCK_CLUSTERS) * BLOCK_CLUSTERS
+    last = end if end == cluster_count else end // BLOCK_CLUSTERS * BLOCK_CLUSTERS
+    return (first, last) if first < last else (end, end)
 
 
 class _Asking:

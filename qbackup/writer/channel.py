@@ -5,7 +5,8 @@ bitmap or a manifest, is in a file without a name whose descriptor goes with the
 
 The parent says (`do`)
     begin    partial, final                make the directory of the backup
-    copy     disk, file, socket, export …  (`client.CopyRequest`), with the bitmap's descriptor
+    copy     disk, file, socket, export …  (`client.CopyRequest`), with up to three descriptors: the
+                                           bitmap's, the chain's, that of a connection
     rate     disk, bytes_per_s
     publish  extra                         with the descriptor of the last file's content, and, if
                                            `extra` names one, that of another file's before it
@@ -14,7 +15,7 @@ The parent says (`do`)
 The process says (`is`)
     ready · begun · published · discarded
     progress  disk, done, total, beats     now and then
-    copied    disk, copied, stored, file_size, blake3
+    copied    disk, copied, stored, file_size, blake3, method, digests, digests_problem
     failed    at (what was to be done), disk, kind, errno, path, message, renamed
 
 `kind` says who is at fault: `source` (the export), `protocol` (it does not speak as it has to),
@@ -70,6 +71,18 @@ def spooled(*parts: bytes) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def spooled_json(content: object) -> int:
+    """Return the descriptor of a file without a name that holds a document; see `read_spooled`."""
+    return spooled(json.dumps(content, ensure_ascii=True).encode("ascii"))
+
+
+def read_spooled(fd: int) -> Any:
+    """Return the document of `spooled_json`, and close the descriptor."""
+    with open(fd, "rb") as file:
+        file.seek(0)
+        return json.load(file)
 
 
 def spooled_bitmap(runs: bytes, stored: bytes) -> int:

@@ -24,15 +24,16 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from qbackup.errors import NoSpaceError, QbackupError, WriterError
 from qbackup.formats.manifest import MANIFEST_FILE
 from qbackup.host.tasks import to_its_end
+from qbackup.model.backup import Method
 from qbackup.model.bitmap import Bits
 from qbackup.writer import channel
 from qbackup.writer.channel import Message
@@ -58,6 +59,11 @@ class CopyRequest:
     `backing_file` is the name to write into the image; it must be there if and only if `bits` is
     (or may be, of an empty disk).
     `allocation` False: the export is not asked what is zero, for servers that would not survive it.
+
+    `digests` is the name of the file for the digests of the disk's blocks, None for none. What an
+    incremental builds on is `previous`, the newest first; if that is not given, it gets no digests.
+    `compare`: read everything, and store what is not as in `previous`. `spot_check`: do so, too, if
+    a block that `bits` calls unchanged is another than it was.
     """
 
     disk: str
@@ -71,19 +77,46 @@ class CopyRequest:
     compress: bool = False
     speed_limit_bytes_per_s: int = 0
     allocation: bool = True
+    digests: str | None = None
+    previous: tuple["PreviousImage", ...] = ()
+    compare: bool = False
+    spot_check: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreviousImage:
+    """An image that is built on, the file of its digests, and the root that its manifest says."""
+
+    image: Path
+    digests: Path
+    root: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DigestsResult:
+    """A file of digests that is complete and synced."""
+
+    file_size_bytes: int
+    blake3: str
+    root: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyResult:
     """An image that is complete, synced and hashed.
 
-    `copied_bytes` is what it went through, `stored_bytes` what the file takes on the disk.
+    `copied_bytes` is what it went through, `stored_bytes` what the file takes on the disk. `method`
+    is another than asked for if a spot check found a difference: then the disk was compared.
+    `digests_problem` says why there are no digests where some were wanted and `previous` was given.
     """
 
     copied_bytes: int
     stored_bytes: int
     file_size_bytes: int
     blake3: str
+    method: Method
+    digests: DigestsResult | None
+    digests_problem: str | None
 
 
 ProgressListener = Callable[[str, int, int], None]
@@ -123,11 +156,13 @@ class Writer:
             WriterError: anything else.
         """
         # An empty disk has no bits at all, whatever it builds on.
-        has_bits = request.bits is not None or request.virtual_size_bytes == 0
+        has_bits = request.bits is not None or request.compare or request.virtual_size_bytes == 0
         if has_bits < (request.backing_file is not None) or (
-            request.bits is not None and request.backing_file is None
+            (request.bits is not None or request.compare) and request.backing_file is None
         ):
             raise ValueError("an incremental has bits and a backing file, a full has neither")
+        if request.compare and (request.bits or not request.previous or request.digests is None):
+            raise ValueError("to compare is to use and to write digests, and no bitmap")
         bits = request.bits
         sources = [s for s in (request.socket, request.connection) if s is not None]
         if len(sources) > 1 or (not sources and (bits is None or bits.count())):
@@ -147,22 +182,33 @@ class Writer:
             "compress": request.compress,
             "bytes_per_s": request.speed_limit_bytes_per_s,
             "allocation": request.allocation,
+            "digests": request.digests,
+            "has_previous": bool(request.previous),
+            "compare": request.compare,
+            "spot_check": request.spot_check,
         }
-        fd = None if bits is None else channel.spooled_bitmap(bits.runs, bits.stored)
+        spooled = []
+        if bits is not None:
+            spooled.append(channel.spooled_bitmap(bits.runs, bits.stored))
+        if request.previous:
+            spooled.append(channel.spooled_json([_previous(image) for image in request.previous]))
         lent = () if request.connection is None else (request.connection,)
         answer = await self._ask(
-            "copy", message, disk=request.disk, fd=fd, lent=lent, timeout_s=None
+            "copy", message, disk=request.disk, spooled=spooled, lent=lent, timeout_s=None
         )
         return CopyResult(
             copied_bytes=answer["copied"],
             stored_bytes=answer["stored"],
             file_size_bytes=answer["file_size"],
             blake3=answer["blake3"],
+            method=answer["method"],
+            digests=None if answer["digests"] is None else _digests_result(answer["digests"]),
+            digests_problem=answer["digests_problem"],
         )
 
     async def set_speed(self, disk: str, bytes_per_s: int) -> None:
         """Change the speed limit of a disk that is being copied; 0: none."""
-        await self._send({"do": "rate", "disk": disk, "bytes_per_s": bytes_per_s}, None)
+        await self._send({"do": "rate", "disk": disk, "bytes_per_s": bytes_per_s})
 
     async def publish(
         self,
@@ -182,21 +228,19 @@ class Writer:
         """
         self.outcome = "unknown"
         message: Message = {"do": "publish", "extra": None if extra is None else extra[0]}
-        spooled = None if extra is None else channel.spooled(extra[1])
+        spooled = [channel.spooled(manifest)]
+        if extra is not None:
+            spooled.append(channel.spooled(extra[1]))
         try:
             await self._ask(
                 "publish",
                 message,
-                fd=channel.spooled(manifest),
-                lent=() if spooled is None else (spooled,),
+                spooled=spooled,
                 timeout_s=timeout_s,
             )
         except _Reported as err:
             self.outcome = "yes" if err.renamed else "no"
             raise err.translated from None
-        finally:
-            if spooled is not None:
-                os.close(spooled)
         self.outcome = "yes"
         self._moved()
 
@@ -294,16 +338,16 @@ class Writer:
         message: Message,
         *,
         disk: str | None = None,
-        fd: int | None = None,
+        spooled: Sequence[int] = (),
         lent: tuple[int, ...] = (),
         timeout_s: float | None,
     ) -> Message:
-        """Send a command and wait for what becomes of it. `fd` is closed, `lent` ones are not."""
-        self._expect(what, disk)
+        """Send a command and wait for what becomes of it. `spooled` are closed, `lent` are not."""
         try:
-            await self._send(message, fd, lent)
+            self._expect(what, disk)
+            await self._send(message, (*spooled, *lent))
         finally:
-            if fd is not None:
+            for fd in spooled:
                 os.close(fd)
         self._moved()
         return await self._wait(what, disk, timeout_s=timeout_s)
@@ -336,9 +380,8 @@ class Writer:
         finally:
             self._waiting.pop((what, disk), None)
 
-    async def _send(self, message: Message, fd: int | None, lent: tuple[int, ...] = ()) -> None:
+    async def _send(self, message: Message, fds: tuple[int, ...] = ()) -> None:
         data = channel.encode(message)
-        fds = [*(() if fd is None else (fd,)), *lent]
         async with asyncio.timeout(COMMAND_TIMEOUT_S):
             while True:
                 try:
@@ -363,6 +406,20 @@ class _Reported(Exception):  # noqa: N818 - only ever translated
         super().__init__(message["message"])
         self.renamed = bool(message.get("renamed"))
         self.translated = _translated(message)
+
+
+def _previous(image: PreviousImage) -> dict[str, str]:
+    return {
+        "image": str(image.image.absolute()),
+        "digests": str(image.digests.absolute()),
+        "root": image.root,
+    }
+
+
+def _digests_result(answer: dict[str, Any]) -> DigestsResult:
+    return DigestsResult(
+        file_size_bytes=answer["file_size"], blake3=answer["blake3"], root=answer["root"]
+    )
 
 
 def _translated(message: Message) -> QbackupError:

@@ -125,11 +125,7 @@ class SequentialImage:
         self._cluster += 1
 
     def _write(self, data: bytes) -> None:
-        """Write metadata; its zeroes before and after what it says take no room."""
-        start = (len(data) - len(data.lstrip(b"\0"))) // _BLOCK_BYTES * _BLOCK_BYTES
-        end = len(data.rstrip(b"\0"))
-        if start < end:
-            write_all(self._fd, memoryview(data)[start:end], self._cluster * CLUSTER_BYTES + start)
+        write_metadata(self._fd, data, self._cluster * CLUSTER_BYTES)
         self._on_bytes(data)
 
     def _count(self, count: int) -> None:
@@ -152,6 +148,14 @@ def write_all(fd: int, view: memoryview, offset: int) -> None:
     done = os.pwrite(fd, view, offset)
     while done < len(view):
         done += os.pwrite(fd, view[done:], offset + done)
+
+
+def write_metadata(fd: int, data: bytes, offset: int) -> None:
+    """Write `data` where the file is empty; its zeroes at both ends take no room."""
+    start = (len(data) - len(data.lstrip(b"\0"))) // _BLOCK_BYTES * _BLOCK_BYTES
+    end = len(data.rstrip(b"\0"))
+    if start < end:
+        write_all(fd, memoryview(data)[start:end], offset + start)
 
 
 def _empty_l2() -> "array[int]":

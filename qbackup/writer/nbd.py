@@ -14,6 +14,8 @@ import socket
 import struct
 from contextlib import suppress
 
+from qbackup.writer.source import Source
+
 CLUSTER_BYTES = 65536
 
 _MAGIC = b"NBDMAGIC"
@@ -113,7 +115,7 @@ class _Read:
         self.error: NbdReadError | None = None
 
 
-class NbdConnection:
+class NbdConnection(Source):
     """A connection to one export. Use it in one thread; `abort` may be called from any.
 
     A connection that was lent (a descriptor, not a path) is never ended from here: QEMU before 9.0

@@ -20,8 +20,9 @@ from pathlib import Path
 from qbackup.host import durable
 from qbackup.writer import channel
 from qbackup.writer.channel import Message
-from qbackup.writer.copy import DiskCopy, Stopped, Task
+from qbackup.writer.copy import DiskCopy, Stopped
 from qbackup.writer.nbd import NbdError, NbdProtocolError
+from qbackup.writer.task import Previous, Task
 
 PROGRESS_S = 0.2
 PARENT_GONE_S = 5.0
@@ -58,7 +59,7 @@ class Process:
             if self._ending.is_set():
                 return
             if readable:
-                data, fds, flags, _ = socket.recv_fds(self._link, channel.MAX_MESSAGE_BYTES, 2)
+                data, fds, flags, _ = socket.recv_fds(self._link, channel.MAX_MESSAGE_BYTES, 3)
                 if not data or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                     break
                 self._obey(channel.decode(data), fds)
@@ -105,8 +106,10 @@ class Process:
 
     def _start_copy(self, message: Message, fds: list[int]) -> None:
         disk = message["disk"]
-        # The bitmap's descriptor first, then that of a connection that was made already.
+        # The bitmap's descriptor first, then the chain's, then that of a connection.
         fd = fds.pop(0) if message["incremental"] else None
+        previous = channel.read_spooled(fds.pop(0)) if message["has_previous"] else []
+        digests = message["digests"]
         server: str | int | None = message["socket"]
         if server is None and fds:
             server = fds.pop(0)
@@ -123,6 +126,10 @@ class Process:
                 allocation=message["allocation"],
                 compress=message["compress"],
                 rate_bytes_per_s=message["bytes_per_s"],
+                digests_path=None if digests is None else self._partial / digests,
+                previous=[Previous(**image) for image in previous],
+                compare=message["compare"],
+                spot_check=message["spot_check"],
             )
         )
         self._copies[disk] = copy
@@ -130,6 +137,7 @@ class Process:
 
     def _copy(self, copy: DiskCopy) -> None:
         try:
+            copy.connect()
             with self._copying:
                 stored = copy.run()
         except OSError as err:
@@ -144,6 +152,15 @@ class Process:
                 "stored": stored.stored_bytes,
                 "file_size": stored.file_size_bytes,
                 "blake3": stored.blake3,
+                "method": stored.method,
+                "digests_problem": stored.digests_problem,
+                "digests": None
+                if stored.digests is None
+                else {
+                    "file_size": stored.digests.file_size_bytes,
+                    "blake3": stored.digests.blake3,
+                    "root": stored.digests.root,
+                },
             }
         )
 

@@ -3,9 +3,10 @@
 from _queue import SimpleQueue
 from collections.abc import Iterator
 
+from qbackup.formats.digests import BLOCK_CLUSTERS, Digest
 from qbackup.formats.qcow2_layout import CLUSTER_BYTES, REGION_CLUSTERS
 from qbackup.writer.candidates import DATA, Candidates
-from qbackup.writer.compressed import Packed
+from qbackup.writer.growing import Packed
 
 SLOT_CLUSTERS = 16
 SLOT_BYTES = SLOT_CLUSTERS * CLUSTER_BYTES
@@ -14,9 +15,12 @@ _MAX_REGION_ENDS = 16
 
 
 class Slot:
-    """A buffer, and what is in it, in the order in which it goes into the file."""
+    """A buffer, and what is in it, in the order in which it goes into the file.
 
-    __slots__ = ("buffer", "clusters", "packed", "reading", "ready", "steps", "view")
+    A block of which anything is in it (`formats/digests.py`) is in no other.
+    """
+
+    __slots__ = ("buffer", "clusters", "digests", "packed", "reading", "ready", "steps", "view")
 
     def __init__(self) -> None:
         self.buffer = bytearray(SLOT_BYTES)
@@ -24,8 +28,11 @@ class Slot:
         self.clusters = self.reading = 0
         self.steps: list[Step] = []
         self.packed: list[Packed] = []
+        """What is stored of each cluster, if that is not simply the cluster."""
+        self.digests: list[tuple[int, int, Digest]] = []
+        """(first block, number, digest) of what is in it."""
         self.ready: SimpleQueue[bool] = SimpleQueue()
-        """Gets an item when `packed` is there, of an image that is compressed."""
+        """Gets an item when `packed` and `digests` are there, if they are wanted."""
 
 
 class Step:
@@ -51,17 +58,26 @@ class Work:
         self._advance()
 
     def fill(self, slot: Slot, most_clusters: int) -> list[tuple[int, int, int]]:
-        """Put the next steps into a slot; return what to read: (offset, place in it, bytes)."""
+        """Put the next steps into a slot; return what to read: (offset, place in it, bytes).
+
+        `most_clusters` is a block's at least.
+        """
         slot.steps.clear()
         slot.clusters = ends = 0
+        # Where the last block ends of which anything is in the slot: there is room for all of it.
+        block_end = 0
         reads: list[tuple[int, int, int]] = []
         while self._next is not None and ends < _MAX_REGION_ENDS:
             region, first, count, kind = self._next
             if kind == DATA and count:
-                count = min(count, most_clusters - slot.clusters)
-                if not count:
+                cluster = region * REGION_CLUSTERS + first
+                most_end = cluster + most_clusters - slot.clusters
+                most_end = max(block_end, most_end // BLOCK_CLUSTERS * BLOCK_CLUSTERS)
+                count = min(count, most_end - cluster)
+                if count <= 0:
                     break
-                offset = (region * REGION_CLUSTERS + first) * CLUSTER_BYTES
+                block_end = -(-(cluster + count) // BLOCK_CLUSTERS) * BLOCK_CLUSTERS
+                offset = cluster * CLUSTER_BYTES
                 start = slot.clusters * CLUSTER_BYTES
                 _add_read(reads, offset, start, count * CLUSTER_BYTES)
                 slot.steps.append(

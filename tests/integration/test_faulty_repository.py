@@ -52,16 +52,17 @@ class Setting:
     ) -> Latencies:
         """Write 4 KiB into every cluster; a running backup needs what was there."""
         took = Latencies()
-        for number in range(WRITES):
-            if half_way is not None and number == WRITES // 2:
-                await half_way()
-            at = number * CLUSTER
-            before = time.monotonic()
-            await self.it.write("a", at, 4 * KIB, value)
-            between = time.monotonic()
-            await self.other.write("a", at, 4 * KIB, value)
-            took.during.append(between - before)
-            took.idle.append(time.monotonic() - between)
+        with took.measured():
+            for number in range(WRITES):
+                if half_way is not None and number == WRITES // 2:
+                    await half_way()
+                at = number * CLUSTER
+                before = time.monotonic()
+                await self.it.write("a", at, 4 * KIB, value)
+                between = time.monotonic()
+                await self.other.write("a", at, 4 * KIB, value)
+                took.during.append(between - before)
+                took.idle.append(time.monotonic() - between)
         return took
 
     async def ask(self) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from support.lab import VM, kinds, reasons
+from support.lab import VM, methods, reasons
 from support.qemu import DiskSpec
 from support.watching import kept_lab
 
@@ -24,7 +24,7 @@ class UnnamedSpec(DiskSpec):
         return ["-drive", f"if=virtio,format={self.image_format},file={self.path}"]
 
 
-async def test_two_disks_whose_invented_names_swap_are_backed_up_in_full(tmp_path: Path) -> None:
+async def test_two_disks_whose_invented_names_swap_are_compared(tmp_path: Path) -> None:
     specs = [UnnamedSpec(name=f"virtio{n}", path=tmp_path / f"{n}.raw") for n in range(2)]
     async with kept_lab(tmp_path, specs) as it:
         await it.run()
@@ -56,7 +56,7 @@ async def test_two_disks_whose_invented_names_swap_are_backed_up_in_full(tmp_pat
             "virtio1": "image-changed",
         }
         summary = await it.back_up("incremental")
-        assert set(kinds(summary).values()) == {"full"}
+        assert set(methods(summary).values()) == {"compare"}
         assert set(reasons(summary).values()) == {"image-changed"}
         await it.power_off()
         await it.check_sources()

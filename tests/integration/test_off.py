@@ -21,6 +21,7 @@ from support.lab import (
     fill_file_system,
     kinds,
     loop_device,
+    methods,
     reasons,
     small_file_system,
 )
@@ -119,7 +120,7 @@ async def test_a_disk_that_was_not_backed_up_keeps_its_bitmap(tmp_path: Path) ->
         await it.check_restores()
 
 
-async def test_after_a_crash_one_full_backup_and_then_incrementals(tmp_path: Path) -> None:
+async def test_after_a_crash_one_comparison_and_then_incrementals(tmp_path: Path) -> None:
     async with switched_off(tmp_path) as it:
         await it.run()
         await it.write_without_answer("a", MIB, 512, 2)
@@ -127,10 +128,11 @@ async def test_after_a_crash_one_full_backup_and_then_incrementals(tmp_path: Pat
         it.kill_qemu()
         await it.kept()
         assert (await status(it))["state"] == "crashed"
-        refused = await it.fail("incremental", "--no-fallback")
+        refused = await it.fail("incremental", "--no-compare", "--no-fallback")
         assert refused.code == 4
         summary = await back_up_off(it)
         assert (reasons(summary), summary["consistency"]) == ({"a": "unclean"}, "crash")
+        assert methods(summary) == {"a": "compare"}
         assert (await status(it))["state"] == "off"
         assert (await back_up_off(it))["unchanged"]
         await it.run()
@@ -139,7 +141,7 @@ async def test_after_a_crash_one_full_backup_and_then_incrementals(tmp_path: Pat
         await it.check_restores()
 
 
-async def test_an_image_that_was_written_while_the_vm_was_off_is_backed_up_in_full(
+async def test_an_image_that_was_written_while_the_vm_was_off_is_compared(
     tmp_path: Path,
 ) -> None:
     async with switched_off(tmp_path) as it:

@@ -168,7 +168,7 @@ async def check_whatever_is_left(folder: Path, start: Start, qbackup: Qbackup) -
     assert_no_bitmap_misses_a_write(folder, start, there)
     summary = await qbackup.summary("incremental", VM, "--lock-wait", "60s")
     if not summary.get("unchanged"):
-        assert [disk["kind"] for disk in summary["disks"]] == ["incremental"]
+        assert [disk["method"] for disk in summary["disks"]] == ["bitmap"]
         (file,) = (folder / "state" / VM / "a").iterdir()
         assert file.stem.endswith(summary["id"])
     now = sorted(path.name for path in repository.iterdir() if path.name != ".lock")

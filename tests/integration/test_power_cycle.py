@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from blake3 import blake3
-from support.lab import VM, disk_specs, kinds, loop_device, reasons
+from support.lab import VM, disk_specs, kinds, loop_device, methods, reasons
 from support.model import DiskModel
 from support.qemu import QEMU_IMG, DiskSpec, run_tool
 from support.watching import KeptLab, kept_lab
@@ -407,7 +407,7 @@ async def test_block_devices_are_not_trusted_where_the_configuration_says_so(
             await it.cycle()
             assert it.bitmap_files("a") == []
             summary = await it.back_up()
-            assert kinds(summary) == {"a": "full", "b": "incremental"}
+            assert methods(summary) == {"a": "compare", "b": "bitmap"}
             await it.power_off()
             await it.check_restores()
 
@@ -574,7 +574,7 @@ async def expect(it: KeptLab, found: dict[str, str]) -> None:
     Without a fallback it is refused. Whatever was written is in it, and in the one after it.
     """
     await it.write("b", 3 * 64 * KIB, 512, 7)
-    refused = await it.fail("incremental", "--no-fallback")
+    refused = await it.fail("incremental", "--no-compare", "--no-fallback")
     assert refused.code == REFUSED, refused
     assert all(f"{disk} ({reason})" in refused.last["message"] for disk, reason in found.items())
     told = {disk["name"]: disk["bitmap"]["reason"] for disk in await status_of(it)}

@@ -9,7 +9,6 @@ import itertools
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from signal import SIGKILL
 
 import pytest
 from support.cli import Qbackup
+from support.kills import kill_points
 from support.lab import (
     VM,
     Lab,
@@ -97,7 +97,8 @@ async def test_chains_of_single_disks_are_kept_as_far_as_they_are_needed(tmp_pat
         await grow(it, "full", "incremental", "full --disk a", "incremental", "full --exclude a")
         await grow(it, "incremental --disk a")
         # The last needs a of 3 and of 2; 3 stays whole, and its b needs 1 and 0. b's newest is 4.
-        summary = await it.qbackup.summary("prune", VM, "--keep-last", "1")
+        command = ("prune", VM, "--keep-last", "1", "--no-consolidate")
+        summary = await it.qbackup.summary(*command)
         ids = [point.id for point in it.points]
         assert [(ids.index(b["id"]), b["reason"]) for b in summary["backups"]] == [
             (0, "needed-by"),
@@ -108,6 +109,9 @@ async def test_chains_of_single_disks_are_kept_as_far_as_they_are_needed(tmp_pat
             (5, "keep-last"),
         ]
         await check(it, range(6))
+        # Merged, the full of disk a in 2 goes into 5, and all that only 3 needed goes with it.
+        await it.qbackup.ok("prune", VM, "--keep-last", "1")
+        await check(it, [4, 5])
         await grow(it, "full --disk a", "incremental")
         await it.qbackup.ok("prune", VM, "--keep-last", "1")
         await check(it, [4, 6, 7])
@@ -329,19 +333,6 @@ async def record(folder: Path, start: Start) -> list[str]:
         result = await qbackup.run(*KEEP_TWO, wrapper=[*wrapper, "-e", f"trace={CALLS}"])
         assert result.code == 0, result
     return log.read_text(errors="replace").splitlines()
-
-
-def kill_points(recorded: Sequence[str], folder: Path) -> list[tuple[str, int]]:
-    """Return the calls that change something in the folder. strace counts each thread's apart."""
-    counts: Counter[tuple[str, str]] = Counter()
-    found = set()
-    for line in recorded:
-        if match := re.match(r"^(\d+) +(\w+)\((.*)$", line):
-            thread, call, arguments = match.groups()
-            counts[thread, call] += 1
-            if str(folder) in arguments:
-                found.add((call, counts[thread, call]))
-    return sorted(found)
 
 
 async def test_a_power_cut_at_any_step_leaves_whole_backups_only(

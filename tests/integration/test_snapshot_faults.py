@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import pytest
 from support.cli import Result
-from support.lab import VM, Lab, Point, backup_ids, difference, disk_specs, kinds, lab, reasons
+from support.lab import VM, Lab, Point, backup_ids, difference, disk_specs, lab, methods, reasons
 from support.model import Instant
 from support.qemu import raw_bytes
 from support.steps import Running, Step, Steps, stepping
@@ -127,7 +127,7 @@ class Sweep:
         if victim == "qemu" and reached:
             assert set(reasons(summary).values()) == {"missing"}, where
         else:
-            assert set(kinds(summary).values()) == {"incremental"}, (where, reasons(summary))
+            assert set(methods(summary).values()) == {"bitmap"}, (where, reasons(summary))
         await self._assert_nothing_left(where)
         await self._compare(it.points[-1], where)
         return reached

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.lab import VM, Lab, disk_specs, kinds, lab, reasons, tree_digest
+from support.lab import VM, Lab, disk_specs, kinds, lab, methods, reasons, tree_digest
 from support.qemu import DiskSpec
 
 KIB, MIB = 1024, 1024 * 1024
@@ -208,7 +208,7 @@ async def test_a_bitmap_that_was_disabled_by_hand_stays_untrusted_when_a_backup_
         await it.interrupt(backup, number)
         summary = await it.qbackup.summary("incremental", VM)
         instants = {"a": it.models["a"].checkpoint()}
-        assert kinds(summary) == {"a": "full"}
+        assert methods(summary) == {"a": "compare"}
         await it.committed(summary, instants)
         await it.check_restores()
 
@@ -258,7 +258,7 @@ async def test_no_fallback_refuses_and_changes_nothing(tmp_path: Path) -> None:
         await it.qemu.qmp("block-dirty-bitmap-remove", node="b", name=bitmap["name"])
         bitmaps = await it.qemu.bitmaps("a")
         before = tree_digest(it.repository)
-        result = await it.fail("incremental", "--no-fallback")
+        result = await it.fail("incremental", "--no-compare", "--no-fallback")
         assert (result.code, result.last["class"]) == (4, "RefusedError")
         assert "b (missing)" in result.last["message"]
         assert tree_digest(it.repository) == before

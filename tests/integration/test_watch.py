@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.lab import VM, Backup, disk_specs, ended, free_port, kinds, reasons
+from support.lab import VM, Backup, disk_specs, ended, free_port, kinds, methods, reasons
 from support.qemu import run_tool
 from support.watching import KeptLab, kept_lab
 
@@ -81,7 +81,7 @@ async def test_saved_bitmaps_are_not_loaded_into_a_vm_that_runs_already(tmp_path
         await it.write("a", 2 * MIB, 512, 9)
         await it.watch()
         summary = await it.back_up()
-        assert kinds(summary) == {"a": "full"}
+        assert methods(summary) == {"a": "compare"}
         await it.write("a", MIB, 512, 2)
         await it.power_off()
         await it.run()
@@ -159,7 +159,7 @@ async def test_a_qemu_that_vanishes_ends_the_watcher_with_an_error(tmp_path: Pat
         await it.write("a", MIB, 512, 2)
         it.kill_qemu()
         assert await it.kept() == GONE
-        assert "next backup will be a full one" in it.keeper_said()
+        assert "next backup cannot go by the bitmaps" in it.keeper_said()
         await it.run()
         assert reasons(await it.back_up()) == {"a": "unclean"}
         await it.check_restores()

@@ -38,7 +38,9 @@ class MadeChain:
         assert self.ids == sorted(self.ids)
 
 
-def write_image(path: Path, clusters: Mapping[int, int], *, parent: str | None) -> None:
+def write_image(
+    path: Path, clusters: Mapping[int, int], *, parent: str | None, disk: str = DISK
+) -> None:
     """Write an image with these clusters filled with a byte each, and nothing else."""
     with path.open("x+b") as file:
         fd = file.fileno()
@@ -55,7 +57,7 @@ def write_image(path: Path, clusters: Mapping[int, int], *, parent: str | None) 
         os.ftruncate(fd, end)
         os.pwrite(fd, struct.pack(">H", 1) * (end // CLUSTER_BYTES), 2 * CLUSTER_BYTES)
         if parent is not None:
-            write_backing_file(fd, backing_file(parent, DISK))
+            write_backing_file(fd, backing_file(parent, disk))
 
 
 def make_chain(
@@ -99,32 +101,48 @@ def write_manifest(folder: Path, repository_id: str, backup: Backup) -> None:
 
 def chain_backup(image: Path, backup_id: str, parent: str | None, first: list[str]) -> Backup:
     """Return the backup whose only image is `image`."""
-    moment = datetime.strptime(backup_id[:15] + "+0000", "%Y%m%d-%H%M%S%z")
-    disk = DiskBackup(
-        name=DISK,
+    disk = disk_backup(image, backup_id, parent)
+    return made_backup(backup_id, [disk], chain=first[0] if first else backup_id)
+
+
+def disk_backup(image: Path, backup_id: str, parent: str | None) -> DiskBackup:
+    """Return the disk of a backup whose image is `image`."""
+    facts = image.stat()
+    return DiskBackup(
+        name=image.stem,
         kind="incremental" if parent else "full",
         reason=None if parent else "requested",
         parent=parent,
         virtual_size_bytes=SIZE_BYTES,
         granularity_bytes=CLUSTER_BYTES,
         copied_bytes=CLUSTER_BYTES,
-        stored_bytes=CLUSTER_BYTES,
-        file=disk_file(VM, backup_id, DISK),
-        file_size_bytes=image.stat().st_size,
+        stored_bytes=facts.st_blocks * 512,
+        file=disk_file(VM, backup_id, image.stem),
+        file_size_bytes=facts.st_size,
         blake3=blake3(image.read_bytes()).hexdigest(),
         source=SourceImage(
-            node=DISK, device="", qdev="", format="raw", filename="data.raw", actual_size_bytes=0
+            node=image.stem,
+            device="",
+            qdev="",
+            format="raw",
+            filename=f"{image.stem}.raw",
+            actual_size_bytes=0,
         ),
     )
+
+
+def made_backup(backup_id: str, disks: list[DiskBackup], *, chain: str) -> Backup:
+    """Return a backup of these disks."""
+    moment = datetime.strptime(backup_id[:15] + "+0000", "%Y%m%d-%H%M%S%z")
     return Backup(
         id=backup_id,
         vm=VM,
         time=moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-        chain=first[0] if first else backup_id,
-        parent=parent,
+        chain=chain,
+        parent=max((disk.parent for disk in disks if disk.parent), default=None),
         label=None,
         consistency="crash",
-        disks=[disk],
+        disks=disks,
         seconds=0.1,
         qemu_version="7.2.22",
         vm_configuration=VmConfiguration(

@@ -149,9 +149,10 @@ async def latencies_during_backup(folder: Path, fs: FaultyFs) -> Latencies:
                 while not await vm.qemu.qmp("query-block-exports"):
                     assert backup.returncode is None, await backup.communicate()
                     await asyncio.sleep(0.01)  # there is no event for "exported"
-            for _ in range(TURNS):
-                took.idle.extend(await _write_times(vm.guest, "aside"))
-                took.during.extend(await _write_times(vm.guest, "backed-up"))
+            with took.measured():
+                for _ in range(TURNS):
+                    took.idle.extend(await _write_times(vm.guest, "aside"))
+                    took.during.extend(await _write_times(vm.guest, "backed-up"))
             assert backup.returncode is None
         finally:
             if backup.returncode is None:

@@ -22,8 +22,9 @@ from typing import Any
 
 from qemu.qmp import ExecuteError
 
+from qbackup.formats.digests import BLOCK_BYTES, BLOCK_CLUSTERS
 from support.cli import Qbackup, Result, make_qbackup
-from support.model import DiskModel, Instant, patchwork
+from support.model import CLUSTER_BYTES, DiskModel, Instant, patchwork
 from support.qcow2_clusters import stored_clusters
 from support.qemu import (
     QEMU_IMG,
@@ -193,9 +194,9 @@ class Lab:
         return summary
 
     async def incremental(self, *arguments: str) -> dict[str, Any]:
-        """Back up; every disk must be incremental."""
+        """Back up; every disk must be incremental, by its bitmap."""
         summary = await self.back_up("incremental", *arguments)
-        assert kinds(summary) == dict.fromkeys(kinds(summary), "incremental"), reasons(summary)
+        assert methods(summary) == dict.fromkeys(kinds(summary), "bitmap"), reasons(summary)
         return summary
 
     async def begin(self, command: str = "incremental", *arguments: str) -> Backup:
@@ -321,11 +322,28 @@ class Lab:
             if disk["kind"] == "incremental":
                 before = replace_touched(self.models[name], instants[name])
                 stored = set(stored_clusters(self.repository / disk["file"]))
-                assert stored == before.expected_clusters(), f"{name}: not what was touched"
+                if disk["method"] == "compare":
+                    self._check_compared(disk, instants[name].content, stored)
+                else:
+                    assert stored == before.expected_clusters(), f"{name}: not what was touched"
                 assert disk["parent"] == self.bases[name]
             self.bases[name] = summary["id"]
         contents = {name: instant.content for name, instant in instants.items()}
         self.points.append(Point(id=summary["id"], contents=contents))
+
+    def _check_compared(self, disk: dict[str, Any], now: bytes, stored: set[int]) -> None:
+        """A comparison stores what differs; of a block that became zero, all of it."""
+        parent = next(point for point in self.points if point.id == disk["parent"])
+        before = parent.contents[disk["name"]]
+        differ = {
+            start // CLUSTER_BYTES
+            for start in range(0, len(now), CLUSTER_BYTES)
+            if now[start : start + CLUSTER_BYTES] != before[start : start + CLUSTER_BYTES]
+        }
+        assert differ <= stored, f"{disk['name']}: something that differs is not stored"
+        for cluster in stored - differ:
+            start = cluster // BLOCK_CLUSTERS * BLOCK_BYTES
+            assert not any(now[start : start + BLOCK_BYTES]), f"{disk['name']}: too much is stored"
 
     async def assert_clean(self) -> None:
         """Nothing of a run is left, and every disk records for its newest backup."""
@@ -524,8 +542,13 @@ def kinds(summary: dict[str, Any]) -> dict[str, str]:
     return {disk["name"]: disk["kind"] for disk in summary["disks"]}
 
 
+def methods(summary: dict[str, Any]) -> dict[str, str]:
+    """Return how it was known what each disk's backup has to store."""
+    return {disk["name"]: disk["method"] for disk in summary["disks"]}
+
+
 def reasons(summary: dict[str, Any]) -> dict[str, str | None]:
-    """Return why each disk was backed up in full."""
+    """Return why each disk was not backed up by its bitmap."""
     return {disk["name"]: disk["reason"] for disk in summary["disks"]}
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from support.lab import VM, kinds, reasons
+from support.lab import VM, methods, reasons
 from support.watching import KeptLab
 
 
@@ -20,7 +20,7 @@ async def back_up_off(it: KeptLab, command: str = "incremental", *arguments: str
 async def incremental_off(it: KeptLab, *arguments: str) -> dict[str, Any]:
     """Back up the VM, which is off; every disk must be incremental."""
     summary = await back_up_off(it, "incremental", *arguments)
-    assert set(kinds(summary).values()) == {"incremental"}, reasons(summary)
+    assert set(methods(summary).values()) == {"bitmap"}, reasons(summary)
     return summary
 
 

@@ -83,9 +83,11 @@ class Steps:
     _writer: int | None = None
     _counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     _failure: BaseException | None = None
+    _processes: int = 0
+    _ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self, qbackup: Qbackup, *arguments: str, on_step: OnStep) -> Result:
-        """Run a command to its end, and call `on_step` before each step."""
+        """Run a command to its end, and its writer's, and call `on_step` before each step."""
         self._on_step, self._writer = on_step, None
         self._counts.clear()
         environment = {
@@ -97,6 +99,8 @@ class Steps:
         self._command = await qbackup.start(*arguments, wrapper=wrapper)
         async with asyncio.timeout(RUN_S):
             stdout, stderr = await self._command.communicate()
+            # What its writer goes on to do is part of the run, too.
+            await self._ended.wait()
         if self._failure is not None:
             raise self._failure
         code = self._command.returncode
@@ -106,6 +110,8 @@ class Steps:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Take the announcements of one process, until it ends."""
         who = ""
+        self._processes += 1
+        self._ended.clear()
         with suppress(ConnectionError):
             while line := await reader.readline():
                 who, pid, what = json.loads(line)
@@ -117,6 +123,9 @@ class Steps:
         writer.close()
         if who == "writer":
             self._writer = None
+        self._processes -= 1
+        if not self._processes:
+            self._ended.set()
 
     async def _stand_before(self, who: str, what: str) -> None:
         self._counts[who, what] += 1

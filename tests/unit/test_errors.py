@@ -19,6 +19,7 @@ EXIT_CODES = {
     "MonitorBusyError": 12,
     "MonitorLostError": 12,
     "VerificationError": 13,
+    "BootError": 13,
     "InterruptedByUserError": 130,
     "QmpCommandError": 1,
     "VmStateError": 1,
@@ -31,9 +32,14 @@ EXIT_CODES = {
     "ChainBrokenError": 1,
     "BackupNotFoundError": 1,
     "RemovalError": 1,
+    "ConsolidationError": 1,
+    "ChainsFullError": 1,
     "RestoreError": 1,
+    "ExportError": 1,
     "ProgramError": 1,
     "VmStartedError": 1,
+    "HookError": 1,
+    "UnitChangedError": 1,
 }
 
 

@@ -55,6 +55,8 @@ class Copied:
     freeze_failed: bool
     instant: datetime
     """What the clock said just after the instant: nothing in the images is newer."""
+    wrong_bitmaps: tuple[str, ...] = ()
+    """Disks whose bitmap called something unchanged that had changed."""
 
 
 class Session(Protocol):
@@ -80,6 +82,9 @@ class Session(Protocol):
 
 class Engine(Protocol):
     """A way to copy."""
+
+    compares: bool
+    """Whether it can compare a disk with its last backup."""
 
     def session(self, work: Work) -> AbstractAsyncContextManager[Session]:
         """Begin a backup in the repository; what is not published when the block ends is removed.

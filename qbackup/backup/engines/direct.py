@@ -60,6 +60,8 @@ class _DiskCopy:
 class DirectEngine:
     """Has QEMU write the images. See `Engine`."""
 
+    compares = False
+
     def __init__(self, monitor: Monitor, *, scratch: Path, qemu_version: QemuVersion) -> None:
         self._monitor, self._scratch, self._qemu_version = monitor, scratch, qemu_version
 
@@ -271,7 +273,7 @@ class DirectSession:
         facts = path.stat()
         return DiskBackup(
             name=disk.name,
-            kind=copy.verdict.method,
+            kind=copy.verdict.kind,
             reason=copy.verdict.reason,
             parent=parent,
             virtual_size_bytes=disk.virtual_size_bytes,
@@ -282,6 +284,7 @@ class DirectSession:
             file_size_bytes=facts.st_size,
             blake3=digest,
             source=disk.source,
+            method=copy.verdict.method,
         )
 
 

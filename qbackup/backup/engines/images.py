@@ -30,6 +30,8 @@ from qbackup.writer.client import CopyRequest, CopyResult, Writer
 class ImagesEngine:
     """Has the images read as they are. See `Engine`."""
 
+    compares = True
+
     def __init__(self, stopped: StoppedVm, state: StateDirectory, successors: Successors) -> None:
         self._stopped, self._state, self._successors = stopped, state, successors
 
@@ -81,6 +83,7 @@ class ImagesSession(WriterSession):
             consistency=consistency,
             freeze_failed=False,
             instant=instant,
+            wrong_bitmaps=self._wrong_bitmaps(results),
         )
 
     async def _read(self, server: ServedImages) -> list[CopyResult]:

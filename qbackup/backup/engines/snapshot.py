@@ -67,6 +67,8 @@ class SnapshotEngine:
     `started` is that process, which has inherited the lock.
     """
 
+    compares = True
+
     def __init__(self, monitor: Monitor, *, state: StateDirectory, started: StartedWriter) -> None:
         self._monitor, self._state, self._started = monitor, state, started
 
@@ -156,6 +158,7 @@ class SnapshotSession(WriterSession):
             consistency=instant.consistency,
             freeze_failed=instant.freeze_failed,
             instant=instant.time,
+            wrong_bitmaps=self._wrong_bitmaps(results),
         )
 
     async def _copy_nothing(self, verdicts: Sequence[Verdict]) -> list[CopyResult]:

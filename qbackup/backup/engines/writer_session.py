@@ -7,19 +7,32 @@ takes nothing for too long ends it.
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from qbackup.backup.engines import Existence, Work
 from qbackup.backup.judge import Verdict
 from qbackup.errors import JobFailedError, WriterError
-from qbackup.formats.manifest import backing_file, disk_file, encode_manifest
+from qbackup.formats.manifest import (
+    DIGESTS_SUFFIX,
+    backing_file,
+    digests_file,
+    disk_file,
+    encode_manifest,
+)
 from qbackup.formats.vm_files import ARCHIVE_FILE
-from qbackup.model.backup import Backup, DiskBackup
+from qbackup.model.backup import Backup, Digests, DiskBackup
 from qbackup.model.bitmap import Bits
 from qbackup.model.names import PARTIAL_SUFFIX
 from qbackup.model.quantities import format_duration
-from qbackup.writer.client import CopyRequest, CopyResult, StartedWriter, Writer, writer_process
+from qbackup.writer.client import (
+    CopyRequest,
+    CopyResult,
+    PreviousImage,
+    StartedWriter,
+    Writer,
+    writer_process,
+)
 
 CHECK_S = 0.25
 """How often the source is looked at while it is read."""
@@ -133,6 +146,35 @@ class WriterSession:
             backing_file=None if parent is None else backing_file(parent, name),
             compress=self._work.options.compress,
             speed_limit_bytes_per_s=self._work.speed_bytes_per_s(running),
+            digests=f"{name}{DIGESTS_SUFFIX}" if self._work.vm.compare else None,
+            previous=self._previous(verdict),
+            compare=verdict.method == "compare",
+            spot_check=self._work.options.compare,
+        )
+
+    def _previous(self, verdict: Verdict) -> tuple[PreviousImage, ...]:
+        """Return what an incremental builds on, if all of it has digests."""
+        if verdict.kind == "full" or not self._work.vm.compare:
+            return ()
+        repository = self._work.repository.path
+        found = tuple(
+            PreviousImage(
+                image=repository / stored.file,
+                digests=repository / stored.digests.file,
+                root=stored.digests.root,
+            )
+            for stored in verdict.chain
+            if stored.digests is not None
+        )
+        return found if len(found) == len(verdict.chain) else ()
+
+    def _wrong_bitmaps(self, results: Sequence[CopyResult]) -> tuple[str, ...]:
+        """Return the disks that a spot check had compared."""
+        verdicts = self._work.plan.verdicts
+        return tuple(
+            verdict.disk.name
+            for verdict, result in zip(verdicts, results, strict=True)
+            if result.method != verdict.method
         )
 
     async def _share_speed(self, copies: Mapping[str, "asyncio.Task[CopyResult]"]) -> None:
@@ -156,10 +198,15 @@ class WriterSession:
 
     def _stored(self, verdict: Verdict, result: CopyResult) -> DiskBackup:
         name = verdict.disk.name
+        if result.digests_problem:
+            self._work.reporter.warning(
+                f"{self._work.vm.name}: disk {name}: this backup gets no digests, nor do those "
+                f"that build on it: {result.digests_problem}"
+            )
         return DiskBackup(
             name=name,
-            kind=verdict.method,
-            reason=verdict.reason,
+            kind=verdict.kind,
+            reason=verdict.reason if result.method == verdict.method else "bitmap-wrong",
             parent=verdict.parent,
             virtual_size_bytes=verdict.disk.virtual_size_bytes,
             granularity_bytes=self._work.vm.granularity_bytes,
@@ -169,4 +216,16 @@ class WriterSession:
             file_size_bytes=result.file_size_bytes,
             blake3=result.blake3,
             source=verdict.disk.source,
+            method=result.method,
+            digests=self._digests(name, result),
+        )
+
+    def _digests(self, name: str, result: CopyResult) -> Digests | None:
+        if result.digests is None:
+            return None
+        return Digests(
+            file=digests_file(self._work.vm.name, self._work.backup_id, name),
+            file_size_bytes=result.digests.file_size_bytes,
+            blake3=result.digests.blake3,
+            root=result.digests.root,
         )

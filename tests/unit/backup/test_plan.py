@@ -2,9 +2,11 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 
 from qbackup.backup.judge import newest_bases
 from qbackup.backup.plan import (
@@ -16,8 +18,17 @@ from qbackup.backup.plan import (
     readable_backups,
 )
 from qbackup.catalog.history import History
-from qbackup.errors import DiskError, NoSpaceError, RefusedError, RepositoryError, UsageError
-from qbackup.model.backup import MAX_DISK_BYTES, Backup
+from qbackup.errors import (
+    ChainsFullError,
+    DiskError,
+    NoSpaceError,
+    RefusedError,
+    RepositoryError,
+    UsageError,
+)
+from qbackup.formats import digests
+from qbackup.formats.manifest import MANIFEST_FILE, digests_file, encode_manifest
+from qbackup.model.backup import MAX_DISK_BYTES, Backup, Digests
 from qbackup.qmp.disks import Inventory
 from qbackup.repository.repository import Repository
 
@@ -127,6 +138,7 @@ def plan_for(repository: Repository, reporter: RecordingReporter) -> Callable[..
         inventory: Inventory,
         kind: str = "incremental",
         vm: dict[str, Any] | None = None,
+        can_compare: bool = True,
         **options: Any,
     ) -> Plan:
         history = History(repository, VM)
@@ -138,6 +150,7 @@ def plan_for(repository: Repository, reporter: RecordingReporter) -> Callable[..
             owner=OWNER,
             not_loaded={},
             options=BackupOptions(kind=kind, **options),  # type: ignore[arg-type]
+            can_compare=can_compare,
             reporter=reporter,
         )
 
@@ -271,13 +284,96 @@ async def test_a_chain_that_is_full_is_a_notice_and_a_full_backup(
     await publish(make_backup(ID2, parent=ID1))
     inventory = make_inventory(make_disk("system", make_bitmap(ID2)))
     assert reasons(plan_for(inventory, vm={"max_chain": 3})) == {"system": None}
-    plan = plan_for(inventory, vm={"max_chain": 2})
+    full = {"max_chain": 2, "consolidate": "never"}
+    plan = plan_for(inventory, vm=full)
     assert reasons(plan) == {"system": "chain-full"}
-    assert [(v.method, v.parent) for v in plan.verdicts] == [("full", None)]
+    assert [(v.kind, v.parent) for v in plan.verdicts] == [("full", None)]
     assert reporter.warnings == []
     assert ["(chain-full)" in notice for notice in reporter.notices] == [True]
     with pytest.raises(RefusedError):
+        plan_for(inventory, vm=full, fallback=False)
+
+
+async def test_a_chain_that_is_full_can_begin_anew_from_its_newest_backup(
+    publish: Publish, plan_for: Callable[..., Plan], reporter: RecordingReporter
+) -> None:
+    await publish(make_backup(ID1))
+    await publish(make_backup(ID2, parent=ID1))
+    inventory = make_inventory(make_disk("system", make_bitmap(ID2)))
+    with pytest.raises(ChainsFullError) as caught:
         plan_for(inventory, vm={"max_chain": 2}, fallback=False)
+    assert caught.value.bases == {ID2: ["system"]}
+    assert reporter.notices == reporter.warnings == []
+    # A full is copied from the guest all the same: who asks for one, and whose bitmap is lost.
+    assert reasons(plan_for(inventory, "full", vm={"max_chain": 2})) == {"system": "requested"}
+    lost = make_inventory(make_disk("system"))
+    assert reasons(plan_for(lost, vm={"max_chain": 2})) == {"system": "missing"}
+
+
+def digests_of(repository: Repository, backup_id: str) -> Digests:
+    """Write the digests of an empty disk; return what the manifest says of them."""
+    header = digests.pack_header(virtual_size_bytes=SIZE, key=bytes(32), directory=b"")
+    file = digests_file(VM, backup_id, "system")
+    (repository.path / file).write_bytes(header)
+    return Digests(
+        file=file,
+        file_size_bytes=len(header),
+        blake3=blake3(header).hexdigest(),
+        root=header[-32:].hex(),
+    )
+
+
+@pytest.fixture
+async def digested(repository: Repository, publish: Publish) -> Path:
+    """Return the digests of a backup whose disk can be compared."""
+    await publish(make_backup(ID1))
+    found = digests_of(repository, ID1)
+    backup = make_backup(ID1, disks=[make_disk_backup(digests=found)])
+    manifest = repository.vm_directory(VM) / ID1 / MANIFEST_FILE
+    manifest.write_bytes(encode_manifest(backup, repository_id=repository.id))
+    return repository.path / found.file
+
+
+async def test_a_disk_without_a_bitmap_is_compared_with_its_last_backup(
+    digested: Path, plan_for: Callable[..., Plan], reporter: RecordingReporter
+) -> None:
+    inventory = make_inventory(make_disk("system"))
+    plan = plan_for(inventory, fallback=False)
+    (verdict,) = plan.verdicts
+    assert (verdict.method, verdict.kind, verdict.parent) == ("compare", "incremental", ID1)
+    assert (verdict.reason, len(verdict.chain)) == ("missing", 1)
+    assert ["is compared with the last backup (missing)" in w for w in reporter.warnings] == [True]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"can_compare": False}, {"compare": False}, {"vm": {"compare": False}}, {"kind": "full"}],
+)
+async def test_a_disk_is_copied_where_nothing_is_to_be_compared(
+    digested: Path, plan_for: Callable[..., Plan], how: dict[str, Any]
+) -> None:
+    plan = plan_for(make_inventory(make_disk("system")), **how)
+    assert [(v.method, v.kind, v.parent) for v in plan.verdicts] == [("copy", "full", None)]
+
+
+async def test_digests_that_are_not_as_written_mean_a_full_and_are_told(
+    digested: Path, plan_for: Callable[..., Plan], reporter: RecordingReporter
+) -> None:
+    data = digested.read_bytes()
+    digested.write_bytes(data[:40] + b"\1" + data[41:])
+    (verdict,) = plan_for(make_inventory(make_disk("system"))).verdicts
+    assert (verdict.method, verdict.reason) == ("copy", "missing")
+    assert str(digested) in (verdict.problem or "")
+    assert [str(digested) in warning for warning in reporter.warnings] == [True]
+
+
+async def test_a_disk_of_another_size_is_not_compared(
+    digested: Path, plan_for: Callable[..., Plan]
+) -> None:
+    disk = make_disk("system", make_bitmap(ID1), virtual_size_bytes=2 * SIZE)
+    (verdict,) = plan_for(make_inventory(disk)).verdicts
+    assert (verdict.method, verdict.reason) == ("copy", "size-changed")
+    assert "of another size" in (verdict.problem or "")
 
 
 async def test_what_is_dated_at_the_end_of_time_is_passed_over_unless_it_is_a_backup(

@@ -35,7 +35,7 @@ def test_help_tells_every_command_and_exit_code(capsys: pytest.CaptureFixture[st
     text = capsys.readouterr().out
     # Design, section 4.
     commands = ["init", "full", "incremental", "list", "show", "restore", "verify", "status"]
-    commands += ["prune", "protect", "unprotect"]
+    commands += ["prune", "protect", "unprotect", "nbd", "mount", "boot"]
     codes = ["0 done", "1 failed", "2 usage", "3 done, but degraded", "4 refused", "10 no", "11 lo"]
     codes += ["12 QEMU", "13 verification", "130 interrupted"]
     assert [word for word in commands + codes if word not in text] == []
@@ -45,12 +45,13 @@ def test_help_tells_every_command_and_exit_code(capsys: pytest.CaptureFixture[st
 def test_a_backup_takes_everything_that_is_documented(name: str) -> None:
     arguments = parse_arguments(
         f"{name} vm1 --disk a --disk b --exclude c --label x --speed-limit 50M --lock-wait 10m"
-        " --no-fallback --strict --compress".split()
+        " --no-fallback --no-compare --strict --compress".split()
     )
     assert (arguments.name, arguments.module, arguments.vms) == ("incremental", "backup", ["vm1"])
     assert (arguments.disk, arguments.exclude, arguments.label) == (["a", "b"], ["c"], "x")
     assert (arguments.speed_limit, arguments.lock_wait) == (50 * 2**20, 600)
-    assert arguments.no_fallback and arguments.strict and arguments.compress
+    assert arguments.no_fallback and arguments.no_compare
+    assert arguments.strict and arguments.compress
 
 
 def test_prune_takes_every_rule_and_they_need_not_be_given() -> None:
@@ -104,7 +105,7 @@ def test_what_is_not_given_has_its_default() -> None:
         (["full", "vm1", "--speed-limit", "fast"], "'fast' is not a size"),
         (["full", "vm1", "--lock-wait", "-1"], "--lock-wait"),
         (["inc", "vm1", "--lock-wait", "10 parsecs"], "is not a duration"),
-        (["restore", "vm1"], "required: --to"),
+        (["restore", "vm1"], "--to --in-place is required"),
         (["restore", "vm1", "--to", "x", "--format", "vmdk"], "'vmdk' is none of raw, qcow2"),
         (["show", "vm1"], "required: ID"),
         (["protect", "vm1"], "required: ID"),

@@ -157,8 +157,10 @@ def test_what_is_no_file_is_an_error(qbackup: Command, tmp_path: Path) -> None:
 
 
 def test_wrong_use_is_told(qbackup: Command) -> None:
-    for arguments in (("--json", "bitmap"), ("bitmap", "show"), ("bitmap", "paint", CLEAN)):
+    for arguments in (("bitmap", "show"), ("bitmap", "paint", CLEAN)):
         assert qbackup(*arguments)[0] == 2
+    with pytest.raises(SystemExit, match="2"):  # after the help
+        qbackup("bitmap")
 
 
 @given(st.binary(max_size=700), st.booleans())

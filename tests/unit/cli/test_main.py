@@ -97,6 +97,8 @@ async def test_a_refused_fallback_exits_with_4(
             "query-jobs": [],
             **ASKED_FIRST,
             "query-fdsets": [],
+            "query-version": {"qemu": {"major": 10, "minor": 0, "micro": 13}, "package": ""},
+            "query-iothreads": [],
         }
     )
     result = await qbackup.run("--json", "incremental", VM, "--no-fallback")

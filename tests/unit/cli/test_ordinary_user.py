@@ -19,7 +19,7 @@ NOBODY = 65534
 # Everything is imported before the user changes, who may not see where it is installed.
 PROGRAM = f"""
 import importlib, os, pkgutil, sys
-import encodings.idna, traceback
+import encodings.idna, tempfile, traceback
 import qbackup
 from qbackup.cli.main import run
 for module in pkgutil.walk_packages(qbackup.__path__, "qbackup."):

@@ -120,6 +120,11 @@ def test_the_direct_engine_has_an_older_name(word: str) -> None:
     assert parse(with_key(f'engine = "{word}"')).vm("vm1").engine == "direct"
 
 
+def test_throw_away_vms_are_emulated_unless_it_says_kvm() -> None:
+    assert parse(TABLE).boot_accel == "tcg"
+    assert parse(f'boot_accel = "kvm"\n{TABLE}').boot_accel == "kvm"
+
+
 def test_the_snapshot_is_configured_for_all_vms() -> None:
     vm = parse(f'scratch = "tmp"\nscratch_limit = "20G"\nstall_timeout = "2m"\n{TABLE}').vm("vm1")
     assert vm.snapshot == SnapshotSettings(
@@ -214,6 +219,7 @@ MISTAKES = {
         ["vm.vm1.engine"],
         ["snapshot", "direct", "drive-backup"],
     ),
+    "boot accel": (f'boot_accel = "xen"\n{TABLE}', ["boot_accel", "xen"], ["tcg", "kvm"]),
     "scratch limit zero": (f"scratch_limit = 0\n{TABLE}", ["scratch_limit"], ["20G"]),
     "scratch limit no size": (f'scratch_limit = "much"\n{TABLE}', ["scratch_limit"], ["20G"]),
     "stall timeout short": (f"stall_timeout = 0.5\n{TABLE}", ["stall_timeout"], ["5m"]),
@@ -384,6 +390,22 @@ def test_max_chain_is_for_all_vms_or_for_one(top: str, table: str, found: int) -
     text = f'repository = "r"\nstate = "s"\n{top}\n[vm.a]\nqmp = "q"\n{table}\n'
     configuration = parse_configuration(text, path=Path("/etc/c.toml"))
     assert configuration.vm("a").max_chain == found
+
+
+@pytest.mark.parametrize(
+    ("top", "table", "found"),
+    [
+        ("", "", "worthwhile"),
+        ('[defaults]\nconsolidate = "never"', "", "never"),
+        ('[defaults]\nconsolidate = "never"', 'consolidate = "always"', "always"),
+    ],
+)
+def test_what_is_merged_is_for_all_vms_or_for_one(top: str, table: str, found: str) -> None:
+    text = f'repository = "r"\nstate = "s"\n{top}\n[vm.a]\nqmp = "q"\n{table}\n'
+    configuration = parse_configuration(text, path=Path("/etc/c.toml"))
+    assert configuration.vm("a").consolidate == found
+    assert configuration.consolidation("a") == (found, 100)
+    assert configuration.consolidation("gone") == ("never" if top else "worthwhile", 100)
 
 
 @pytest.mark.parametrize(

@@ -228,3 +228,44 @@ def test_a_backing_file_is_named_relative_to_its_image() -> None:
 def test_a_time_that_no_clock_can_have_said_is_refused(time: str) -> None:
     with pytest.raises(DocumentError, match="is not a time"):
         decode(forge(changed("time", to=time)))
+
+
+MERGED = {"kind": "incremental", "parent": ID1, "count": 3, "oldest": ID1}
+FORMER = {
+    "kind": "incremental",
+    "parent": ID1,
+    "stored_bytes": 1,
+    "file_size_bytes": 2,
+    "blake3": "00",
+}
+
+
+def test_what_was_merged_and_what_is_replaced_comes_back() -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["disks"][0] |= {"merged": MERGED, "replaces": FORMER | {"merged": MERGED}}
+
+    disk = decode(forge(change)).disks[0]
+    assert disk.merged is not None and disk.merged.count == 3
+    assert disk.replaces is not None and disk.as_before().merged == disk.merged
+    assert (disk.as_before().parent, disk.as_before().file_size_bytes) == (ID1, 2)
+    backup = decode(forge(change))
+    assert decode(encode_manifest(backup, repository_id=REPOSITORY_ID)) == backup
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("merged", MERGED | {"oldest": "../x"}, "is not a backup id"),
+        ("merged", MERGED | {"parent": "../x"}, "is not a backup id"),
+        ("merged", MERGED | {"count": 0}, "count"),
+        ("replaces", FORMER | {"parent": "../x"}, "is not a backup id"),
+        ("replaces", FORMER | {"merged": MERGED | {"oldest": ""}}, "is not a backup id"),
+        ("replaces", FORMER | {"kind": "full"}, "full with parent"),
+        ("replaces", FORMER | {"file_size_bytes": -1}, "file_size_bytes"),
+    ],
+)
+def test_what_leads_elsewhere_in_what_was_merged_is_refused(
+    key: str, value: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(DocumentError, match=match):
+        decode(forge(changed("disks", 0, key, to=value)))

@@ -316,3 +316,19 @@ async def test_a_lock_that_is_no_regular_file_is_told_and_hangs_nobody(
             pass
     assert caught.value.hint is not None
     assert not (tmp_path / "victim").exists() or (tmp_path / "victim").read_text() == "precious"
+
+
+async def test_who_changes_can_keep_readers_out_for_a_moment(tmp_path: Path) -> None:
+    async with locked(tmp_path, vm="vm1", wait_s=0) as lock:
+        async with locked_for_reading(tmp_path, vm="vm1", wait_s=0):
+            with pytest.raises(LockedError, match="a restore or verify"):
+                async with lock.alone(vm="vm1", wait_s=0):
+                    pass
+        async with lock.alone(vm="vm1", wait_s=0):
+            with pytest.raises(LockedError):
+                async with locked_for_reading(tmp_path, vm="vm1", wait_s=0):
+                    pass
+        async with locked_for_reading(tmp_path, vm="vm1", wait_s=0):
+            with pytest.raises(LockedError):  # what it had before, it has still
+                async with locked(tmp_path, vm="vm1", wait_s=0):
+                    pass

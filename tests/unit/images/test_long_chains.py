@@ -62,9 +62,18 @@ def test_the_limit_is_right_to_the_byte(tmp_path: Path, to_the_byte: int) -> Non
     assert alone(newest, tmp_path / "out") == (to_the_byte == 0)
 
 
+def make_image(path: Path, image_format: ImageFormat) -> None:
+    """Make an image with something in it."""
+    create = ["qemu-img", "create", "-q", "-f", image_format, str(path), str(SIZE_BYTES)]
+    subprocess.run(create, check=True)
+    fill = ["qemu-io", "-f", image_format, "-c", "write -q -P 9 0 3M", str(path)]
+    subprocess.run(fill, check=True)
+
+
+@pytest.mark.parametrize("exists", [False, True])
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 async def test_a_chain_that_is_too_long_is_copied_whole(
-    tmp_path: Path, image_format: ImageFormat
+    tmp_path: Path, image_format: ImageFormat, exists: bool
 ) -> None:
     made = make_chain(tmp_path, REPOSITORY_ID, 200)
     chain = images(tmp_path, made)
@@ -72,12 +81,14 @@ async def test_a_chain_that_is_too_long_is_copied_whole(
     seen: list[float] = []
     target = tmp_path / "a target: with, odd %s{n\u00e4me}"
     before = {path: path.read_bytes() for path in chain}
+    if exists:  # the image of a VM that is off
+        make_image(target, image_format)
     await convert(
         chain,
         target,
         virtual_size_bytes=SIZE_BYTES,
         target_format=image_format,
-        target_exists=False,
+        target_exists=exists,
         on_fraction=seen.append,
     )
     assert seen == sorted(seen) and seen[-1] == 1.0

@@ -1,14 +1,24 @@
 """A backup as a value, and the document that `--json` prints of it."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 
 from qbackup.formats.documents import convert
-from qbackup.model.backup import REASON_TEXT, Backup, Reason, SourceFile, SourceImage
+from qbackup.model.backup import (
+    COMPARED,
+    REASON_TEXT,
+    Backup,
+    DiskBackup,
+    Former,
+    Merged,
+    Reason,
+    SourceFile,
+    SourceImage,
+)
 
 from ..values import ID1, ID2, backups, make_backup, make_disk_backup, make_source
 
@@ -22,6 +32,7 @@ DISK_KEYS = {
     "copied_bytes",
     "stored_bytes",
     "file",
+    "merged",
 }
 
 
@@ -29,7 +40,7 @@ DISK_KEYS = {
 def test_the_summary_has_the_keys_that_other_programs_rely_on(backup: Backup) -> None:
     summary = json.loads(json.dumps(backup.summary()))
     assert set(summary) == SUMMARY_KEYS | {"label"}
-    assert all(set(disk) == DISK_KEYS | {"parent"} for disk in summary["disks"])
+    assert all(set(disk) == DISK_KEYS | {"parent", "method"} for disk in summary["disks"])
     assert [disk["file"] for disk in summary["disks"]] == [disk.file for disk in backup.disks]
     assert summary["id"] == backup.id and summary["parent"] == backup.parent
 
@@ -39,6 +50,15 @@ def test_a_backup_is_incremental_if_any_disk_is() -> None:
     assert make_backup(ID2, parent=ID1).kind == "incremental"
     mixed = [make_disk_backup(ID2, "new"), make_disk_backup(ID2, parent=ID1)]
     assert make_backup(ID2, disks=mixed).kind == "incremental"
+
+
+def test_a_backup_of_old_says_how_it_was_made_and_a_compared_one_is_called_so() -> None:
+    assert make_disk_backup().made_by == "copy"
+    assert make_disk_backup(ID2, parent=ID1).made_by == "bitmap"
+    compared = make_disk_backup(ID2, parent=ID1, method="compare")
+    assert (compared.made_by, compared.word) == ("compare", "compare")
+    assert make_backup(ID2, disks=[make_disk_backup(ID2, "b"), compared]).word == "compare"
+    assert make_backup(ID2, disks=[make_disk_backup(ID2, "b", parent=ID1)]).word == "incremental"
 
 
 def test_sizes_are_the_sums_over_the_disks() -> None:
@@ -58,6 +78,10 @@ def test_a_disk_is_found_by_its_name() -> None:
 
 def test_every_reason_is_said_to_people() -> None:
     assert set(REASON_TEXT) == set(get_args(Reason))
+
+
+def test_each_reason_says_whether_a_disk_may_be_compared() -> None:
+    assert set(COMPARED) == set(get_args(Reason))
 
 
 def source_of(*files: SourceFile, process: str | None = "p1", **changes: Any) -> SourceImage:
@@ -128,3 +152,31 @@ def test_what_an_older_manifest_does_not_say_is_no_difference() -> None:
     assert (before.files, before.process, before.encrypted) == (None, None, False)
     assert not source_of(ONE, format="qcow2").is_other_than(before)
     assert not before.is_other_than(source_of(ONE))
+
+
+def test_a_new_image_has_what_was_backed_up_and_nothing_of_the_old_file() -> None:
+    before = make_disk_backup(ID2, parent=ID1)
+    merged = Merged(kind="incremental", parent=ID1, count=1, oldest=ID1)
+    after = before.with_image(
+        parent=None,
+        merged=merged,
+        stored_bytes=1,
+        file_size_bytes=2,
+        blake3="cd" * 32,
+        digests=None,
+    )
+    assert (after.kind, after.parent, after.merged, after.blake3) == (
+        "full",
+        None,
+        merged,
+        "cd" * 32,
+    )
+    assert after.as_before() == before
+    # Who adds a field decides in `with_image` and `Former`: is it of the disk or of the file?
+    of_the_file = {"kind", "parent", "stored_bytes", "file_size_bytes", "blake3", "merged"}
+    of_the_disk = {"name", "reason", "virtual_size_bytes", "granularity_bytes", "copied_bytes"}
+    of_the_disk |= {"file", "source", "method"}
+    beside_it = {"replaces", "digests"}
+    assert {f.name for f in fields(DiskBackup)} == of_the_disk | of_the_file | beside_it
+    assert {f.name for f in fields(Former)} == of_the_file
+    assert all(getattr(after, name) == getattr(before, name) for name in of_the_disk)

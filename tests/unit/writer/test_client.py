@@ -6,6 +6,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -328,3 +329,34 @@ def test_a_writer_process_starts_without_what_is_slow_to_import() -> None:
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     slow = {"asyncio", "msgspec", "rich", "qemu", "dataclasses", "inspect", "zstandard", "ctypes"}
     assert not slow & set(done.stdout.split())
+
+
+async def test_every_disk_is_connected_to_at_once_whoever_has_to_wait(
+    tmp_path: Path, repo: Path
+) -> None:
+    # QEMU hangs up on a client that says nothing for 10 s, and only two disks are copied at once.
+    asked = threading.Event()
+
+    def note(name: str, data: bytes) -> bytes:
+        if name == "go":
+            asked.set()
+        return data
+
+    with (
+        FakeNbd(path=tmp_path / "a", data=CONTENT, extents=[(SIZE, 0)], hang_at_read=1) as a,
+        FakeNbd(path=tmp_path / "b", data=CONTENT, extents=[(SIZE, 0)], hang_at_read=1) as b,
+        FakeNbd(path=tmp_path / "c", data=CONTENT, extents=[(SIZE, 0)]) as c,
+    ):
+        async with writer_process(partial=repo / "b.partial", final=repo / "b") as writer:
+            copies = [
+                asyncio.create_task(writer.copy(request(fake, disk=name, file=f"{name}.qcow2")))
+                for name, fake in (("a", a), ("b", b))
+            ]
+            for fake in (a, b):
+                assert await asyncio.to_thread(fake.hangs.wait, 60)
+            c.tamper = note
+            copies.append(asyncio.create_task(writer.copy(request(c, disk="c", file="c.qcow2"))))
+            assert await asyncio.to_thread(asked.wait, 60)
+            assert c.reads == []
+            for copy in copies:
+                copy.cancel()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from qbackup.formats.qcow2_layout import CLUSTER_BYTES, REGION_CLUSTERS, Layout
 from qbackup.writer.candidates import DATA, ZERO, Candidates
-from qbackup.writer.compressed import CompressedImage, make_packer
+from qbackup.writer.growing import GrowingImage, make_packer
 from qbackup.writer.image import SequentialImage
 
 NOISE, TEXT, EMPTY, KNOWN = "noise", "text", "empty", "known"
@@ -125,7 +125,7 @@ def write_compressed(
     data: dict[int, tuple[str, bytes]],
     backing: str | None,
 ) -> None:
-    image, pack = CompressedImage(fd, layout, backing_file=backing), make_packer()
+    image, pack = GrowingImage(fd, layout, backing_file=backing), make_packer()
     image.begin()
     for region in candidates.regions():
         for first, count, kind in candidates.runs(region):
@@ -272,7 +272,7 @@ def test_compressed_clusters_go_on_behind_a_refcount_block(tmp_path: Path) -> No
     text = bytearray((noise[:9000] * 8)[:CLUSTER_BYTES])
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        image = CompressedImage(fd, layout, backing_file=None)
+        image = GrowingImage(fd, layout, backing_file=None)
         image.begin()
         for region in candidates.regions():
             for first, count, _ in candidates.runs(region):

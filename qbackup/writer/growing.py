@@ -1,13 +1,15 @@
-"""An image of compressed clusters, written nearly from front to back.
+"""An image of which nobody knows before how large it becomes, written nearly from front to back.
 
-How long a cluster becomes is not known before, so neither is the layout: room for the L1 table
-and the refcount table is left at the front, and they are written last. Compressed clusters follow
-each other byte by byte (qcow2 spec, "Compressed Clusters Descriptor"); what does not get smaller
-is stored as it is. Refcount blocks stand where they always do (`formats/qcow2_layout.py`).
+Of compressed clusters, or of those that turn out to be other than in the last backup. So room for
+the L1 table and the refcount table is left at the front, and they are written last. Compressed
+clusters follow each other byte by byte (qcow2 spec, "Compressed Clusters Descriptor"); what does
+not get smaller is stored as it is. Refcount blocks stand where they always do
+(`formats/qcow2_layout.py`).
 
 The file is hashed when it is complete. Knows neither NBD nor threads.
 """
 
+import os
 import sys
 from array import array
 from collections.abc import Callable
@@ -24,10 +26,13 @@ from qbackup.formats.qcow2_layout import (
     pack_header,
     pack_table,
 )
-from qbackup.writer.image import ZERO_CLUSTER, write_all
+from qbackup.writer.image import ZERO_CLUSTER, write_all, write_metadata
 
 Packed = bytes | memoryview | None
-"""A cluster: compressed, as it is (64 KiB), or None: all zero."""
+"""A cluster: compressed, as it is (64 KiB), None: all zero, or AS_BEFORE."""
+
+AS_BEFORE = b""
+"""A cluster that is as in the backing file, and is not stored."""
 
 _SECTOR_BYTES = 512
 _SECTORS_SHIFT = 62 - (CLUSTER_BITS - 8)
@@ -35,8 +40,19 @@ _WRITE_BYTES = 1024 * 1024
 _TABLES_IN_MEMORY = 32
 
 
-def make_packer() -> Callable[[bytearray, int], Packed]:
-    """Return what compresses the cluster at a place in a buffer. Each thread needs its own."""
+Packer = Callable[[bytearray, int], Packed]
+"""Makes the cluster at a place in a buffer what is stored of it."""
+
+
+def plain(buffer: bytearray, start: int) -> Packed:
+    """Leave a cluster as it is."""
+    if buffer.startswith(ZERO_CLUSTER, start):
+        return None
+    return memoryview(buffer)[start : start + CLUSTER_BYTES]
+
+
+def make_packer() -> Packer:
+    """Return what compresses clusters. Each thread needs its own."""
     from zstandard import ZstdCompressor  # noqa: PLC0415 - only who compresses needs it
 
     compress = ZstdCompressor().compress
@@ -51,16 +67,19 @@ def make_packer() -> Callable[[bytearray, int], Packed]:
     return pack
 
 
-class CompressedImage:
-    """A compressed image on its way into the open, empty file `fd`.
+class GrowingImage:
+    """An image on its way into the open, empty file `fd`.
 
     Call `begin`, for every region with candidates `cluster` for its DATA clusters in order,
     `zero` for its ZERO ones, and `end_region`; then `end`.
     """
 
-    def __init__(self, fd: int, layout: Layout, *, backing_file: str | None) -> None:
+    def __init__(
+        self, fd: int, layout: Layout, *, backing_file: str | None, compression: str = "zstd"
+    ) -> None:
         """Use `layout` for how much there can be at most: compressed, it is never more."""
         self._fd, self._layout, self._backing_file = fd, layout, backing_file
+        self._compression = compression
         self._hide_parent = backing_file is not None
         self._next = layout.first_body_cluster
         """The file's first cluster that is not given away."""
@@ -88,6 +107,8 @@ class CompressedImage:
         """Store one cluster of the region."""
         if data is None:
             self.zero(place, 1)
+        elif not data:
+            pass
         elif len(data) == CLUSTER_BYTES:
             cluster = self._take()
             write_all(self._fd, memoryview(data), cluster * CLUSTER_BYTES)
@@ -101,9 +122,12 @@ class CompressedImage:
             self._l2[place : place + count] = array("Q", [ZERO]) * count
 
     def end_region(self, region: int) -> None:
-        """Keep the region's L2 table; many are written together."""
+        """Keep the region's L2 table, if anything is in it; many are written together."""
         table, self._l2 = self._l2, _empty_l2()
-        self._tables.append((region, _big_endian(table)))
+        data = _big_endian(table)
+        if data == ZERO_CLUSTER:
+            return
+        self._tables.append((region, data))
         if len(self._tables) == _TABLES_IN_MEMORY:
             self._write_tables()
 
@@ -123,10 +147,11 @@ class CompressedImage:
             l1_offset=layout.l1_cluster * CLUSTER_BYTES,
             refcount_table_offset=layout.refcount_table_cluster * CLUSTER_BYTES,
             refcount_table_clusters=layout.refcount_table_clusters,
-            compression="zstd",
+            compression=self._compression,
             backing_file=self._backing_file,
         )
         self._write(0, header)
+        os.ftruncate(self._fd, self.file_size_bytes)  # its end may be a hole
 
     def _store(self, data: bytes) -> int:
         """Store a compressed cluster; return its L2 entry."""
@@ -195,7 +220,7 @@ class CompressedImage:
             self._pending = bytearray()
 
     def _write(self, cluster: int, data: bytes) -> None:
-        write_all(self._fd, memoryview(data), cluster * CLUSTER_BYTES)
+        write_metadata(self._fd, data, cluster * CLUSTER_BYTES)
 
 
 def _empty_l2() -> "array[int]":

@@ -1,0 +1,16 @@
+"""Directories beside backups that are named after one: what a run is at work on, or left."""
+
+import os
+from pathlib import Path
+
+from qbackup.model.names import is_backup_id
+
+
+def named_after_backups(vm_directory: Path, suffix: str) -> list[Path]:
+    """Return whatever is named as a backup and `suffix`, sorted; it may be a file or a link."""
+    try:
+        with os.scandir(vm_directory) as entries:
+            names = sorted(e.name for e in entries if e.name.endswith(suffix))
+    except FileNotFoundError:
+        return []
+    return [vm_directory / name for name in names if is_backup_id(name.removesuffix(suffix))]
