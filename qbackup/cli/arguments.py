@@ -278,9 +278,9 @@ def _add_retention_commands(command: Callable[..., Parser]) -> None:
     )
     merging = prune.add_mutually_exclusive_group()
     merging.add_argument(
-        "--consolidate", choices=("always", "worthwhile", "never"),
-        help="merge what no rule keeps, but is needed, into what needs it; worthwhile (default): "
-        "a full is not copied to free little",
+        "--consolidate", choices=("always", "worthwhile", "never"), metavar="WHEN",
+        help="merge what no rule keeps, but is needed, into what needs it: always, never, or "
+        "worthwhile (default: a full is not copied to free little)",
     )  # fmt: skip
     merging.add_argument(
         "--no-consolidate", dest="consolidate", action="store_const", const="never",

@@ -46,7 +46,7 @@ EXAMPLES = {
     ),
     "nbd": _examples(
         "qbackup nbd vm1                            # says how to look at it",
-        "qbackup nbd vm1 --at 20261123-1506 --disk data --socket /run/vm1/data.sock",
+        "qbackup nbd vm1 --disk data --socket /run/vm1/data.sock",
     ),
     "mount": _examples(
         "qbackup mount vm1 /mnt/vm1                 # the files of the newest backup",
