@@ -49,7 +49,7 @@ EXAMPLES = {
         "qbackup nbd vm1 --disk data --socket /run/vm1/data.sock",
     ),
     "mount": _examples(
-        "qbackup mount vm1 /mnt/vm1                 # the files of the newest backup",
+        "qbackup mount vm1 /mnt/vm1                 # its files",
         "qbackup mount vm1 /mnt/vm1 --images        # each disk as a raw file",
     ),
     "boot": _examples(

@@ -27,8 +27,8 @@ from support.watching import kept_lab
 
 KIB, MIB = 1024, 1024 * 1024
 ENGINES = ["blockdev-backup", "drive-backup"]
-NO_ROOM_FOR_A_MANIFEST = "nr_inodes=9"
-"""The root, qbackup.json, vm1, .lock; a full's three; then a directory and an image."""
+NO_ROOM_FOR_A_MANIFEST = "nr_inodes=11"
+"""The root, qbackup.json, vm1, .lock; a full's four; then a directory, an image and its digests."""
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
