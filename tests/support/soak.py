@@ -221,10 +221,10 @@ class Soak:
         writes = sorted(self.random.sample(range(1, 60), 3)) if self.on else []
         self._note(f"{' '.join([command, *options])}: {victim} killed at {at}, writes at {writes}")
         instants = self._take(names)
-        count, struck = 0, False
+        count, struck, taken = 0, False, False
 
         async def on_step(step: Step, running: Running) -> None:
-            nonlocal count, struck
+            nonlocal count, struck, taken
             count += 1
             alive = not (struck and victim == "qemu")
             if count in writes and alive:
@@ -233,6 +233,7 @@ class Soak:
                 struck = await self._strike(victim, step, running)
                 alive = not (struck and victim == "qemu")
             if step.takes_instant and alive:
+                taken = True
                 self.it.roll_back(instants)
                 instants.update(self._take(names))
 
@@ -240,15 +241,20 @@ class Soak:
             self.it.qbackup, "--json", command, VM, *options, on_step=on_step
         )
         assert "Traceback" not in result.stderr, result
-        if result.code == 0:
-            if struck and victim == "qemu":
-                self._made(command, result.last, instants)
-            else:
-                await self._succeeded(command, result.last, instants)
-        else:
+        crashed = struck and victim == "qemu"
+        if crashed and not taken:
+            # Perhaps the backup has not even seen it, and is one of a VM that is off.
+            self.it.roll_back(instants)
+            await self._crashed()
+            instants = self._take(self._chosen(options))
+        if result.code != 0:
             assert struck, result
             await self._settle(command, result, instants)
-        if struck and victim == "qemu":
+        elif crashed and taken:
+            self._made(command, result.last, instants)
+        else:
+            await self._succeeded(command, result.last, instants)
+        if crashed and taken:
             await self._crashed()
 
     async def _strike(self, victim: str, step: Step, running: Running) -> bool:
@@ -281,13 +287,13 @@ class Soak:
 
     async def prune(self) -> None:
         """Remove by some rules; perhaps it is killed."""
-        keep = self.random.choice([1, 1, 2, 3, 4, 6])
+        keep = self.random.choice([1, 2, 3, 4, 6, 9])
         options = ["--keep-last", str(keep)]
         if self.random.random() < 0.3:
             options += [f"--keep-{self.random.choice(['hourly', 'daily', 'yearly'])}", "1"]
         consolidate = self.random.choice([None, "always", "worthwhile", "never"])
         options += ["--consolidate", consolidate] if consolidate else []
-        kill_at = self.random.choice([0, 0, self.random.randint(1, 100)])
+        kill_at = self.random.choice([0, 0, self.random.randint(1, 15), self.random.randint(1, 80)])
         self._note(f"{' '.join(options)}, killed at {kill_at}")
         listed = await self.listed()
         counted = [backup_id for backup_id in listed if backup_id not in self.protected]
