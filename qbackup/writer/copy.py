@@ -73,7 +73,9 @@ class DiskCopy:
         self._to_work: SimpleQueue[Slot | None] = SimpleQueue()
         self._written: SimpleQueue[Slot | Buffer | None] = SimpleQueue()
         self._hash = blake3()
-        self._method = COMPARE if task.compare else COPY if task.bitmap_fd is None else BITMAP
+        # An empty disk has no bits to send, and an incremental like any other.
+        by_bitmap = task.bitmap_fd is not None or task.backing_file is not None
+        self._method = COMPARE if task.compare else BITMAP if by_bitmap else COPY
         self._before: ChainDigests | None = None
         self._digests_problem: str | None = None
         self._digester: Digester | None = None

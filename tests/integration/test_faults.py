@@ -49,8 +49,8 @@ CLUSTER = 64 * KIB
 ATTEMPTS = 3
 """Which thread makes a call, and so its number, may differ from the recorded life's: try again."""
 
-SHARDS = 6
-"""Of each sweep; one has every sixth step."""
+SHARDS = 12
+"""Of each sweep; one has every twelfth step."""
 FILE_CALLS = "write,pwrite64,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,ftruncate"
 QBACKUP_CALLS = f"{FILE_CALLS},sendto,sendmsg"
 QEMU_CALLS = f"{FILE_CALLS},pwritev,pwritev2,sendmsg"
@@ -129,18 +129,18 @@ async def test_qbackup_and_qemu_killed_at_any_step_of_run_lose_no_write(
     await sweep(tmp_path, start, "run", shard=shard, of=SHARDS, both=True)
 
 
-@pytest.mark.parametrize("shard", shards(3))
+@pytest.mark.parametrize("shard", shards(6))
 async def test_a_watcher_killed_at_any_step_loses_no_write(
     tmp_path: Path, start: Start, shard: int
 ) -> None:
-    await sweep(tmp_path, start, "watch", shard=shard, of=3)
+    await sweep(tmp_path, start, "watch", shard=shard, of=6)
 
 
-@pytest.mark.parametrize("shard", shards(2))
+@pytest.mark.parametrize("shard", shards(4))
 async def test_stop_killed_at_any_step_loses_no_write(
     tmp_path: Path, start: Start, shard: int
 ) -> None:
-    await sweep(tmp_path, start, "stop", shard=shard, of=2)
+    await sweep(tmp_path, start, "stop", shard=shard, of=4)
 
 
 @pytest.mark.parametrize("shard", shards(SHARDS))

@@ -31,6 +31,7 @@ from support.lab import (
     small_file_system,
 )
 from support.qemu import raw_bytes, run_tool
+from support.sweeps import shards
 
 from qbackup.actions.prune import PruneOptions, prune
 from qbackup.actions.verify import Scope, Verifier
@@ -276,7 +277,7 @@ async def copied(folder: Path, start: Start) -> AsyncIterator[Qbackup]:
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("shard", range(SHARDS))
+@pytest.mark.parametrize("shard", shards(SHARDS))
 async def test_a_prune_killed_at_any_step_leaves_whole_backups_only(
     tmp_path: Path, start: Start, shard: int
 ) -> None:

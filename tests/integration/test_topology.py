@@ -640,7 +640,7 @@ async def test_a_pivot_to_a_copy_is_noticed(tmp_path: Path, tcp: bool) -> None:
             await events.get()
         await it.write("d", MIB, 512, 3)
         result = await it.qbackup.ok("incremental", VM)
-        assert "full backup (missing): it is on" in result.stderr
+        assert "compared with the last backup (missing): it is on" in result.stderr
         assert "copy.raw now and was on" in result.stderr
 
 

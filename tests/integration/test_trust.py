@@ -159,7 +159,7 @@ async def test_a_snapshot_taken_and_gone_around_a_backup_loses_nothing(tmp_path:
 
 
 @pytest.mark.parametrize("command", ["full", "incremental"])
-async def test_a_deleted_newest_backup_makes_the_next_one_full(
+async def test_after_the_newest_backup_was_deleted_the_disk_is_compared(
     tmp_path: Path, command: str
 ) -> None:
     async with lab(tmp_path, disk_specs(tmp_path, "a")) as it:
@@ -235,7 +235,9 @@ async def test_a_hot_plugged_disk_is_new_and_the_others_stay_incremental(tmp_pat
         await it.check_restores()
 
 
-async def test_a_removed_disk_is_left_out_and_is_full_when_it_comes_back(tmp_path: Path) -> None:
+async def test_a_removed_disk_is_left_out_and_is_compared_when_it_comes_back(
+    tmp_path: Path,
+) -> None:
     async with lab(tmp_path, disk_specs(tmp_path, "a"), qemu_arguments=SCSI) as it:
         spec = DiskSpec(name="b", path=tmp_path / "b.raw", bus="scsi0.0")
         await it.add_disk(spec)

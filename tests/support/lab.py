@@ -327,7 +327,7 @@ class Lab:
                     self._check_compared(disk, instants[name].content, stored)
                 else:
                     assert stored == before.expected_clusters(), f"{name}: not what was touched"
-                assert disk["parent"] == self.bases[name]
+                    assert disk["parent"] == self.bases[name]
             self.bases[name] = summary["id"]
         contents = {name: instant.content for name, instant in instants.items()}
         self.points.append(Point(id=summary["id"], contents=contents))

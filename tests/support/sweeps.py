@@ -1,6 +1,11 @@
 """How much of a sweep is run: a sample of its steps, or with `QBACKUP_SWEEP=all` every step."""
 
 import os
+from collections.abc import Sequence
+from typing import TypeVar
+from zlib import crc32
+
+T = TypeVar("T")
 
 EVERYTHING = os.environ.get("QBACKUP_SWEEP") == "all"
 
@@ -11,3 +16,10 @@ def shards(of: int, *, sampled: int = 1) -> range:
     `sampled` is how many are run if nobody asked for everything; it divides `of`.
     """
     return range(of) if EVERYTHING else range(0, of, of // sampled)
+
+
+def sampled(name: str, variants: Sequence[T]) -> Sequence[T]:
+    """Return the first of a test's variants and another one, by its name: it is always the same."""
+    if len(variants) <= 2:
+        return variants
+    return [variants[0], variants[1 + crc32(name.encode()) % (len(variants) - 1)]]
