@@ -14,7 +14,7 @@ from support.soak import MAX_CHAIN, QEMU_ARGUMENTS, Soak, soak_disks
 from support.steps import stepping
 from support.watching import kept_lab
 
-ROUNDS = int(os.environ.get("QBACKUP_SOAK_ROUNDS", "10"))
+ROUNDS = int(os.environ.get("QBACKUP_SOAK_ROUNDS", "6"))
 SEED = int(os.environ.get("QBACKUP_SOAK_SEED", "10"))
 SIZE_BYTES = 1024 * 1024 + 512
 
