@@ -137,12 +137,11 @@ def assess(
     if verdict.base is None or (untrusted and not (compare and COMPARED[untrusted])):
         return verdict
     found = why_not_built_upon(history, verdict.base.backup, disk.name, max_chain=vm.max_chain)
-    if found is not None:
-        reason, problem = found
+    anew = found is not None and found[0] == "chain-full" and renews(verdict.base.disk, vm)
+    if found is not None and not anew:
         if untrusted:
-            return _not_compared(verdict, untrusted, problem)
-        anew = reason == "chain-full" and renews(verdict.base.disk, vm)
-        return replace(verdict, reason=None if anew else reason, problem=problem, renews=anew)
+            return _not_compared(verdict, untrusted, found[1])
+        return replace(verdict, reason=found[0], problem=found[1])
     stored = history.chain(verdict.base.backup, disk.name)
     chain = tuple(part for _, part in reversed(stored))
     why_not = untrusted and why_not_compared(
@@ -150,7 +149,10 @@ def assess(
     )
     if untrusted and why_not:
         return _not_compared(verdict, untrusted, why_not)
-    return replace(verdict, compare=untrusted is not None, chain=chain)
+    problem = found[1] if found and not untrusted else verdict.problem
+    return replace(
+        verdict, problem=problem, renews=anew, compare=untrusted is not None, chain=chain
+    )
 
 
 def _not_compared(verdict: Verdict, reason: Reason, problem: str) -> Verdict:

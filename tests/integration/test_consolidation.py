@@ -227,6 +227,27 @@ async def test_what_was_merged_is_compared_with_when_a_bitmap_is_lost(tmp_path: 
         await it.check_restores(it.points[3:])
 
 
+async def test_a_full_chain_begins_anew_although_the_bitmap_is_lost(tmp_path: Path) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a"), extra="max_chain = 3\n") as it:
+        await it.back_up("full")
+        for number in range(1, 3):
+            await it.write("a", number * 65536, 4096, number + 1)
+            await it.back_up("incremental")
+        await lose_bitmaps(it)
+        await it.write("a", 10 * 65536, 4096, 9)
+        (status,) = (await it.qbackup.ok("--json", "status", VM)).document
+        assert status["disks"][0]["next_method"] == "compare"
+        (disk,) = (await it.back_up("incremental", "--no-fallback"))["disks"]
+        assert (disk["method"], disk["reason"], disk["parent"]) == (
+            *("compare", "missing"),
+            it.points[2].id,
+        )
+        shown = (await it.qbackup.ok("--json", "show", VM, it.points[2].id)).document
+        assert [(d["kind"], d["merged"]) for d in shown["disks"]] == [("full", 2)]
+        await it.qbackup.ok("verify")
+        await it.check_restores()
+
+
 async def lose_bitmaps(it: Lab) -> None:
     """Remove the bitmaps from QEMU, as a crash does."""
     for node in await it.qemu.qmp("query-named-block-nodes", flat=True):

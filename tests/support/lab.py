@@ -140,8 +140,9 @@ class Lab:
         self.qemu.disks.append(spec)
         file = {"driver": "file", "filename": str(spec.path)}
         await self.qemu.qmp(
-            "blockdev-add", driver=spec.image_format, node_name=spec.name, file=file
-        )
+            "blockdev-add",
+            driver=spec.image_format, node_name=spec.name, file=file, discard="unmap",
+        )  # fmt: skip
         await self.qemu.qmp(
             "device_add", driver="scsi-hd", id=spec.device_id, drive=spec.name, bus=spec.bus
         )
@@ -347,6 +348,10 @@ class Lab:
 
     async def assert_clean(self) -> None:
         """Nothing of a run is left, and every disk records for its newest backup."""
+        assert await self.recorded_checkpoints() == sorted(self.bases.values())
+
+    async def recorded_checkpoints(self) -> list[str]:
+        """Nothing of a run is left; return the checkpoints that QEMU records for, sorted."""
         assert not list(self.repository.glob(f"{VM}/*.partial"))
         jobs = await self.qemu.qmp("query-jobs")
         assert [job["id"] for job in jobs if job["id"].startswith(OURS)] == []
@@ -356,8 +361,7 @@ class Lab:
         bitmaps = [bitmap for node in nodes for bitmap in node.get("dirty-bitmaps", [])]
         ours = [b for b in bitmaps if b.get("name", "").startswith(OURS) and not is_guard(b)]
         assert all(bitmap["recording"] and not bitmap["busy"] for bitmap in ours)
-        checkpoints = sorted(bitmap["name"].split("-", 2)[2] for bitmap in ours)
-        assert checkpoints == sorted(self.bases.values())
+        return sorted(bitmap["name"].split("-", 2)[2] for bitmap in ours)
 
     async def reported_dirty_bytes(self, disk: str) -> int:
         """Return what QEMU's bitmap of the disk's newest backup counts."""

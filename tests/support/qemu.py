@@ -69,6 +69,8 @@ class DiskSpec:
             before = ["-object", f"iothread,id={thread}", "-device"]
             before += [f"virtio-scsi-pci,id={controller},iothread={thread}"]
             device |= {"driver": "scsi-hd", "bus": f"{controller}.0"}
+        elif self.bus:
+            device |= {"driver": "scsi-hd", "bus": self.bus}
         if self.style == "drive":
             read_only = "on" if self.read_only else "off"
             drive = (

@@ -329,7 +329,7 @@ class KeptLab(Lab):
                     await asyncio.sleep(0.01)
                 self._pidfds.append(os.pidfd_open(peer_pid(path)))
                 self._qemu = Qemu(
-                    disks=self.specs,
+                    disks=list(self.specs),
                     qmp_socket=self.folder / "qmp.sock",
                     process=process,
                     control=control,
