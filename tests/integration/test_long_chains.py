@@ -108,7 +108,7 @@ async def test_a_chain_of_150_real_incrementals_never_outgrows_qemu_img(tmp_path
                 assert await raw_bytes(image, "qcow2") == it.points[-1].contents[DISK]
         assert full_at == []
         listed = (await it.qbackup.ok("--json", "list", VM)).document
-        assert [n for n, b in enumerate(listed) if b["kind"] == "full"] == [0, 99]
+        assert [n for n, b in enumerate(listed) if b["disks"][0]["kind"] == "full"] == [0, 99]
         await it.qbackup.ok("verify")
         await it.check_restores([it.points[n] for n in (0, 99, 100, 150)])
 
