@@ -94,10 +94,10 @@ async def test_a_vm_that_is_off_and_unchanged_makes_no_backup_and_is_no_error(
 ) -> None:
     async with switched_off(tmp_path) as it:
         made = await incremental_off(it)
-        files = {path: path.stat().st_mtime_ns for path in it.state.rglob("*")}
+        files = {path: path.stat().st_mtime_ns for path in it.state.rglob("*.qbm")}
         again = await back_up_off(it)
         assert (again["unchanged"], again["id"], again["disks"]) == (True, made["id"], [])
-        assert {path: path.stat().st_mtime_ns for path in it.state.rglob("*")} == files
+        assert {path: path.stat().st_mtime_ns for path in it.state.rglob("*.qbm")} == files
         told = await it.qbackup.ok("-q", "incremental", VM)
         assert told.stdout == told.stderr == ""
         told = await it.qbackup.ok("incremental", VM)
