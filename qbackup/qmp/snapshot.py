@@ -119,8 +119,9 @@ class NbdServer:
 
         It is ours to close (`end`); who reads through it must not shut it down.
         """
-        await self._monitor.execute(commands.export_add(export=export, node=node))
+        # Known before it is there: who is interrupted meanwhile must end it all the same.
         self._exports.append(export)
+        await self._monitor.execute(commands.export_add(export=export, node=node))
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._connections[export] = connection
         try:
