@@ -19,7 +19,8 @@ def shards(of: int, *, sampled: int = 1) -> range:
 
 
 def sampled(name: str, variants: Sequence[T]) -> Sequence[T]:
-    """Return the first of a test's variants and another one, by its name: it is always the same."""
+    """Return one of a test's variants: always the same, and of each test another, by its name."""
+    chosen = crc32(name.encode())
     if len(variants) <= 2:
-        return variants
-    return [variants[0], variants[1 + crc32(name.encode()) % (len(variants) - 1)]]
+        return [variants[chosen % len(variants)]]
+    return [variants[chosen // 2 % 2 * (1 + chosen % (len(variants) - 1))]]
