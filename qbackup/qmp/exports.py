@@ -68,3 +68,17 @@ async def until_deleted(monitor: Monitor, events: Events, awaited: Callable[[str
 async def query_exports(monitor: Monitor) -> list[Export]:
     """Return all exports, whoever made them."""
     return await monitor.query(commands.query("block-exports"), list[Export])
+
+
+async def stop_server(monitor: Monitor) -> bool:
+    """Stop the NBD server, which is ours; False if there is an export that uses it.
+
+    It may be somebody else's, or one of ours whose client hangs. QEMU waits for the clients, and
+    the guest would wait with it (blockdev-nbd.c, `nbd_server_free`). Exports that are not NBD
+    (FUSE, vhost-user) do without the server.
+    """
+    if any(export.type == "nbd" for export in await query_exports(monitor)):
+        return False
+    with suppress(QmpCommandError):  # we were killed before it had started
+        await monitor.execute(commands.nbd_server_stop())
+    return True

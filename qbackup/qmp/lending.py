@@ -1,7 +1,8 @@
 """Files lent to QEMU, and steps that are taken back, each for the duration of a block."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from qbackup.errors import QbackupError
@@ -30,12 +31,19 @@ async def named_for_qemu(
 @asynccontextmanager
 async def undone_by(monitor: Monitor, command: Command) -> AsyncIterator[None]:
     """Run `command` when the block ends; a failure of it never hides the block's own."""
+    async with afterwards(partial(monitor.execute, command)):
+        yield
+
+
+@asynccontextmanager
+async def afterwards(step: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
+    """Take a step when the block ends; a failure of it never hides the block's own."""
     try:
         yield
     except BaseException as err:
         try:
-            await monitor.execute(command)
+            await step()
         except QbackupError as cleanup:
             err.add_note(f"clean-up: {cleanup}")
         raise
-    await monitor.execute(command)
+    await step()

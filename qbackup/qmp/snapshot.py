@@ -10,8 +10,9 @@ What holds on every QEMU from 7.2 on, and why each step is as it is:
 * A client of a disk in an iothread must not go away by itself: QEMU before 9.0 aborts. So QEMU
   itself is given the other end of every connection to keep, and it is closed only after QEMU has
   been told to end the export.
-* A client that hangs with an answer half read keeps its export from ending. So the connection is
-  shut down from here, whoever else has it open.
+* A client that hangs with an answer half read keeps its export from ending, and `nbd-server-stop`
+  would then stop QEMU as a whole. So the connection is shut down and emptied from here, whoever
+  else has it open, and the server is stopped only if no export is left.
 * QEMU has one NBD server. Ours is started only if there is none, and a node named after it says
   that it is ours; it listens on a socket that we made, so QEMU needs no right to any directory.
 
@@ -32,12 +33,13 @@ from qbackup.formats import qcow2
 from qbackup.host.sockets import short_address
 from qbackup.model.names import SERVER_MARKER, Owner
 from qbackup.qmp import commands
-from qbackup.qmp.exports import delete_export, until_deleted
-from qbackup.qmp.lending import named_for_qemu, undone_by
+from qbackup.qmp.exports import delete_export, stop_server, until_deleted
+from qbackup.qmp.lending import afterwards, named_for_qemu, undone_by
 from qbackup.qmp.monitor import Event, Monitor
 
 EVENTS = ("QUORUM_REPORT_BAD",)
 _BACKLOG = 16
+_DRAIN_BYTES = 1 << 20
 _L2_ENTRIES = qcow2.CLUSTER_BYTES // 8
 _REFCOUNTS = qcow2.CLUSTER_BYTES // 2
 _SPARE_CLUSTERS = 64
@@ -145,9 +147,7 @@ class NbdServer:
                     await delete_export(self._monitor, export)
             finally:
                 for connection in self._connections.values():
-                    with suppress(OSError):  # QEMU has shut it down
-                        connection.shutdown(socket.SHUT_RDWR)
-                    connection.close()
+                    _hang_up(connection)
             for export in self._exports:
                 await until_deleted(self._monitor, events, partial(eq, export))
         self._exports.clear()
@@ -172,7 +172,14 @@ async def nbd_server(monitor: Monitor, *, path: Path, owner: Owner) -> AsyncIter
             hint="somebody's export may use the server that an interrupted backup left: end it "
             '(block-export-del), or set engine = "direct"',
         ) from err
-    async with undone_by(monitor, commands.node_delete(marker)):
+    started = False
+
+    async def end() -> None:
+        # One that cannot be stopped is still ours, and the next run must know that.
+        if not started or await stop_server(monitor):
+            await monitor.execute(commands.node_delete(marker))
+
+    async with afterwards(end):
         try:
             try:
                 path.unlink(missing_ok=True)
@@ -185,11 +192,26 @@ async def nbd_server(monitor: Monitor, *, path: Path, owner: Owner) -> AsyncIter
                 ) from err
             except OSError as err:
                 raise SnapshotError(f"{path}: cannot listen: {err.strerror or err}") from err
-            async with undone_by(monitor, commands.nbd_server_stop()):
-                yield NbdServer(monitor, path)
+            started = True
+            yield NbdServer(monitor, path)
         finally:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+def _hang_up(connection: socket.socket) -> None:
+    """End a connection, whoever else has it open and reads no more.
+
+    QEMU may be about to send more than there is room for, and a connection that is shut down does
+    not wake it then (util/aio-posix.c: a hang-up is for who reads): room does. So what has come is
+    taken off.
+    """
+    with suppress(OSError):  # QEMU has shut it down
+        connection.shutdown(socket.SHUT_RDWR)
+    with suppress(OSError):
+        while connection.recv(_DRAIN_BYTES, socket.MSG_DONTWAIT):
+            pass
+    connection.close()
 
 
 async def _start_server(monitor: Monitor, path: Path, *, name: str) -> None:

@@ -6,7 +6,7 @@ writes the target is decided here and nowhere else.
 """
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from qbackup.formats.configuration import Engine
 from qbackup.model.names import SERVER_MARKER, Owner
 from qbackup.qmp import commands
 from qbackup.qmp.disks import query_inventory
-from qbackup.qmp.exports import query_exports
+from qbackup.qmp.exports import stop_server
 from qbackup.qmp.lending import named_for_qemu, undone_by
 from qbackup.qmp.monitor import Monitor
 
@@ -75,7 +75,7 @@ async def remove_leftovers(monitor: Monitor, *, owner: Owner) -> int:
         node for node in inventory.nodes if owner.owns(node) and not node.endswith(_GO_WITH_ANOTHER)
     ]
     markers = [node for node in nodes if node.endswith(f"-{SERVER_MARKER}")]
-    if markers and not await _stop_server(monitor):
+    if markers and not await stop_server(monitor):
         # The server is still ours, and a later run must know that.
         nodes = [node for node in nodes if node not in markers]
     for node in nodes:
@@ -88,18 +88,6 @@ async def remove_leftovers(monitor: Monitor, *, owner: Owner) -> int:
     for fdset in fdsets:
         await monitor.execute(commands.remove_fd(fdset))
     return len(nodes)
-
-
-async def _stop_server(monitor: Monitor) -> bool:
-    """Stop the NBD server, which is ours; False if somebody else has taken to using it.
-
-    Exports that are not NBD (FUSE, vhost-user) do without the server.
-    """
-    if any(export.type == "nbd" for export in await query_exports(monitor)):
-        return False
-    with suppress(QmpCommandError):  # we were killed before it had started
-        await monitor.execute(commands.nbd_server_stop())
-    return True
 
 
 async def _add_node(monitor: Monitor, *, node: str, filename: str) -> None:

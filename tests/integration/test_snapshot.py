@@ -4,8 +4,11 @@ A writer process that was stopped (SIGSTOP) is what a repository that hangs is t
 """
 
 import asyncio
+import fcntl
 import os
 import signal
+import struct
+import termios
 import time
 from pathlib import Path
 
@@ -13,6 +16,14 @@ import pytest
 from support.lab import OURS, VM, Lab, disk_specs, free_port, kinds, lab, small_file_system
 from support.model import Instant
 from support.steps import Running, Step, stepping
+
+from qbackup.model.names import Owner, owner_of
+from qbackup.qmp.commands import export_add
+from qbackup.qmp.exports import query_exports
+from qbackup.qmp.monitor import connected
+from qbackup.qmp.snapshot import nbd_server
+from qbackup.repository.repository import Repository
+from qbackup.writer.nbd import NbdConnection
 
 KIB, MIB = 1024, 1024 * 1024
 INTERRUPT_S = 5.0
@@ -66,6 +77,57 @@ async def test_qemu_opens_nothing_in_the_repository_and_the_scratch_has_no_name(
             if path.name[0] == "." and path.is_file() and path.stat().st_size > MIB
         ]
         await it.finish(backup)
+
+
+@pytest.mark.parametrize("iothread", [False, True])
+async def test_a_client_that_hangs_with_an_answer_half_read_holds_up_nobody(
+    tmp_path: Path, iothread: bool
+) -> None:
+    owner = Owner(f"{OURS}0123456789ab-")
+    specs = disk_specs(tmp_path, "a", iothread=iothread)
+    async with (
+        lab(tmp_path, specs, size_bytes=8 * MIB) as it,
+        connected(tmp_path / "qmp.sock") as monitor,
+    ):
+        async with nbd_server(monitor, path=tmp_path / "nbd.sock", owner=owner) as server:
+            fd = await server.connect(node="a", export=owner.named("e0"))
+            # Who hangs has the connection open, too, as the writer process has.
+            client = NbdConnection(os.dup(fd), owner.named("e0"), allocation=False, timeout_s=9)
+            for number in range(8):
+                client.submit(number * MIB, memoryview(bytearray(MIB)))
+            async with asyncio.timeout(ANSWER_S):
+                await until_stuck(fd)
+            async with asyncio.timeout(ANSWER_S):
+                await server.end()
+                assert await query_exports(monitor) == []
+        async with asyncio.timeout(ANSWER_S):
+            await assert_nothing_in_qemu(it)
+        client.close()
+
+
+async def test_a_server_with_an_export_is_not_stopped_but_left_to_the_next_backup(
+    tmp_path: Path,
+) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a")) as it:
+        owner = owner_of(Repository.open(it.repository).id, VM)
+        async with connected(tmp_path / "qmp.sock") as monitor:
+            with pytest.raises(ZeroDivisionError):
+                async with nbd_server(monitor, path=tmp_path / "nbd.sock", owner=owner):
+                    await monitor.execute(export_add(export=owner.named("e9"), node="a"))
+                    raise ZeroDivisionError
+            assert [export.id for export in await query_exports(monitor)] == [owner.named("e9")]
+        await it.back_up("full")
+        await assert_nothing_in_qemu(it)
+        await it.check_restores()
+
+
+async def until_stuck(fd: int) -> None:
+    """Wait until nothing more comes into a connection that nobody reads from."""
+    before, now = -1, 0
+    while now == 0 or now != before:
+        before = now
+        await asyncio.sleep(0.05)
+        now = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0]
 
 
 async def test_the_snapshot_of_a_backup_is_not_named_as_the_one_before(tmp_path: Path) -> None:
