@@ -11,12 +11,11 @@ it, the backup exists and only QEMU's old bitmaps remain to be removed.
 
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 
 from qbackup.actions.backup_stopped import back_up_stopped
 from qbackup.actions.consolidate import begin_chains_anew
 from qbackup.backup import reconcile
-from qbackup.backup.engines import Work
+from qbackup.backup.engines import Run
 from qbackup.backup.engines.choose import chosen_engine
 from qbackup.backup.finish import rolled_back_on_failure
 from qbackup.backup.hooks import hooks_around
@@ -36,10 +35,9 @@ from qbackup.bitmaps.roll_back import prune_bitmaps, roll_back_bitmaps
 from qbackup.catalog.history import History
 from qbackup.errors import ChainsFullError, MonitorError, QbackupError, VmStateError
 from qbackup.formats.configuration import Vm
-from qbackup.host.lock import HeldLock
 from qbackup.host.tasks import to_its_end
 from qbackup.model.backup import Backup
-from qbackup.model.names import Owner, owner_of
+from qbackup.model.names import Owner
 from qbackup.model.progress import Reporter
 from qbackup.qmp.disks import query_inventory
 from qbackup.qmp.monitor import Monitor
@@ -92,68 +90,53 @@ async def back_up(
         repository.lock(vm.name, wait_s=options.lock_wait_s) as lock,
         hooks_around(vm, options.kind, reporter) as hooks,
     ):
-        back_up_it = partial(
-            _back_up_it, repository, state=state, options=options, reporter=reporter, lock=lock
+        run = Run(
+            repository=repository,
+            vm=vm,
+            state=state,
+            options=options,
+            lock=lock,
+            reporter=reporter,
+            started=started,
         )
         try:
-            backup, made, hooks.degraded = await back_up_it(vm, started=started)
+            backup, made, hooks.degraded = await _back_up_it(run)
         except ChainsFullError as err:
             # Without QEMU's monitor, which others may want meanwhile.
             wait_s = options.lock_wait_s
             if not await begin_chains_anew(
                 repository, vm.name, err.bases, reporter, lock=lock, wait_s=wait_s
             ):
-                vm = replace(vm, consolidate="never")
-            backup, made, hooks.degraded = await back_up_it(vm, started=started)
+                run = replace(run, vm=replace(vm, consolidate="never"))
+            backup, made, hooks.degraded = await _back_up_it(run)
         hooks.backup_id = backup.id
     return Outcome(backup=backup, degraded=hooks.degraded, unchanged=not made)
 
 
-async def _back_up_it(
-    repository: Repository,
-    vm: Vm,
-    *,
-    state: StateDirectory,
-    options: BackupOptions,
-    reporter: Reporter,
-    lock: HeldLock,
-    started: float,
-) -> tuple[Backup, bool, tuple[str, ...]]:
+async def _back_up_it(run: Run) -> tuple[Backup, bool, tuple[str, ...]]:
     """Back up a VM, running or off; return also whether that was made now, and what it lacks."""
     try:
-        backup, degraded = await _back_up_running(
-            repository, vm, state, options, reporter, lock=lock, started=started
-        )
+        backup, degraded = await _back_up_running(run)
     except MonitorError as err:
         if not err.absent:
             raise
         absent = err
     else:
         return backup, True, degraded
-    stopped = await back_up_stopped(
-        repository, vm, state, options, reporter, lock=lock, started=started, absent=absent
-    )
+    stopped = await back_up_stopped(run, absent=absent)
     return stopped.backup, stopped.made, stopped.degraded
 
 
-async def _back_up_running(
-    repository: Repository,
-    vm: Vm,
-    state: StateDirectory,
-    options: BackupOptions,
-    reporter: Reporter,
-    *,
-    lock: HeldLock,
-    started: float,
-) -> tuple[Backup, tuple[str, ...]]:
+async def _back_up_running(run: Run) -> tuple[Backup, tuple[str, ...]]:
     """Back up a VM by its monitor; return also what is not as it was asked for.
 
     A `MonitorError` that is `absent` comes before anything else.
     """
-    owner = owner_of(repository.id, vm.name)
+    repository, vm, state, reporter = run.repository, run.vm, run.state, run.reporter
+    owner = run.owner
     async with (
         vm_monitor(vm, state.control_socket) as (monitor, watched),
-        chosen_engine(monitor, vm=vm, state=state, lock=lock, reporter=reporter) as engine,
+        chosen_engine(monitor, vm=vm, state=state, lock=run.lock, reporter=reporter) as engine,
     ):
         condition = await query_condition(monitor)
         if not watched and not condition.fitness.load:
@@ -161,34 +144,17 @@ async def _back_up_running(
             await distrust_present(monitor, state)
         _require_fit(condition, vm.name)
         await reconcile.clear_jobs(monitor, vm=vm.name, owner=owner, reporter=reporter)
-        await reconcile.remove_partials(repository, vm.name, reporter, lock=lock)
+        await reconcile.remove_partials(repository, vm.name, reporter, lock=run.lock)
         history = History(repository, vm.name)
         plan = await _prepare(
-            monitor,
-            history,
-            vm=vm,
-            state=state,
-            owner=owner,
-            migration=condition.migration,
-            options=options,
-            can_compare=engine.compares,
-            reporter=reporter,
+            run, monitor, history, migration=condition.migration, can_compare=engine.compares
         )
         version = await query_version(monitor)
         configuration = await query_configuration(monitor)
         compare_clock(history, reporter)
         collected = await collect_files(vm.files, plan.firmware)
         tell_of_files(collected, vm.name, reporter)
-        work = Work(
-            vm=vm,
-            plan=plan,
-            options=options,
-            owner=owner,
-            backup_id=next_id(plan),
-            repository=repository,
-            lock=lock,
-            reporter=reporter,
-        )
+        work = run.work(plan, backup_id=next_id(plan))
         async with (
             engine.session(work) as session,
             rolled_back_on_failure(monitor, session, work),
@@ -199,7 +165,6 @@ async def _back_up_running(
                 work,
                 copied,
                 collected,
-                started=started,
                 qemu_version=".".join(map(str, version)),
                 configuration=configuration,
             )
@@ -210,27 +175,19 @@ async def _back_up_running(
 
 
 async def _prepare(
-    monitor: Monitor,
-    history: History,
-    *,
-    vm: Vm,
-    state: StateDirectory,
-    owner: Owner,
-    migration: Migration,
-    options: BackupOptions,
-    can_compare: bool,
-    reporter: Reporter,
+    run: Run, monitor: Monitor, history: History, *, migration: Migration, can_compare: bool
 ) -> Plan:
     """Adopt the bits that an interrupted run left, then look again and decide.
 
     What was recorded before a migration of the guest to elsewhere is worth nothing: others may have
     written since.
     """
+    vm, owner, options = run.vm, run.owner, run.options
     if migration.given_away:
         await prune_bitmaps(monitor, owner=owner, checkpoints={})
     inventory = await query_inventory(monitor)
     disks = disks_to_look_up(inventory, vm=vm, options=options)
-    bases = newest_bases(readable_backups(history, reporter), disks)
+    bases = newest_bases(readable_backups(history, run.reporter), disks)
     await roll_back_bitmaps(monitor, owner=owner, checkpoints=checkpoints(bases), uncommitted=None)
     return make_plan(
         await query_disks(monitor, monitor.peer_pid()),
@@ -238,10 +195,10 @@ async def _prepare(
         vm=vm,
         history=history,
         owner=owner,
-        not_loaded=migrated_verdicts(migration, bases, owner) or state.read_verdicts(),
+        not_loaded=migrated_verdicts(migration, bases, owner) or run.state.read_verdicts(),
         options=options,
         can_compare=can_compare,
-        reporter=reporter,
+        reporter=run.reporter,
     )
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from qbackup.backup import reconcile
-from qbackup.backup.engines import Work
+from qbackup.backup.engines import Run
 from qbackup.backup.engines.images import ImagesEngine
 from qbackup.backup.finish import cleaned_up
 from qbackup.backup.judge import newest_bases
-from qbackup.backup.plan import BackupOptions, Plan, choose_disks, make_plan, readable_backups
+from qbackup.backup.plan import Plan, choose_disks, make_plan, readable_backups
 from qbackup.backup.record import (
     compare_clock,
     degradations,
@@ -31,14 +31,9 @@ from qbackup.bitmaps.stopped import Successors
 from qbackup.catalog.history import History
 from qbackup.errors import MonitorError
 from qbackup.formats.configuration import Vm
-from qbackup.host.lock import HeldLock
 from qbackup.host.process_lock import ProcessLock
 from qbackup.host.tasks import in_thread, to_its_end
 from qbackup.model.backup import Backup, VmConfiguration
-from qbackup.model.names import Owner, owner_of
-from qbackup.model.progress import Reporter
-from qbackup.repository.repository import Repository
-from qbackup.repository.state import StateDirectory
 
 _WATCHED_WAIT_S = 2.0
 _WATCHED_POLL_S = 0.05
@@ -57,17 +52,7 @@ class StoppedOutcome:
     degraded: tuple[str, ...] = ()
 
 
-async def back_up_stopped(
-    repository: Repository,
-    vm: Vm,
-    state: StateDirectory,
-    options: BackupOptions,
-    reporter: Reporter,
-    *,
-    lock: HeldLock,
-    started: float,
-    absent: MonitorError,
-) -> StoppedOutcome:
+async def back_up_stopped(run: Run, *, absent: MonitorError) -> StoppedOutcome:
     """Back up a VM whose monitor nobody serves, which `absent` says.
 
     Raises:
@@ -76,32 +61,23 @@ async def back_up_stopped(
         RefusedError: a full backup would be needed and was ruled out.
         QbackupError: anything else; nothing of the backup remains.
     """
-    owner = owner_of(repository.id, vm.name)
-    history = History(repository, vm.name)
+    repository, vm, state, options = run.repository, run.vm, run.state, run.options
+    owner, history = run.owner, History(repository, vm.name)
     with await in_thread(state.off_lock) as off_lock:
         await _require_unwatched(off_lock, absent)
         stopped = await in_thread(partial(look_at_stopped_vm, state, history, vm=vm, owner=owner))
         await _require_off(stopped, absent, vm=vm)
-        await reconcile.remove_partials(repository, vm.name, reporter, lock=lock)
-        plan = _plan(stopped, history, absent, vm=vm, owner=owner, options=options, to=reporter)
+        await reconcile.remove_partials(repository, vm.name, run.reporter, lock=run.lock)
+        plan = _plan(run, stopped, history, absent)
         if options.kind == "incremental" and options.label is None and _is_unchanged(plan):
             bases = [verdict.base.backup for verdict in plan.verdicts if verdict.base is not None]
             return StoppedOutcome(backup=max(bases, key=lambda backup: backup.id), made=False)
         for verdict in plan.verdicts:
             await in_thread(require_unmounted, stopped.disk(verdict.disk.name).layers or ())
-        compare_clock(history, reporter)
+        compare_clock(history, run.reporter)
         collected = await collect_files(vm.files, ())
-        tell_of_files(collected, vm.name, reporter)
-        work = Work(
-            vm=vm,
-            plan=plan,
-            options=options,
-            owner=owner,
-            backup_id=next_id(plan),
-            repository=repository,
-            lock=lock,
-            reporter=reporter,
-        )
+        tell_of_files(collected, vm.name, run.reporter)
+        work = run.work(plan, backup_id=next_id(plan))
         disks = [stopped.disk(verdict.disk.name) for verdict in plan.verdicts]
         successors = Successors(state, off_lock, disks, vm=vm.name)
         engine = ImagesEngine(stopped, state, successors)
@@ -121,7 +97,6 @@ async def back_up_stopped(
                     work,
                     copied,
                     collected,
-                    started=started,
                     qemu_version=newest.qemu_version if newest else "",
                     configuration=newest.vm_configuration if newest else _UNKNOWN,
                 )
@@ -136,16 +111,8 @@ async def back_up_stopped(
     return StoppedOutcome(backup=backup, made=True, degraded=degradations(work, copied, collected))
 
 
-def _plan(
-    stopped: StoppedVm,
-    history: History,
-    absent: MonitorError,
-    *,
-    vm: Vm,
-    owner: Owner,
-    options: BackupOptions,
-    to: Reporter,
-) -> Plan:
+def _plan(run: Run, stopped: StoppedVm, history: History, absent: MonitorError) -> Plan:
+    vm, owner, options = run.vm, run.owner, run.options
     inventory = stopped.inventory()
     chosen, _ = choose_disks(inventory, vm=vm, options=options)
     for disk in chosen:
@@ -158,14 +125,14 @@ def _plan(
             )
     return make_plan(
         inventory,
-        newest_bases(readable_backups(history, to), inventory.disks),
+        newest_bases(readable_backups(history, run.reporter), inventory.disks),
         vm=vm,
         history=history,
         owner=owner,
         not_loaded=stopped.not_loaded,
         options=options,
         can_compare=ImagesEngine.compares,
-        reporter=to,
+        reporter=run.reporter,
     )
 
 

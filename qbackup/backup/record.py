@@ -28,11 +28,10 @@ def recorded(
     copied: Copied,
     collected: Collected,
     *,
-    started: float,
     qemu_version: str,
     configuration: VmConfiguration,
 ) -> Backup:
-    """Describe a backup whose images are complete; `started` is by the monotonic clock."""
+    """Describe a backup whose images are complete."""
     parent, chain = place_in_chain(work.plan, work.backup_id)
     return Backup(
         id=work.backup_id,
@@ -43,7 +42,7 @@ def recorded(
         label=work.options.label,
         consistency=copied.consistency,
         disks=copied.disks,
-        seconds=round(time.monotonic() - started, 3),
+        seconds=round(time.monotonic() - work.started, 3),
         qemu_version=qemu_version,
         vm_configuration=configuration,
         left_out=work.plan.left_out,

@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from qbackup.host.closing import Closing
 from qbackup.host.process_files import (
     Extent,
     FileIdentity,
@@ -29,7 +28,7 @@ from qbackup.qmp.monitor import Looker
 
 
 @dataclass(slots=True, kw_only=True)
-class ImageFiles:
+class ImageFiles(Closing):
     """The files that hold a disk, by paths that stay good when QEMU has ended.
 
     A file that only QEMU's mount namespace or root has a name for is kept by a descriptor of
@@ -43,17 +42,6 @@ class ImageFiles:
         """Let go of files that are kept open."""
         while self._descriptors:
             os.close(self._descriptors.pop())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def open_images(disk: Disk, pid: int | None) -> ImageFiles | None:

@@ -116,15 +116,10 @@ def read_header(data: bytes) -> Qcow2Header:
     features = fields[13]
     if version != 3:
         raise Qcow2Error(f"qcow2 version {version}; backups are version 3")
-    backing_file = None
-    if backing_offset:
-        if backing_length > MAX_BACKING_NAME_BYTES or backing_offset + backing_length > len(data):
-            raise Qcow2Error("the backing file name lies outside of the header")
-        backing_file = _text(data[backing_offset : backing_offset + backing_length])
     return Qcow2Header(
         version=version,
         virtual_size_bytes=size,
-        backing_file=backing_file,
+        backing_file=_backing_file(data, backing_offset, backing_length),
         backing_format=_backing_format(data),
         corrupt=bool(features & (_INCOMPATIBLE_DIRTY | _INCOMPATIBLE_CORRUPT)),
         has_data_file=bool(features & _INCOMPATIBLE_DATA_FILE),
@@ -147,14 +142,9 @@ def read_source_header(data: bytes) -> SourceHeader:
     # Version 2 has neither features nor a header length: it ends there.
     features = _HEADER.unpack_from(data)[13] if version > 2 else 0
     start = None if version > 2 else _VERSION_2_HEADER_BYTES
-    backing_file = None
-    if name_offset:
-        if name_length > MAX_BACKING_NAME_BYTES or name_offset + name_length > len(data):
-            raise Qcow2Error("the backing file name lies outside of the header")
-        backing_file = _text(data[name_offset : name_offset + name_length])
     return SourceHeader(
         virtual_size_bytes=size,
-        backing_file=backing_file,
+        backing_file=_backing_file(data, name_offset, name_length),
         backing_format=_backing_format(data, start),
         has_data_file=bool(features & _INCOMPATIBLE_DATA_FILE),
         encrypted=bool(encryption),
@@ -184,6 +174,14 @@ def header_extensions(data: bytes, start: int | None = None) -> list[tuple[int, 
 
 def _end_of_extensions(data: bytes) -> int:
     return header_extensions(data)[-1][1]
+
+
+def _backing_file(data: bytes, offset: int, length: int) -> str | None:
+    if not offset:
+        return None
+    if length > MAX_BACKING_NAME_BYTES or offset + length > len(data):
+        raise Qcow2Error("the backing file name lies outside of the header")
+    return _text(data[offset : offset + length])
 
 
 def _backing_format(data: bytes, start: int | None = None) -> str | None:

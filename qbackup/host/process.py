@@ -10,14 +10,15 @@ import select
 import signal
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
+
+from qbackup.host.closing import Closing
 
 _FIRST_INHERITED = 3  # what comes after stdin, stdout and stderr
 _STOPPED = frozenset({"T", "t"})  # proc_pid_stat(5): stopped by a signal, or by a debugger
 
 
-class HostProcess:
+class HostProcess(Closing):
     """One process. Close it, or use it as a context manager."""
 
     def __init__(self, pid: int, fd: int) -> None:
@@ -45,17 +46,6 @@ class HostProcess:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def has_ended(self) -> bool:
         """Tell whether it has ended; a zombie has."""

@@ -9,9 +9,8 @@ import fcntl
 import os
 import struct
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from qbackup.host.closing import Closing
 from qbackup.host.durable import FILE_MODE
 from qbackup.host.process import HostProcess
 
@@ -20,7 +19,7 @@ _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _WHOLE = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
-class ProcessLock:
+class ProcessLock(Closing):
     """A file that one process at a time can have. Close it, or use it as a context manager.
 
     Raises:
@@ -66,17 +65,6 @@ class ProcessLock:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _holder(self) -> int:
         """Return the holder's process number, 0 if there is none, -1 if it has no number here."""

@@ -16,29 +16,57 @@ from qbackup.backup.plan import BackupOptions, Plan
 from qbackup.formats.configuration import Vm
 from qbackup.host.lock import HeldLock
 from qbackup.model.backup import Backup, Consistency, DiskBackup
-from qbackup.model.names import Owner
+from qbackup.model.names import Owner, owner_of
 from qbackup.model.progress import Reporter
 from qbackup.repository.repository import Repository
+from qbackup.repository.state import StateDirectory
 
 Existence = Literal["no", "yes", "unknown"]
 """Whether a backup exists: "unknown" if it was lost sight of while it was published."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What is to be backed up, and where to; `owner` marks what we leave in QEMU.
+class Run:
+    """One backup of one VM, as it was asked for.
 
-    `lock` is the VM's, for an engine whose own process changes the repository.
+    `lock` is the VM's, for an engine whose own process changes the repository. `started` is by the
+    monotonic clock.
     """
 
-    vm: Vm
-    plan: Plan
-    options: BackupOptions
-    owner: Owner
-    backup_id: str
     repository: Repository
+    vm: Vm
+    state: StateDirectory
+    options: BackupOptions
     lock: HeldLock
     reporter: Reporter
+    started: float
+
+    @property
+    def owner(self) -> Owner:
+        """What marks our things in QEMU, and our bitmaps."""
+        return owner_of(self.repository.id, self.vm.name)
+
+    def work(self, plan: Plan, *, backup_id: str) -> "Work":
+        """Return what a plan leaves to do."""
+        return Work(
+            repository=self.repository,
+            vm=self.vm,
+            state=self.state,
+            options=self.options,
+            lock=self.lock,
+            reporter=self.reporter,
+            started=self.started,
+            plan=plan,
+            backup_id=backup_id,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work(Run):
+    """What is to be backed up, and as what."""
+
+    plan: Plan
+    backup_id: str
 
     def speed_bytes_per_s(self, running: int) -> int:
         """Return each running copy's share of the speed limit (0: no limit)."""
