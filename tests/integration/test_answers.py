@@ -5,8 +5,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from support.lab import VM, Lab, disk_specs, ended, lab
+from support.lab import VM, Lab, ended, lab
 from support.model import CLUSTER_BYTES
+from support.storage import disk_specs
 
 KIB, MIB = 1024, 1024 * 1024
 ID = re.compile(r"\d{8}-\d{6}\.\d{3}-[0-9a-f]{4}\Z")

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from guest import KERNEL_COMMAND_LINE, guest_arguments, guest_images
 from support.cli import make_qbackup
-from support.lab import VM, Lab, disk_specs, lab, tree_digest
+from support.lab import VM, Lab, lab
 from support.qemu import DiskSpec, create_image, started
 from support.speaking_disk import boot_sector
 from support.staying import staying
+from support.storage import disk_specs
+from support.summaries import tree_digest
 
 EXPECT = ("--boot", "--expect", r"this is point \d", "--boot-timeout", "60s")
 

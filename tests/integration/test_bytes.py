@@ -4,8 +4,10 @@ import random
 from pathlib import Path
 
 import pytest
-from support.lab import Lab, disk_specs, free_port, lab, loop_device
+from support.lab import Lab, lab
+from support.lab_vm import free_port
 from support.qemu import DiskSpec
+from support.storage import disk_specs, loop_device
 
 KIB, MIB = 1024, 1024 * 1024
 

@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
-from support.lab import VM, Lab, disk_specs, lab, tree_digest
+from support.lab import VM, Lab, lab
+from support.storage import disk_specs
+from support.summaries import tree_digest
 
 KIB = 1024
 LAX = ("--warn-free", "0%", "--critical-free", "0%")

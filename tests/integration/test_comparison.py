@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.lab import VM, Lab, disk_specs, ended, kinds, lab, methods, reasons
+from support.lab import VM, Lab, ended, lab
 from support.qemu import run_tool
+from support.storage import disk_specs
+from support.summaries import kinds, methods, reasons
 
 MIB = 1024 * 1024
 BLOCK = 256 * 1024

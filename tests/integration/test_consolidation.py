@@ -16,8 +16,9 @@ import pytest
 from support.chains import CLUSTERS, VM, ZERO, disk_backup, write_manifest
 from support.cli import Qbackup
 from support.kills import kill_points
-from support.lab import Lab, disk_specs, fill_file_system, lab, small_file_system
+from support.lab import Lab, lab
 from support.merging import QUIET, Model, entries
+from support.storage import disk_specs, fill_file_system, small_file_system
 
 from qbackup.actions.consolidate import write_images
 from qbackup.actions.prune import Pruned, PruneOptions, prune

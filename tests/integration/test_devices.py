@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.lab import VM, loop_device, reasons
+from support.lab import VM
 from support.qemu import DiskSpec, run_tool
+from support.storage import loop_device
+from support.summaries import reasons
 from support.watching import KeptLab, kept_lab
 
 from qbackup.formats import qbm

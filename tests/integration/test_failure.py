@@ -9,20 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.lab import (
-    VM,
-    WAIT_S,
-    Lab,
-    backup_ids,
-    disk_specs,
-    ended,
-    fill_file_system,
-    kinds,
-    lab,
-    reasons,
-    small_file_system,
-)
+from support.lab import VM, WAIT_S, Lab, ended, lab
 from support.qemu import DiskSpec, run_tool
+from support.storage import disk_specs, fill_file_system, small_file_system
+from support.summaries import kinds, reasons
 from support.watching import kept_lab
 
 KIB, MIB = 1024, 1024 * 1024
@@ -456,7 +446,7 @@ async def interrupted_after(it: Lab, delay_s: float, number: signal.Signals) -> 
     if process.returncode is None:
         process.send_signal(number)
     await process.communicate()
-    ids = backup_ids(it)
+    ids = it.backup_ids()
     if len(ids) == len(it.points):
         it.roll_back(instants)
         return

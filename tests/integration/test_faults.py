@@ -25,9 +25,11 @@ from typing import Literal
 import pytest
 from qemu.qmp import QMPError
 from support.cli import Qbackup
-from support.lab import VM, difference, disk_specs
+from support.lab import VM
 from support.model import DiskModel
 from support.qemu import raw_bytes
+from support.storage import disk_specs
+from support.summaries import difference
 from support.sweeps import shards
 from support.watching import KeptLab, kept_lab
 

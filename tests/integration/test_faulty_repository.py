@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 from support.faulty_fs import FaultyFs, faulty_fs
-from support.lab import OURS, VM, WAIT_S, Backup, Lab, disk_specs, ended, lab
+from support.lab import OURS, VM, WAIT_S, Backup, Lab, ended, lab
 from support.latency import Latencies
 from support.qemu import Qemu, create_image, started
+from support.storage import disk_specs
 
 KIB, MIB = 1024, 1024 * 1024
 CLUSTER = 64 * KIB

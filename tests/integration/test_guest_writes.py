@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 from qemu.qmp import ExecuteError
-from support.lab import VM, Lab, disk_specs, kinds, lab
+from support.lab import VM, Lab, lab
 from support.qemu import DiskSpec
+from support.storage import disk_specs
+from support.summaries import kinds
 
 KIB, MIB = 1024, 1024 * 1024
 ENGINES = ["blockdev-backup", "drive-backup"]

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from support.lab import VM, methods, reasons
+from support.lab import VM
 from support.qemu import DiskSpec
+from support.summaries import methods, reasons
 from support.watching import kept_lab
 
 KIB = 1024

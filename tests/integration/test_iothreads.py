@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.lab import VM, Lab, disk_specs, lab
+from support.lab import VM, Lab, lab
 from support.ordered_writes import OrderedWrites, writing
 from support.qemu import raw_bytes, run_tool
+from support.storage import disk_specs
 
 ROUNDS = int(os.environ.get("QBACKUP_SOAK_ROUNDS", "6"))
 SIZE = 16 * 1024 * 1024

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from support.chains import DISK, MadeChain, chain_backup, make_chain, write_image, write_manifest
 from support.cli import Qbackup, make_qbackup
-from support.lab import VM, disk_specs, lab, loop_device, tree_digest
+from support.lab import VM, lab
 from support.qemu import raw_bytes
+from support.storage import disk_specs, loop_device
+from support.summaries import tree_digest
 
 from qbackup.repository.repository import Repository
 

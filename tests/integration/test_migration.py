@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from qemu.qmp import QMPClient
 from support.cli import make_qbackup
-from support.lab import VM, WAIT_S, disk_specs, kinds, reasons
+from support.lab import VM, WAIT_S
 from support.qemu import until_connected
+from support.storage import disk_specs
+from support.summaries import kinds, reasons
 from support.watching import KeptLab, kept_lab
 
 from qbackup.formats import qbm

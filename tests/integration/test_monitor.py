@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 from qemu.qmp import QMPClient
-from support.lab import VM, Lab, disk_specs, ended, kinds, lab, reasons
+from support.lab import VM, Lab, ended, lab
 from support.qemu import create_image, raw_bytes
+from support.storage import disk_specs
+from support.summaries import kinds, reasons
 
 KIB, MIB = 1024, 1024 * 1024
 

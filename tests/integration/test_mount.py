@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from support.chains import DISK, make_chain
 from support.cli import Qbackup, make_qbackup
-from support.lab import VM, disk_specs, lab
+from support.lab import VM, lab
 from support.qemu import run_tool
 from support.staying import staying
+from support.storage import disk_specs
 
 from qbackup.repository.repository import Repository
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from support.chains import DISK, make_chain
 from support.cli import Qbackup, make_qbackup
-from support.lab import VM, disk_specs, lab, tree_digest
+from support.lab import VM, lab
 from support.qemu import run_tool
 from support.staying import Staying, staying
+from support.storage import disk_specs
+from support.summaries import tree_digest
 
 from qbackup.repository.repository import Repository
 

@@ -12,21 +12,11 @@ from typing import Any
 
 import pytest
 from support.cli import Result
-from support.lab import (
-    SLOW,
-    VM,
-    WAIT_S,
-    disk_specs,
-    ended,
-    fill_file_system,
-    kinds,
-    loop_device,
-    methods,
-    reasons,
-    small_file_system,
-)
+from support.lab import SLOW, VM, WAIT_S, ended
 from support.off import assert_one_file_each, back_up_off, incremental_off
 from support.qemu import QEMU_IMG, DiskSpec, run_tool
+from support.storage import disk_specs, fill_file_system, loop_device, small_file_system
+from support.summaries import kinds, methods, reasons
 from support.watching import KeptLab, kept_lab
 
 KIB, MIB = 1024, 1024 * 1024

@@ -20,8 +20,10 @@ from signal import SIGKILL
 
 import pytest
 from support.cli import Qbackup
-from support.lab import VM, WAIT_S, difference, disk_specs
+from support.lab import VM, WAIT_S
 from support.qemu import raw_bytes
+from support.storage import disk_specs
+from support.summaries import difference
 from support.sweeps import shards
 from support.watching import kept_lab, qbackup_command
 

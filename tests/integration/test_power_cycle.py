@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 from blake3 import blake3
-from support.lab import VM, disk_specs, kinds, loop_device, methods, reasons
+from support.lab import VM
 from support.model import DiskModel
 from support.qemu import QEMU_IMG, DiskSpec, run_tool
+from support.storage import disk_specs, loop_device
+from support.summaries import kinds, methods, reasons
 from support.watching import KeptLab, kept_lab
 
 from qbackup.formats import qbm

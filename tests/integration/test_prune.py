@@ -19,18 +19,10 @@ from signal import SIGKILL
 import pytest
 from support.cli import Qbackup
 from support.kills import kill_points
-from support.lab import (
-    VM,
-    Lab,
-    Point,
-    difference,
-    disk_specs,
-    ended,
-    fill_file_system,
-    lab,
-    small_file_system,
-)
+from support.lab import VM, Lab, Point, ended, lab
 from support.qemu import raw_bytes, run_tool
+from support.storage import disk_specs, fill_file_system, small_file_system
+from support.summaries import difference
 from support.sweeps import shards
 
 from qbackup.actions.prune import PruneOptions, prune

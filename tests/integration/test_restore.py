@@ -5,8 +5,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from support.lab import VM, Lab, disk_specs, lab, loop_device, tree_digest
+from support.lab import VM, Lab, lab
 from support.qemu import raw_bytes, run_tool
+from support.storage import disk_specs, loop_device
+from support.summaries import tree_digest
 
 KIB, MIB = 1024, 1024 * 1024
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 from support.cli import Result
-from support.lab import VM, Lab, disk_specs, lab, loop_device, methods, reasons
+from support.lab import VM, Lab, lab
 from support.qemu import DiskSpec, create_image, run_tool
+from support.storage import disk_specs, loop_device
+from support.summaries import methods, reasons
 from support.watching import KeptLab, kept_lab
 
 MIB = 1024 * 1024

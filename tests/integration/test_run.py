@@ -16,18 +16,11 @@ from pathlib import Path
 
 import pytest
 from guest import Guest, guest_arguments, guest_images, pattern_bytes
-from support.lab import (
-    VM,
-    WAIT_S,
-    disk_specs,
-    fill_file_system,
-    free_port,
-    kinds,
-    methods,
-    reasons,
-    small_file_system,
-)
+from support.lab import VM, WAIT_S
+from support.lab_vm import free_port
 from support.qemu import DiskSpec
+from support.storage import disk_specs, fill_file_system, small_file_system
+from support.summaries import kinds, methods, reasons
 from support.watching import KeptLab, kept_lab
 
 from qbackup.formats import qbm

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from support.lab import VM, disk_specs, lab
+from support.lab import VM, lab
+from support.storage import disk_specs
 
 SAID = "correct,horse,battery"
 ARGUMENTS = [

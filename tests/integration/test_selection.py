@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 from support.cli import Qbackup
-from support.lab import VM, Lab, disk_specs, kinds, lab, reasons
+from support.lab import VM, Lab, lab
 from support.qcow2_clusters import Stored, stored_clusters
 from support.qemu import DiskSpec
+from support.storage import disk_specs
+from support.summaries import kinds, reasons
 
 KIB, MIB = 1024, 1024 * 1024
 

@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from support.lab import free_port, small_file_system
+from support.lab_vm import free_port
 from support.qemu import QEMU, DiskSpec, Qemu, create_image, run_tool, started
+from support.storage import small_file_system
 
 from qbackup.errors import MonitorLostError, QmpCommandError
 from qbackup.formats.qcow2 import Qcow2Error, write_empty_image

@@ -7,7 +7,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from support.lab import VM, Lab, disk_specs, lab, reasons
+from support.lab import VM, Lab, lab
+from support.storage import disk_specs
+from support.summaries import reasons
 from support.watching import kept_lab
 
 KIB, MIB = 1024, 1024 * 1024

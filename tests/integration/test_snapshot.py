@@ -13,9 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
-from support.lab import OURS, VM, Lab, disk_specs, free_port, kinds, lab, small_file_system
+from support.lab import OURS, VM, Lab, lab
+from support.lab_vm import free_port
 from support.model import Instant
 from support.steps import Running, Step, stepping
+from support.storage import disk_specs, small_file_system
+from support.summaries import kinds
 
 from qbackup.model.names import Owner, owner_of
 from qbackup.qmp.commands import export_add

@@ -17,10 +17,12 @@ from typing import Any, Literal
 
 import pytest
 from support.cli import Result
-from support.lab import VM, Lab, Point, backup_ids, difference, disk_specs, lab, methods, reasons
+from support.lab import VM, Lab, Point, lab
 from support.model import Instant
 from support.qemu import raw_bytes
 from support.steps import Running, Step, Steps, stepping
+from support.storage import disk_specs
+from support.summaries import difference, methods, reasons
 from support.sweeps import EVERYTHING
 
 KIB, MIB = 1024, 1024 * 1024
@@ -147,7 +149,7 @@ class Sweep:
         await self.it.qemu.qmp("cont")
         await self.it.incremental()
         assert await self.it.qemu.qmp("query-fdsets") == []
-        assert backup_ids(self.it) == sorted(point.id for point in self.it.points)
+        assert self.it.backup_ids() == sorted(point.id for point in self.it.points)
         for point in self.it.points:
             await self._compare(point, "at the end")
 
@@ -159,7 +161,7 @@ class Sweep:
     async def _settle(self, result: Result, instants: dict[str, Instant]) -> bool:
         """Tell the models what became of a backup; return whether it exists."""
         it = self.it
-        new = [name for name in backup_ids(it) if name not in {p.id for p in it.points}]
+        new = [name for name in it.backup_ids() if name not in {p.id for p in it.points}]
         if not new:
             it.roll_back(instants)
             return False

@@ -4,8 +4,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from support.lab import Lab, disk_specs, lab
+from support.lab import Lab, lab
 from support.qcow2_clusters import stored_clusters
+from support.storage import disk_specs
 
 KIB, MIB = 1024, 1024 * 1024
 ENGINES = ["blockdev-backup", "drive-backup"]

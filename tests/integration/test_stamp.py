@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.lab import loop_device, reasons
 from support.qemu import DiskSpec, run_tool
+from support.storage import loop_device
+from support.summaries import reasons
 from support.watching import kept_lab
 
 from qbackup.images.stamp import take_stamp

@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
-from support.lab import VM, disk_specs, methods, reasons
+from support.lab import VM
+from support.storage import disk_specs
+from support.summaries import methods, reasons
 from support.watching import KeptLab, kept_lab
 
 from qbackup.formats import qbm

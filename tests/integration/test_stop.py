@@ -4,7 +4,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from support.lab import VM, disk_specs
+from support.lab import VM
+from support.storage import disk_specs
 from support.watching import KeptLab, kept_lab
 
 from qbackup.formats import qbm

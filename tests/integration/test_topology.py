@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.lab import VM, disk_specs, free_port, kinds, lab, loop_device, reasons
+from support.lab import VM, lab
+from support.lab_vm import free_port
 from support.model import DiskModel
 from support.qemu import QEMU_IMG, DiskSpec, create_image, run_tool
+from support.storage import disk_specs, loop_device
+from support.summaries import kinds, reasons
 from support.watching import KeptLab, kept_lab
 
 KIB, MIB = 1024, 1024 * 1024

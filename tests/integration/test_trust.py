@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.lab import VM, Lab, disk_specs, kinds, lab, methods, reasons, tree_digest
+from support.lab import VM, Lab, lab
 from support.qemu import DiskSpec
+from support.storage import disk_specs
+from support.summaries import kinds, methods, reasons, tree_digest
 
 KIB, MIB = 1024, 1024 * 1024
 SCSI = ("-device", "virtio-scsi-pci,id=scsi0")

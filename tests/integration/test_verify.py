@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.lab import VM, Lab, disk_specs, lab
+from support.lab import VM, Lab, lab
+from support.storage import disk_specs
 
 MIB = 1024 * 1024
 

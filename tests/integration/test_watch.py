@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.lab import VM, Backup, disk_specs, ended, free_port, kinds, methods, reasons
+from support.lab import VM, Backup, ended
+from support.lab_vm import free_port
 from support.qemu import run_tool
+from support.storage import disk_specs
+from support.summaries import kinds, methods, reasons
 from support.watching import KeptLab, kept_lab
 
 from qbackup.formats import qbm

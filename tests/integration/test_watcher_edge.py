@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.lab import VM, WAIT_S, disk_specs, kinds, reasons
+from support.lab import VM, WAIT_S
+from support.storage import disk_specs
+from support.summaries import kinds, reasons
 from support.watching import KeptLab, kept_lab
 
 from qbackup.formats import qbm

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from qemu.qmp import QMPClient
-from support.lab import Lab, disk_specs, lab
+from support.lab import Lab, lab
 from support.qemu import until_connected
+from support.storage import disk_specs
 
 SECRET = "hunter2"  # noqa: S105 - of the VM under test
 FLASH_BYTES = 256 * 1024

@@ -6,14 +6,11 @@ in QEMU and in the repository. `check_restores` compares every point with its re
 
 import asyncio
 import contextlib
-import hashlib
 import itertools
 import json
 import os
 import shutil
 import signal
-import socket
-import tempfile
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,23 +21,16 @@ from qemu.qmp import ExecuteError
 
 from qbackup.formats.digests import BLOCK_BYTES, BLOCK_CLUSTERS
 from support.cli import Qbackup, Result, make_qbackup
+from support.lab_vm import WAIT_S, LabVm
 from support.model import CLUSTER_BYTES, DiskModel, Instant, patchwork
 from support.qcow2_clusters import stored_clusters
-from support.qemu import (
-    QEMU_IMG,
-    DiskSpec,
-    Qemu,
-    create_image,
-    is_guard,
-    raw_bytes,
-    run_tool,
-    started,
-)
+from support.qemu import DiskSpec, is_guard, raw_bytes
+from support.storage import fill_image
+from support.summaries import difference, kinds, methods, reasons
 
 VM = "vm1"
 OURS = "qbackup-"
 SLOW = ("--speed-limit", "64K")
-WAIT_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,26 +53,13 @@ class Backup:
 
 
 @dataclass(kw_only=True)
-class Lab:
+class Lab(LabVm):
     """The things under test. Get one from `lab`."""
 
-    folder: Path
-    specs: list[DiskSpec]
-    models: dict[str, DiskModel]
-    tcp_port: int | None = None
-    qemu_arguments: Sequence[str] = ()
     points: list[Point] = field(default_factory=list)
     bases: dict[str, str] = field(default_factory=dict)
-    _qemu: Qemu | None = None
     _qbackup: Qbackup | None = None
-    _running: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
     _processes: list[Process] = field(default_factory=list)
-
-    @property
-    def qemu(self) -> Qemu:
-        """The running QEMU."""
-        assert self._qemu
-        return self._qemu
 
     @property
     def qbackup(self) -> Qbackup:
@@ -95,30 +72,6 @@ class Lab:
         """The repository's directory."""
         return self.folder / "repo"
 
-    # The VM
-
-    async def start(self) -> None:
-        """Start QEMU on the disks as they are."""
-        self._qemu = await self._running.enter_async_context(
-            started(self.folder, self.specs, tcp_port=self.tcp_port, extra=self.qemu_arguments)
-        )
-
-    async def stop(self) -> None:
-        """End QEMU at once, and every backup that a failed test has left running."""
-        for process in self._processes:
-            if process.returncode is None:
-                process.kill()
-                await process.communicate()
-        await self._running.aclose()
-        self._running, self._qemu = contextlib.AsyncExitStack(), None
-
-    async def restart(self) -> None:
-        """End QEMU and start it again."""
-        for disk in self.models:
-            await self.qemu.io(disk, "flush")
-        await self.stop()
-        await self.start()
-
     async def configure(self, extra: str = "", *, repository: str = "repo") -> Qbackup:
         """Write a configuration of the VM, and make the repository if it is not there."""
         address = "qmp.sock" if self.tcp_port is None else f"tcp:127.0.0.1:{self.tcp_port}"
@@ -129,60 +82,18 @@ class Lab:
             self._qbackup = made
         return made
 
-    async def add_disk(self, spec: DiskSpec, *, model: DiskModel | None = None) -> None:
-        """Plug in a SCSI disk; without a model of what it holds, it is made anew."""
-        if model is None:
-            size = next(iter(self.models.values())).size_bytes
-            model = DiskModel(name=spec.name, content=patchwork(size, seed=spec.name))
-            await fill_image(spec, bytes(model.content))
-        self.specs.append(spec)
-        self.models[spec.name] = model
-        self.qemu.disks.append(spec)
-        file = {"driver": "file", "filename": str(spec.path)}
-        await self.qemu.qmp(
-            "blockdev-add",
-            driver=spec.image_format, node_name=spec.name, file=file, discard="unmap",
-        )  # fmt: skip
-        await self.qemu.qmp(
-            "device_add", driver="scsi-hd", id=spec.device_id, drive=spec.name, bus=spec.bus
-        )
+    async def stop(self) -> None:
+        """End QEMU at once, and every backup that a failed test has left running."""
+        for process in self._processes:
+            if process.returncode is None:
+                process.kill()
+                await process.communicate()
+        await super().stop()
 
     async def remove_disk(self, name: str) -> DiskModel:
         """Unplug a disk; return the model of what it holds."""
-        spec = next(spec for spec in self.specs if spec.name == name)
-        with self.qemu.control.listener(["DEVICE_DELETED"]) as events:
-            await self.qemu.qmp("device_del", id=spec.device_id)
-            async with asyncio.timeout(WAIT_S):
-                while (await events.get())["data"].get("device") != spec.device_id:
-                    pass
-        await self.qemu.qmp("blockdev-del", node_name=name)
-        self.specs.remove(spec)
-        self.qemu.disks.remove(spec)
         del self.bases[name]
-        return self.models.pop(name)
-
-    async def write(self, disk: str, offset: int, length: int, value: int) -> None:
-        """Write as the guest would."""
-        await self.qemu.write(disk, offset, length, value)
-        self.models[disk].write(offset, length, value)
-
-    async def write_zeroes(self, disk: str, offset: int, length: int, *, unmap: bool) -> None:
-        """Write zeroes as the guest's WRITE ZEROES would."""
-        await self.qemu.write_zeroes(disk, offset, length, unmap=unmap)
-        self.models[disk].write(offset, length, 0)
-
-    async def discard(self, disk: str, offset: int, length: int) -> None:
-        """Discard whole clusters as the guest's trim would; all our drivers then read zeroes."""
-        await self.qemu.discard(disk, offset, length)
-        self.models[disk].write(offset, length, 0)
-
-    async def check_sources(self) -> None:
-        """The models are what the disks really hold: without this, nothing is proved."""
-        for spec in self.specs:
-            await self.qemu.io(spec.name, "flush")
-            actual = await raw_bytes(spec.path, spec.image_format)
-            expected = bytes(self.models[spec.name].content)
-            assert _padded(actual, len(expected)) == expected, f"{spec.name}: the model is wrong"
+        return await super().remove_disk(name)
 
     # Backups
 
@@ -346,6 +257,14 @@ class Lab:
             start = cluster // BLOCK_CLUSTERS * BLOCK_BYTES
             assert not any(now[start : start + BLOCK_BYTES]), f"{disk['name']}: too much is stored"
 
+    def backup_ids(self) -> list[str]:
+        """Return the ids of the backups that are there, oldest first."""
+        return sorted(
+            path.parent.name
+            for path in self.repository.glob(f"{VM}/*/manifest.json")
+            if not path.parent.name.endswith(".partial")
+        )
+
     async def assert_clean(self) -> None:
         """Nothing of a run is left, and every disk records for its newest backup."""
         assert await self.recorded_checkpoints() == sorted(self.bases.values())
@@ -443,75 +362,6 @@ async def lab(
         await made.stop()
 
 
-async def fill_image(spec: DiskSpec, content: bytes, *, compat: str = "1.1") -> None:
-    """Write a disk's content into its image, which is created unless it is a block device."""
-    if spec.image_format == "raw" and spec.path.is_block_device():
-        spec.path.write_bytes(content)
-        return
-    if spec.image_format == "raw":
-        _write_sparse(spec.path, content)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "source"
-        _write_sparse(source, content)
-        size = len(content) + -len(content) % 512
-        await create_image(spec.path, spec.image_format, size, "-o", f"compat={compat}")
-        await run_tool(
-            *(QEMU_IMG, "convert", "-n", "-f", "raw", "-O", spec.image_format),
-            *(str(source), str(spec.path)),
-        )
-
-
-@contextlib.asynccontextmanager
-async def loop_device(folder: Path, size_bytes: int) -> AsyncIterator[Path]:
-    """Make a block device of a file for the duration of a block. Needs root."""
-    backing = folder / "loop.backing"
-    with backing.open("wb") as file:
-        file.truncate(size_bytes)
-    device = (await run_tool("losetup", "--find", "--show", str(backing))).strip()
-    try:
-        yield Path(device)
-    finally:
-        await run_tool("losetup", "--detach", device)
-
-
-@contextlib.asynccontextmanager
-async def small_file_system(
-    path: Path, size_bytes: int, *, options: str = "mode=700"
-) -> AsyncIterator[None]:
-    """Mount a file system that is soon full, for the duration of a block. Needs root."""
-    path.mkdir()
-    await run_tool(
-        *("mount", "-t", "tmpfs", "-o", f"size={size_bytes},{options}", "none", str(path))
-    )
-    try:
-        yield
-    finally:
-        await run_tool("umount", "--lazy", str(path))
-
-
-def fill_file_system(path: Path) -> Path:
-    """Take all the space there is; return the file that holds it."""
-    ballast = path / "ballast"
-    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    return ballast
-
-
-def free_port() -> int:
-    """Return a TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def disk_specs(folder: Path, *names: str, **options: Any) -> list[DiskSpec]:
-    """Return disks of these names, alike in everything else."""
-    suffix = options.get("image_format", "raw")
-    return [DiskSpec(name=name, path=folder / f"{name}.{suffix}", **options) for name in names]
-
-
 async def _writer_of(process: Process) -> int:
     """Return a backup's writer process as soon as it is there."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -532,57 +382,9 @@ async def ended(process: Process) -> Result:
     return Result(code=process.returncode, stdout=stdout.decode(), stderr=stderr.decode())
 
 
-def backup_ids(it: Lab) -> list[str]:
-    """Return the ids of the backups that are there, oldest first."""
-    return sorted(
-        path.parent.name
-        for path in it.repository.glob(f"{VM}/*/manifest.json")
-        if not path.parent.name.endswith(".partial")
-    )
-
-
-def kinds(summary: dict[str, Any]) -> dict[str, str]:
-    """Return each disk's kind."""
-    return {disk["name"]: disk["kind"] for disk in summary["disks"]}
-
-
-def methods(summary: dict[str, Any]) -> dict[str, str]:
-    """Return how it was known what each disk's backup has to store."""
-    return {disk["name"]: disk["method"] for disk in summary["disks"]}
-
-
-def reasons(summary: dict[str, Any]) -> dict[str, str | None]:
-    """Return why each disk was not backed up by its bitmap."""
-    return {disk["name"]: disk["reason"] for disk in summary["disks"]}
-
-
-def difference(actual: bytes, expected: bytes) -> str:
-    """Tell where two images begin to differ."""
-    if len(actual) != len(expected):
-        return f"{len(actual)} bytes instead of {len(expected)}"
-    first = next((i for i, (a, b) in enumerate(zip(actual, expected, strict=True)) if a != b), None)
-    return "equal" if first is None else f"differs at {first} (cluster {first // 65536})"
-
-
-def tree_digest(folder: Path) -> str:
-    """Return a hash of every name, mode, time and byte below a folder; locks do not count."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.name != ".lock"):
-        facts = path.lstat()
-        digest.update(f"{path.relative_to(folder)} {facts.st_mode} {facts.st_mtime_ns}\n".encode())
-        if path.is_file():
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def replace_touched(model: DiskModel, instant: Instant) -> DiskModel:
     """Return the model with what had been touched before an instant."""
     return replace(model, touched=set(instant.touched))
-
-
-def _padded(content: bytes, size_bytes: int) -> bytes:
-    """QEMU rounds a raw file's size up to whole sectors."""
-    return content.ljust(size_bytes, b"\0")
 
 
 def _names_in(arguments: Sequence[str], everything: list[str]) -> list[str]:
@@ -591,15 +393,3 @@ def _names_in(arguments: Sequence[str], everything: list[str]) -> list[str]:
     chosen = [name for option, name in pairs if option == "--disk"] or everything
     excluded = [name for option, name in pairs if option == "--exclude"]
     return [name for name in chosen if name not in excluded]
-
-
-def _write_sparse(path: Path, content: bytes) -> None:
-    """Write a file with holes where a whole block is zero."""
-    block_bytes = 4096
-    with path.open("wb") as file:
-        for start in range(0, len(content), block_bytes):
-            block = content[start : start + block_bytes]
-            if any(block):
-                file.seek(start)
-                file.write(block)
-        file.truncate(len(content))

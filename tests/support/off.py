@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from support.lab import VM, methods, reasons
+from support.lab import VM
+from support.summaries import methods, reasons
 from support.watching import KeptLab
 
 

@@ -11,10 +11,11 @@ from random import Random
 from typing import Any
 
 from support.cli import Result
-from support.lab import VM, difference, methods, reasons, tree_digest
+from support.lab import VM
 from support.model import Instant
 from support.qemu import DiskSpec, raw_bytes
 from support.steps import Running, Step, Steps
+from support.summaries import difference, methods, reasons, tree_digest
 from support.watching import KeptLab
 
 SECTOR, CLUSTER = 512, 65536

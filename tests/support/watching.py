@@ -23,9 +23,10 @@ from typing import Any
 from qemu.qmp import ConnectError, QMPClient
 
 from support.cli import Result
-from support.lab import VM, WAIT_S, Lab, fill_image
+from support.lab import VM, WAIT_S, Lab
 from support.model import DiskModel, patchwork
 from support.qemu import QEMU, START_TIMEOUT_S, DiskSpec, Qemu, raw_bytes
+from support.storage import fill_image
 
 FIRMWARE_BYTES = 65536
 _HANDLER = 0x20

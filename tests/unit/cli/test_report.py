@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.chains import DISK, VM, make_chain
 from support.cli import Qbackup
-from support.lab import tree_digest
+from support.summaries import tree_digest
 
 from qbackup.model.backup import Backup
 from qbackup.repository.repository import Repository
