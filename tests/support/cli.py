@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.command_server import run_command
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -52,10 +54,14 @@ class Qbackup:
 
     async def run(self, *arguments: str, wrapper: Sequence[str] = ()) -> Result:
         """Run a command to its end."""
-        process = await self.start(*arguments, wrapper=wrapper)
-        stdout, stderr = await process.communicate()
-        assert process.returncode is not None
-        return Result(code=process.returncode, stdout=stdout.decode(), stderr=stderr.decode())
+        if wrapper:
+            process = await self.start(*arguments, wrapper=wrapper)
+            stdout, stderr = await process.communicate()
+            code = process.returncode
+        else:
+            code, stdout, stderr = await run_command(["-c", str(self.configuration), *arguments])
+        assert code is not None
+        return Result(code=code, stdout=stdout.decode(), stderr=stderr.decode())
 
     async def ok(self, *arguments: str) -> Result:
         """Run a command that must exit with 0."""

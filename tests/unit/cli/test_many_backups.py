@@ -18,7 +18,7 @@ from support.many import make_many
 from qbackup.repository.repository import Repository
 
 VMS, BACKUPS = 100, 100
-ROUNDS = 3
+ROUNDS = 2
 MOST_S = 4.0
 
 
