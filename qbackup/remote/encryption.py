@@ -33,7 +33,7 @@ from qbackup.remote.keys import (
 
 T = TypeVar("T")
 
-PIECE_BYTES = 256 * 1024
+PIECE_BYTES = 1024 * 1024
 """What is yielded is at least so long, but for the last piece."""
 
 MAX_HEADER_BYTES = 32 * 1024
