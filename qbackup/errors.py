@@ -5,6 +5,7 @@ The tree, and the exit codes that other programs rely on:
     QbackupError                       1  failed
     ├── UsageError                     2  the command line makes no sense
     │   └── ConfigurationError         2  the configuration file makes no sense
+    │       └── NoKeyError             2  what is encrypted cannot be opened with the keys here
     ├── RefusedError                   4  --no-fallback, and a full backup would be needed
     ├── RepositoryError               10  no repository, or not one that we can use
     ├── LockedError                   11  another run holds the VM's lock
@@ -12,6 +13,7 @@ The tree, and the exit codes that other programs rely on:
     │   ├── MonitorBusyError          12  another client has the monitor, or QEMU hangs
     │   └── MonitorLostError          12  the connection ended in the middle
     ├── VerificationError             13  what is stored is not what was written
+    ├── DecryptionError               13  what is stored encrypted was altered or cut
     ├── BootError                     13  a backup was booted, and did not do what was expected
     ├── InterruptedByUserError       130  Ctrl-C or SIGTERM
     ├── QmpCommandError                1  QEMU refused a command
@@ -75,6 +77,10 @@ class ConfigurationError(UsageError):
     """The configuration file cannot be read, or a key in it is wrong."""
 
 
+class NoKeyError(ConfigurationError):
+    """What is encrypted cannot be opened with the keys that this host has, or it has none."""
+
+
 class RefusedError(QbackupError):
     """`--no-fallback` was given and at least one disk would need a full backup."""
 
@@ -132,6 +138,20 @@ class VerificationError(QbackupError):
             "chain with qbackup full VM. qemu-img can still read what is left of an image",
         )
         self.problems = tuple(problems)
+
+
+class DecryptionError(QbackupError):
+    """An encrypted object was altered, cut, or never encrypted; `fact` says which."""
+
+    exit_code = 13
+
+    def __init__(self, name: str, fact: str) -> None:
+        super().__init__(
+            f"{name} cannot be decrypted: {fact}",
+            hint="somebody or something changed it where it is stored; with versioning the store "
+            "may still have what was put (docs/security.md)",
+        )
+        self.name, self.fact = name, fact
 
 
 class BootError(QbackupError):
