@@ -22,7 +22,7 @@ _EXIT_CODES = """\
 exit codes:
   0 done   1 failed   2 usage   3 done, but degraded   4 refused (--no-fallback)
   10 no repository   11 locked   12 QEMU cannot be reached
-  13 verification failed   130 interrupted
+  13 verification failed   14 a remote cannot be used   130 interrupted
 """
 
 
