@@ -10,7 +10,7 @@ from qbackup.cli.examples import EXAMPLES
 from qbackup.cli.parser import Parser
 from qbackup.errors import UsageError
 from qbackup.model.health import parse_free_limit
-from qbackup.model.limits import MAX_PARALLEL
+from qbackup.model.limits import MAX_PARALLEL, MIN_LIMIT_RATE_BYTES
 from qbackup.model.quantities import parse_duration_s, parse_size_bytes
 
 T = TypeVar("T")
@@ -107,6 +107,7 @@ def make_parser() -> Parser:
     _add_verify_command(command)
     _add_retention_commands(command)
 
+    _add_remote_commands(command)
     _add_watching_commands(command)
     _add_bitmap_command(command)
 
@@ -296,6 +297,32 @@ def _add_retention_commands(command: Callable[..., Parser]) -> None:
         marking.add_argument("vm", metavar="VM")
         marking.add_argument("id", metavar="ID", help="a backup id, or the beginning of one")
         _add_lock_wait(marking)
+
+
+def _add_remote_commands(command: Callable[..., Parser]) -> None:
+    push = command("push", "put backups into a remote: those that are newer than what is there")
+    _add_vms(push, required=True)
+    _add_parallel(push)
+    push.add_argument(
+        "--remote", metavar="NAME", help="default: as configured (push), else the only one"
+    )
+    push.add_argument("--at", metavar="ID|TIME", help="only this backup and what it needs")
+    _add_limit_rate(push)
+    _add_lock_wait(push)
+
+
+def _add_limit_rate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--limit-rate", type=_argument(_parse_rate), metavar="20M",
+        help="bytes per second, for all VMs together",
+    )  # fmt: skip
+
+
+def _parse_rate(text: str) -> int:
+    rate = parse_size_bytes(text)
+    if rate < MIN_LIMIT_RATE_BYTES:
+        raise ValueError(f"{text!r} is too little; at least 1K")
+    return rate
 
 
 def _add_bitmap_command(command: Callable[..., Parser]) -> None:

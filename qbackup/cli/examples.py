@@ -56,6 +56,10 @@ EXAMPLES = {
         "qbackup boot vm1",
         "qbackup boot vm1 --at 20261123-1506 --memory 2G --vnc :0",
     ),
+    "push": _examples(
+        "qbackup push vm1",
+        "qbackup -q push --all --remote offsite     # for cron",
+    ),
     "prune": _examples(
         "qbackup prune vm1 --dry-run                # what would go, and why",
         "qbackup prune vm1 --keep-daily 7 --keep-weekly 4",

@@ -29,7 +29,7 @@ from qbackup.model.health import (
     age_limits,
     parse_free_limit,
 )
-from qbackup.model.limits import MAX_PARALLEL
+from qbackup.model.limits import MAX_PARALLEL, MIN_LIMIT_RATE_BYTES
 from qbackup.model.names import check_name
 from qbackup.model.quantities import parse_duration_s, parse_size_bytes
 from qbackup.model.retention import NO_RULES, Rules
@@ -51,7 +51,6 @@ DEFAULT_PARALLEL = 2
 
 DEFAULT_REMOTE_PARALLEL = 4
 DEFAULT_REMOTE_TIMEOUT_S = 300.0
-MIN_LIMIT_RATE_BYTES = 1024
 
 MAX_CONFIGURATION_BYTES = 1024 * 1024
 MAX_KEEP = 999_999_999

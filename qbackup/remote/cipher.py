@@ -3,6 +3,9 @@
 from collections.abc import AsyncIterator
 from typing import Protocol
 
+from qbackup.errors import ConfigurationError
+from qbackup.formats.configuration import Remote
+
 
 class Cipher(Protocol):
     """Makes objects of files, and files of objects, without holding either in memory."""
@@ -33,3 +36,14 @@ def suffix_of(cipher: Cipher | None) -> str:
 def stored_size_bounds(cipher: Cipher | None, plain_bytes: int) -> tuple[int, int]:
     """Return the least and the most bytes that the object of a file has."""
     return (plain_bytes, plain_bytes) if cipher is None else cipher.size_bounds(plain_bytes)
+
+
+def cipher_for(remote: Remote) -> Cipher | None:
+    """Return what stands between files and the objects of a remote, None for nothing.
+
+    Raises:
+        ConfigurationError: a key is not as it has to be.
+    """
+    if not remote.is_encrypted and remote.identity is None:
+        return None
+    raise ConfigurationError(f"remote {remote.name}: this version cannot encrypt")

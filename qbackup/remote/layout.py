@@ -8,12 +8,12 @@
 
 With encryption all names but `qbackup.json` end in the cipher's suffix. A key comes from a server,
 and is not believed: what does not look as one of these is nobody's, and no part of it becomes a
-path. This module asks no store anything.
+path.
 """
 
 import re
 import secrets
-from collections.abc import Iterable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -22,11 +22,12 @@ from qbackup.formats.manifest import DIGESTS_SUFFIX, MANIFEST_FILE
 from qbackup.formats.vm_files import ARCHIVE_FILE, MAX_ARCHIVE_BYTES
 from qbackup.model.backup import Backup
 from qbackup.model.names import is_backup_id, is_safe_name
-from qbackup.remote.store import ObjectFacts
+from qbackup.remote.store import ObjectFacts, Store
 
 REPOSITORY_FILE = "qbackup.json"
 PROTECTED_FILE = "protected"
 NONCE_MARK = ".~"
+ENCRYPTED_SUFFIX = ".age"
 _REPOSITORY_ID = re.compile(r"[0-9a-f]{32}\Z")
 _FILE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,109}?)(\.~[0-9a-f]{16})?(\.age)?\Z")
 
@@ -153,13 +154,21 @@ class ListedBackup:
     id: str
     objects: dict[str, ObjectFacts] = field(default_factory=dict)
 
-    def manifest(self, suffix: str) -> ObjectFacts | None:
-        """Return the object that makes it exist, None if it does not."""
-        return self.objects.get(f"{MANIFEST_FILE}{suffix}")
+    @property
+    def manifest(self) -> ObjectFacts | None:
+        """The object that makes it exist, None if it does not."""
+        encrypted = self.objects.get(f"{MANIFEST_FILE}{ENCRYPTED_SUFFIX}")
+        return encrypted or self.objects.get(MANIFEST_FILE)
 
-    def is_protected(self, suffix: str) -> bool:
-        """Tell whether prune leaves it alone."""
-        return f"{PROTECTED_FILE}{suffix}" in self.objects or PROTECTED_FILE in self.objects
+    @property
+    def suffix(self) -> str:
+        """What the names of its objects end in: of one remote, some may be encrypted."""
+        return ENCRYPTED_SUFFIX if f"{MANIFEST_FILE}{ENCRYPTED_SUFFIX}" in self.objects else ""
+
+    @property
+    def is_protected(self) -> bool:
+        """Whether prune leaves it alone."""
+        return bool({PROTECTED_FILE, f"{PROTECTED_FILE}{ENCRYPTED_SUFFIX}"} & set(self.objects))
 
     @property
     def size_bytes(self) -> int:
@@ -183,26 +192,27 @@ class ListedRepository:
         """Return a VM's backups, whether they exist or are only begun, oldest first."""
         return [one for _, one in sorted(self.vms.get(vm, {}).items())]
 
-    def existing(self, vm: str, suffix: str) -> list[str]:
-        """Return the ids of a VM's backups that exist, oldest first."""
-        return [one.id for one in self.backups(vm) if one.manifest(suffix) is not None]
+    def existing(self, vm: str) -> list[ListedBackup]:
+        """Return a VM's backups that exist, oldest first."""
+        return [one for one in self.backups(vm) if one.manifest is not None]
+
+    def add(self, facts: ObjectFacts) -> None:
+        """Add an object, if it is one of ours."""
+        key = parse_key(facts.key)
+        if key is None or key.repository_id != self.id or key.vm is None or key.backup_id is None:
+            return
+        backups = self.vms.setdefault(key.vm, {})
+        backup = backups.setdefault(key.backup_id, ListedBackup(id=key.backup_id))
+        backup.objects[facts.key.rpartition("/")[2]] = facts
 
 
-def listed(repository_id: str, objects: Iterable[ObjectFacts]) -> ListedRepository:
-    """Sort what is in a repository's folder; what is not ours is left out."""
-    repository = ListedRepository(id=repository_id)
-    for facts in objects:
-        add_listed(repository, facts)
-    return repository
-
-
-def add_listed(repository: ListedRepository, facts: ObjectFacts) -> None:
-    """Add an object to what is known of its repository, if it is one of ours."""
-    key = parse_key(facts.key)
-    if key is None or key.repository_id != repository.id or key.vm is None:
-        return
-    if key.backup_id is None:
-        return
-    backups = repository.vms.setdefault(key.vm, {})
-    backup = backups.setdefault(key.backup_id, ListedBackup(id=key.backup_id))
-    backup.objects[facts.key.rpartition("/")[2]] = facts
+async def list_repository(
+    store: Store, repository_id: str, vm: str | None = None
+) -> ListedRepository:
+    """List what is in a repository's folder, or only a VM's; what is not ours is left out."""
+    found = ListedRepository(id=repository_id)
+    folder = repository_id if vm is None else vm_folder(repository_id, vm)
+    async with aclosing(store.objects(folder)) as objects:
+        async for facts in objects:
+            found.add(facts)
+    return found

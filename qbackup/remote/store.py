@@ -110,6 +110,7 @@ class Store:
     def __init__(self, remote: Remote, limiter: Limiter, options: dict[str, Any]) -> None:
         self.remote, self._limiter, self._options = remote, limiter, options
         self._clients: dict[tuple[float, int], Client] = {}
+        self._turns = asyncio.Semaphore(remote.parallel)
 
     @classmethod
     def open(cls, remote: Remote, *, limit_rate_bytes: int | None = None) -> "Store":
@@ -139,6 +140,10 @@ class Store:
     def where(self, key: str) -> str:
         """Return how an object is told to people."""
         return f"{self.remote.place}/{key}"
+
+    def turn(self) -> asyncio.Semaphore:
+        """Wait for one's turn: so many objects may be on their way at once (`parallel`)."""
+        return self._turns
 
     async def head(self, key: str) -> ObjectFacts | None:
         """Return what is known of an object, None if there is none."""
