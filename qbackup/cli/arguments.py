@@ -35,6 +35,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     arguments = make_parser().parse(argv)
     if getattr(arguments, "all", False) and arguments.vms:
         mistake = "--all and names of VMs exclude each other"
+    elif getattr(arguments, "host", None) and not (arguments.remote or arguments.name == "pull"):
+        mistake = "--host goes with --remote"
     elif getattr(arguments, "vms_required", False) and not (arguments.vms or arguments.all):
         mistake = "the following arguments are required: VM (or --all)"
     else:
@@ -77,10 +79,12 @@ def make_parser() -> Parser:
 
     listing = command("list", "list backups, the newest last; P marks protected ones")
     _add_vms(listing)
+    _add_from_remote(listing)
 
     show = command("show", "show one backup")
     show.add_argument("vm", metavar="VM")
     show.add_argument("id", metavar="ID", help="a backup id, or the beginning of one")
+    _add_from_remote(show)
 
     restore = command(
         "restore",
@@ -101,6 +105,8 @@ def make_parser() -> Parser:
     restore.add_argument(
         "--with-vm", action="store_true", help="write start.sh, which starts the VM on them"
     )
+    _add_from_remote(restore)
+    _add_limit_rate(restore)
 
     _add_bad_day_commands(command)
 
@@ -215,6 +221,8 @@ def _add_verify_command(command: Callable[..., Parser]) -> None:
         help="with --boot: wait so long for that, or for the guest agent",
     )  # fmt: skip
     _add_boot_options(verify)
+    _add_from_remote(verify)
+    _add_limit_rate(verify)
 
 
 def _add_bad_day_commands(command: Callable[..., Parser]) -> None:
@@ -310,11 +318,28 @@ def _add_remote_commands(command: Callable[..., Parser]) -> None:
     _add_limit_rate(push)
     _add_lock_wait(push)
 
+    pull = command("pull", "bring backups of a remote back into the repository")
+    _add_vms(pull, required=True)
+    _add_parallel(pull)
+    pull.add_argument("--at", metavar="ID|TIME", help="only this backup and what it needs")
+    _add_from_remote(pull)
+    _add_limit_rate(pull)
+    _add_lock_wait(pull)
+
+
+def _add_from_remote(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--remote", metavar="NAME", help="what is in this remote, not what is here")
+    parser.add_argument(
+        "--host", metavar="HOST",
+        help="with --remote: whose VM, if several hosts have one of that name; its name, or the "
+        "beginning of its repository's id",
+    )  # fmt: skip
+
 
 def _add_limit_rate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit-rate", type=_argument(_parse_rate), metavar="20M",
-        help="bytes per second, for all VMs together",
+        help="bytes per second to or from a remote, for all VMs together",
     )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def _done(pushed: Pushed) -> Done:
             "backups": pushed.present,
             "bytes": size_bytes,
             "failed": [
-                {"id": one.id, "class": type(one.error).__name__, "message": _why(one.error)}
+                {"id": one.id, "class": type(one.error).__name__, "message": why(one.error)}
                 for one in pushed.failures
             ],
             "seconds": pushed.seconds,
@@ -77,6 +77,7 @@ def _text(pushed: Pushed, size_bytes: int) -> str:
     return f"{pushed.vm}: {what}; {pushed.present} there"
 
 
-def _why(err: Exception) -> str:
+def why(err: Exception) -> str:
+    """Return what is told of a backup that failed."""
     problems = getattr(err, "problems", ())
     return "; ".join(problems) if problems else str(err)

@@ -331,25 +331,30 @@ class Store:
                 except FileNotFoundError:
                     return []
             return sorted(name.removeprefix(prefix) for name in found["common_prefixes"])
-        names: list[str] = []
-        after = None
-        # The client's own way would take a list without an end into memory. This one takes one
-        # page for each folder.
+        names: dict[str, None] = {}
+        after: str | None = None
+        # The client's own way would take a list without an end into memory. This one looks at a
+        # page, and goes on after the last folder in it.
         while True:
+            page: list[str] = []
             async with aclosing(self.objects(folder, after=after)) as objects:
-                facts = await anext(objects, None)
-            if facts is None:
+                async for facts in objects:
+                    page.append(facts.key)
+                    if len(page) == _PAGE:
+                        break
+            if not page:
                 return sorted(names)
-            name, separator, _ = facts.key.removeprefix(prefix).partition("/")
-            if after is not None and facts.key <= after:
+            if after is not None and max(page) <= after:
                 raise RemoteError(f"{self.where(folder)}: the list does not get further")
-            if separator:
-                names.append(name)
-                if len(names) > MAX_FOLDERS:
-                    raise RemoteError(f"{self.where(folder)}: more than {MAX_FOLDERS} folders")
-                after = f"{prefix}{name}0"  # what comes after `/`
-            else:
-                after = facts.key
+            for key in page:
+                name, separator, _ = key.removeprefix(prefix).partition("/")
+                if separator:
+                    names[name] = None
+                    after = f"{prefix}{name}0"  # what comes after `/`
+                else:
+                    after = key
+            if len(names) > MAX_FOLDERS:
+                raise RemoteError(f"{self.where(folder)}: more than {MAX_FOLDERS} folders")
 
     async def delete(self, keys: Sequence[str]) -> None:
         """Remove objects; those that are not there are removed."""
