@@ -127,7 +127,10 @@ async def put_files(
             stored[source.name] = before
             return
         try:
-            stored[source.name] = await _put_file(target, backup, source, reporter, fresh=fresh)
+            plain = f"{source.name}{suffix_of(target.cipher)}"
+            new = fresh_name(source.name, suffix=suffix_of(target.cipher))
+            name = new if fresh or plain in taken else plain
+            stored[source.name] = await _put_file(target, backup, source, reporter, name=name)
         except VerificationError as err:
             if not source.optional:
                 raise
@@ -166,10 +169,8 @@ def _is_whole(
 
 
 async def _put_file(
-    target: Target, backup: Backup, source: SourceFile, reporter: Reporter, *, fresh: bool
+    target: Target, backup: Backup, source: SourceFile, reporter: Reporter, *, name: str
 ) -> RemoteObject:
-    suffix = suffix_of(target.cipher)
-    name = fresh_name(source.name, suffix=suffix) if fresh else f"{source.name}{suffix}"
     done = 0
 
     def on_bytes(count: int) -> None:
