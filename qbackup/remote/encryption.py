@@ -17,7 +17,7 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from io import BufferedIOBase, BytesIO
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import pyrage
 
@@ -56,25 +56,6 @@ _HEADER = re.compile(
 )  # fmt: skip
 _HEADER_END = b"\n--- "
 _MAC_LINE_BYTES = 44
-
-
-class Cipher(Protocol):
-    """What encrypts objects. The generators that it returns are to be closed (`aclosing`)."""
-
-    @property
-    def suffix(self) -> str:
-        """What the names of encrypted objects end in."""
-
-    def encrypt(self, plain: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-        """Encrypt a stream."""
-
-    def decrypt(
-        self, encrypted: AsyncIterator[bytes], *, name: str = ...
-    ) -> AsyncGenerator[bytes, None]:
-        """Decrypt a stream; only its end without an error says that all of it was right."""
-
-    def size_bounds(self, plain_bytes: int) -> tuple[int, int]:
-        """Return the least and the most that so many bytes take when they are encrypted."""
 
 
 class AgeCipher:

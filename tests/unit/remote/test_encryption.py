@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from support.sweeps import EVERYTHING
 
 from qbackup.errors import ConfigurationError, DecryptionError, NoKeyError
+from qbackup.remote.cipher import Cipher
 from qbackup.remote.encryption import (
     MAX_HEADER_BYTES,
     MAX_STANZAS,
     PIECE_BYTES,
     AgeCipher,
-    Cipher,
 )
 
 KEY = pyrage.x25519.Identity.generate()
@@ -119,7 +119,7 @@ async def test_whatever_is_cut_off_is_told(place: int) -> None:
     with pytest.raises(DecryptionError) as caught:
         await decrypted(stored)
     assert caught.value.exit_code == 13
-    assert "data.qcow2.age cannot be decrypted: " in caught.value.message
+    assert "data.qcow2.age: cannot be decrypted: " in caught.value.message
     assert any(word in caught.value.fact for word in ("cut", "nothing in it"))
 
 
