@@ -142,16 +142,25 @@ class _Push:
             missing = [i for i in self._with_chains(history, wanted) if i not in self.there]
             if not missing:
                 break
-            await self._put_all(missing, listed)
+            await self._put_all(missing, listed, newest=self._newest_there(history))
         await self._protect()
 
     def _wanted(self, history: History) -> set[str]:
         """Return what is to be there in the end, whether it is there now or not."""
         if self.options.at is not None:
             return {choose_backup(history, self.options.at).id}
-        newest = max(self.there, default="")
+        newest = self._newest_there(history)
         # The newest that is there, too: a push may have been killed before it looked again.
         return {backup_id for backup_id in history.ids if backup_id >= newest}
+
+    def _newest_there(self, history: History) -> str:
+        """Return the newest backup that is there, "" if there is none.
+
+        What claims to be newer than any here was not put from here, and must not keep the next
+        backups from being put.
+        """
+        last = max(history.ids, default="")
+        return max((backup_id for backup_id in self.there if backup_id <= last), default="")
 
     def _with_chains(self, history: History, wanted: set[str]) -> list[str]:
         """Return backups and all that they need, oldest first; what cannot be put is told."""
@@ -169,9 +178,10 @@ class _Push:
             found |= {backup_id, *(owner.id for chain in chains for owner, _ in chain)}
         return sorted(found - set(self.failures))
 
-    async def _put_all(self, backup_ids: Sequence[str], listed: ListedRepository) -> None:
+    async def _put_all(
+        self, backup_ids: Sequence[str], listed: ListedRepository, *, newest: str
+    ) -> None:
         """Put backups, the files of some at once, their manifests one after the other."""
-        newest = max(self.there, default="")
         begun = {one.id: one for one in listed.backups(self.vm)}
         places = asyncio.Semaphore(self.target.remote.store.remote.parallel)
 

@@ -11,7 +11,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from qbackup.bitmaps.size_guard import is_guarded
-from qbackup.catalog.chain_check import why_not_built_upon, why_too_old
+from qbackup.catalog.chain_check import (
+    why_not_built_upon,
+    why_too_long_as_taken,
+    why_too_old,
+)
 from qbackup.catalog.digest_check import why_not_compared
 from qbackup.catalog.history import History
 from qbackup.formats.configuration import Vm
@@ -139,17 +143,11 @@ def assess(
         return verdict
     found = why_not_built_upon(history, verdict.base.backup, disk.name, max_chain=vm.max_chain)
     anew = found is not None and found[0] == "chain-full" and renews(verdict.base.disk, vm)
-    if vm.chain_age_s is not None and (found is None or anew):
-        too_old = why_too_old(
-            history,
-            verdict.base.backup,
-            disk.name,
-            chain_age_s=vm.chain_age_s,
-            now=datetime.now(UTC),
-        )
-        if too_old is not None:
+    if found is None or anew:
+        ended = _why_ended(history, verdict.base.backup, disk.name, vm)
+        if ended is not None:
             # From the guest: a new image of a backup that was pushed begins no chain in a remote.
-            found, anew = ("chain-full", too_old), False
+            found, anew = ("chain-full", ended), False
     if found is not None and not anew:
         if untrusted:
             return _not_compared(verdict, untrusted, found[1])
@@ -165,6 +163,17 @@ def assess(
     return replace(
         verdict, problem=problem, renews=anew, compare=untrusted is not None, chain=chain
     )
+
+
+def _why_ended(history: History, backup: Backup, disk: str, vm: Vm) -> str | None:
+    """Return why a disk's chain must end here for the sake of a remote, None if it need not."""
+    ended = None
+    if vm.push is not None:
+        ended = why_too_long_as_taken(history, backup, disk, max_chain=vm.max_chain)
+    if ended is None and vm.chain_age_s is not None:
+        now = datetime.now(UTC)
+        ended = why_too_old(history, backup, disk, chain_age_s=vm.chain_age_s, now=now)
+    return ended
 
 
 def _not_compared(verdict: Verdict, reason: Reason, problem: str) -> Verdict:

@@ -67,6 +67,28 @@ def why_too_old(
     return f"its chain began with {began_with}, {format_age(age_s)}, and chain_age allows no more"
 
 
+def why_too_long_as_taken(
+    history: History, backup: Backup, disk: str, *, max_chain: int
+) -> str | None:
+    """Return why the chain of a disk must begin anew for its copy in a remote, None if it need not.
+
+    Nothing is merged there: what is restored from a remote reads every backup that was ever taken
+    since the guest was read in full.
+
+    Raises:
+        ChainBrokenError: the chain is not complete.
+        ManifestDamagedError: a manifest in it cannot be used.
+    """
+    chain = history.chain(backup, disk)
+    taken = sum(1 + (image.merged.count if image.merged else 0) for _, image in chain)
+    if taken < max_chain:
+        return None
+    return (
+        f"{taken} backups were taken since its last full, the remote has them unmerged, and "
+        f"max_chain is {max_chain}"
+    )
+
+
 def too_long(repository: Repository, disk: DiskBackup, chain_length: int) -> str | None:
     """Return what is wrong with a chain that just became too long for qemu-img alone.
 

@@ -33,8 +33,10 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    if _is_held():
-        # A thread hangs on a file system that does not answer; Python would wait for it.
+    if _is_held() or "obstore" in sys.modules:
+        # A thread hangs on a file system that does not answer, and Python would wait for it; or
+        # the object store's threads may still call into a Python that is being taken down, which
+        # aborts the process (PyO3/pyo3-async-runtimes#40).
         os._exit(code)
     sys.exit(code)
 

@@ -548,7 +548,12 @@ def _connect(remote: Remote, timeout_s: float, retries: int, options: dict[str, 
             return GCSStore(place.bucket, **shared)
         if place.kind == "az":
             return AzureStore(place.bucket, **shared)
-        config = {"endpoint": remote.endpoint, "region": remote.region}
+        # A bucket that locks objects takes none without a checksum.
+        config = {
+            "endpoint": remote.endpoint,
+            "region": remote.region,
+            "checksum_algorithm": "SHA256",
+        }
         return S3Store(
             place.bucket,
             config=cast(Any, {key: value for key, value in config.items() if value is not None}),

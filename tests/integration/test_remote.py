@@ -164,6 +164,22 @@ async def test_a_second_push_puts_only_what_is_new(fake: S3Fake, tmp_path: Path)
     await here.qbackup.ok("verify", VM, "--remote", "r")
 
 
+async def test_a_backup_from_the_future_does_not_keep_others_away(
+    fake: S3Fake, tmp_path: Path
+) -> None:
+    here = host(tmp_path / "here", fake)
+    await here.make_backups(COUNT)
+    await here.qbackup.ok("push", VM)
+    folder = f"{PREFIX}/{here.repository_id}/{VM}"
+    fake.objects[f"{folder}/90001231-235959.999-ffff/manifest.json"] = next(
+        stored for key, stored in fake.objects.items() if key.endswith("/manifest.json")
+    )
+    full = add_full(here, COUNT)
+    done = (await here.qbackup.ok("--json", "push", VM)).last
+    assert [one["id"] for one in done["put"]] == [full]
+    assert f"{folder}/{full}/data.qcow2" in fake.objects
+
+
 async def test_a_parent_that_a_prune_removed_is_put_again_under_new_names(
     fake: S3Fake, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ SCHEDULING = (TOP / "docs" / "scheduling.md").read_text()
 PUT, READ = {"s3:PutObject", "s3:GetObject"}, {"s3:GetObject"}
 ACTIONS = {
     # Who puts reads manifests; parts of a large object are put with the same right.
-    "push": PUT | {"s3:ListBucket"},
+    "push": PUT | {"s3:ListBucket", "s3:AbortMultipartUpload"},
     "prune": PUT
     | {"s3:DeleteObject", "s3:AbortMultipartUpload"}
     | {"s3:ListBucket", "s3:ListBucketMultipartUploads"},

@@ -333,6 +333,21 @@ async def test_a_chain_that_is_too_old_is_followed_by_a_full_from_the_guest(
         plan_for(inventory, vm=old, fallback=False)
 
 
+async def test_with_a_remote_a_full_chain_begins_anew_from_the_guest(
+    publish: Publish, plan_for: Callable[..., Plan], reporter: RecordingReporter
+) -> None:
+    await publish(make_backup(ID1))
+    await publish(make_backup(ID2, parent=ID1))
+    inventory = make_inventory(make_disk("system", make_bitmap(ID2)))
+    with pytest.raises(ChainsFullError):  # of the images
+        plan_for(inventory, vm={"max_chain": 2})
+    (there,) = plan_for(inventory, vm={"max_chain": 2, "push": "offsite"}).verdicts
+    assert (there.kind, there.reason, there.renews) == ("full", "chain-full", False)
+    assert "the remote has them unmerged" in reporter.notices[-1]
+    (longer,) = plan_for(inventory, vm={"max_chain": 3, "push": "offsite"}).verdicts
+    assert (longer.kind, longer.renews) == ("incremental", False)
+
+
 def digests_of(repository: Repository, backup_id: str) -> Digests:
     """Write the digests of an empty disk; return what the manifest says of them."""
     header = digests.pack_header(virtual_size_bytes=SIZE, key=bytes(32), directory=b"")

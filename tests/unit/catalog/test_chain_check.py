@@ -10,7 +10,12 @@ import pytest
 from support.chains import DISK, MadeChain, make_chain
 from support.chains import VM as CHAIN_VM
 
-from qbackup.catalog.chain_check import too_long, why_not_built_upon, why_too_old
+from qbackup.catalog.chain_check import (
+    too_long,
+    why_not_built_upon,
+    why_too_long_as_taken,
+    why_too_old,
+)
 from qbackup.catalog.history import History
 from qbackup.errors import ManifestDamagedError
 from qbackup.model.backup import Backup, Merged
@@ -137,3 +142,18 @@ async def test_a_full_that_took_in_others_is_as_old_as_the_first_of_them(
     )
     assert (found is None) == there
     assert there or (found is not None and UNKNOWN_ID in found)
+
+
+async def test_for_a_remote_every_backup_that_was_taken_counts(
+    repository: Repository, publish: Publish
+) -> None:
+    merged = Merged(kind="incremental", parent=UNKNOWN_ID, count=3, oldest=UNKNOWN_ID)
+    await publish(make_backup(ID1, disks=[make_disk_backup(merged=merged)]))
+    await publish(make_backup(ID2, parent=ID1))
+    history = History(repository, VM)
+
+    def found(max_chain: int) -> str | None:
+        return why_too_long_as_taken(history, history.backup(ID2), "system", max_chain=max_chain)
+
+    assert found(6) is None
+    assert str(found(5)).startswith("5 backups were taken since its last full")
