@@ -147,11 +147,13 @@ def _become(data: bytes, fds: list[int]) -> Callable[[], None]:
     os.environ.update(request["environment"])
     time.tzset()
     tempfile.tempdir = None
-    sys.argv = ["qbackup", *request["arguments"]]
-    from qbackup.cli.main import main  # noqa: PLC0415 - it is there by now
+    import qbackup.cli.main  # noqa: PLC0415 - it is there by now
+
+    # As `python -m qbackup` has it.
+    sys.argv = [str(Path(qbackup.__path__[0]) / "__main__.py"), *request["arguments"]]
 
     gc.unfreeze()
-    return main
+    return qbackup.cli.main.main
 
 
 def _import_all(package: str) -> None:
