@@ -131,18 +131,18 @@ async def test_qbackup_and_qemu_killed_at_any_step_of_run_lose_no_write(
     await sweep(tmp_path, start, "run", shard=shard, of=SHARDS, both=True)
 
 
-@pytest.mark.parametrize("shard", shards(6))
+@pytest.mark.parametrize("shard", shards(SHARDS))
 async def test_a_watcher_killed_at_any_step_loses_no_write(
     tmp_path: Path, start: Start, shard: int
 ) -> None:
-    await sweep(tmp_path, start, "watch", shard=shard, of=6)
+    await sweep(tmp_path, start, "watch", shard=shard, of=SHARDS)
 
 
-@pytest.mark.parametrize("shard", shards(4))
+@pytest.mark.parametrize("shard", shards(8))
 async def test_stop_killed_at_any_step_loses_no_write(
     tmp_path: Path, start: Start, shard: int
 ) -> None:
-    await sweep(tmp_path, start, "stop", shard=shard, of=4)
+    await sweep(tmp_path, start, "stop", shard=shard, of=8)
 
 
 @pytest.mark.parametrize("shard", shards(SHARDS))
