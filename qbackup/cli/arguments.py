@@ -295,6 +295,7 @@ def _add_retention_commands(command: Callable[..., Parser]) -> None:
         "--no-consolidate", dest="consolidate", action="store_const", const="never",
         help="the same as never: keep what is needed",
     )  # fmt: skip
+    _add_from_remote(prune)
     _add_lock_wait(prune)
 
     for name, text in (
@@ -304,6 +305,7 @@ def _add_retention_commands(command: Callable[..., Parser]) -> None:
         marking = command(name, text, module="protect")
         marking.add_argument("vm", metavar="VM")
         marking.add_argument("id", metavar="ID", help="a backup id, or the beginning of one")
+        _add_from_remote(marking)
         _add_lock_wait(marking)
 
 

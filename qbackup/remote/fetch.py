@@ -59,6 +59,42 @@ async def decrypted_small(
     return data
 
 
+async def first_bytes(
+    remote: OpenedRemote, facts: ObjectFacts, *, suffix: str, count: int
+) -> bytes:
+    """Return how a file begins, compared with nothing: what cannot be decrypted is not returned.
+
+    Raises:
+        RemoteDamagedError: it is not authentic.
+        RemoteError: it cannot be fetched.
+    """
+    data = b""
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(remote.store.turn())
+        pieces = _plain_pieces(remote, facts, suffix=suffix, stack=stack)
+        async for piece in pieces:
+            data += piece
+            if len(data) >= count:
+                break
+    return data[:count]
+
+
+def _plain_pieces(
+    remote: OpenedRemote, facts: ObjectFacts, *, suffix: str, stack: AsyncExitStack
+) -> AsyncIterator[bytes]:
+    """Return an object's content, decrypted; what is open for that is closed with the stack."""
+    stored = remote.store.stream(facts.key, size_bytes=facts.size_bytes)
+    stack.push_async_callback(stored.aclose)
+    cipher = reading_cipher(remote, suffix)
+    if cipher is None:
+        return stored
+    plain = cipher.decrypt(stored)
+    close = getattr(plain, "aclose", None)
+    if close is not None:
+        stack.push_async_callback(close)
+    return plain
+
+
 async def content(
     remote: OpenedRemote, facts: ObjectFacts, file: StoredFile, *, suffix: str
 ) -> AsyncGenerator[bytes, None]:
@@ -73,15 +109,7 @@ async def content(
     done = 0
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(remote.store.turn())
-        pieces: AsyncIterator[bytes]
-        pieces = remote.store.stream(facts.key, size_bytes=facts.size_bytes)
-        stack.push_async_callback(pieces.aclose)
-        cipher = reading_cipher(remote, suffix)
-        if cipher is not None:
-            pieces = cipher.decrypt(pieces)
-            close = getattr(pieces, "aclose", None)
-            if close is not None:
-                stack.push_async_callback(close)
+        pieces = _plain_pieces(remote, facts, suffix=suffix, stack=stack)
         async for piece in pieces:
             done += len(piece)
             if done > file.size_bytes:
