@@ -107,6 +107,10 @@ class LockedError(QbackupError):
     exit_code = 11
 
 
+class AlreadyPushingError(LockedError):
+    """Another process pushes the VM's backups to the remote."""
+
+
 class MonitorError(QbackupError):
     """QEMU cannot be reached; `absent`: because nobody listens where its monitor should be."""
 

@@ -419,6 +419,9 @@ def _add_backup_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _add_lock_wait(parser)
     parser.add_argument("--compress", action="store_true", help="compress with zstd")
+    parser.add_argument(
+        "--no-push", action="store_true", help="do not push it now, whatever the configuration says"
+    )
 
 
 def _add_lock_wait(parser: argparse.ArgumentParser) -> None:
