@@ -133,7 +133,7 @@ class _Run:
             await take_away(mirror, going, parents, lock, gone)
             again, stays = await self._look_again(gone, parents, lock)
         except BaseException as err:
-            await self._repair(gone, parents, lock, err)
+            await self._repair(mirror, gone, parents, lock, err)
             raise
         files = [
             (mirror.backups[one], mirror.files(pruned.backups[one]))
@@ -177,6 +177,7 @@ class _Run:
 
     async def _repair(
         self,
+        mirror: Mirror,
         gone: Sequence[str],
         parents: Mapping[str, set[str]],
         lock: PruneLock,
@@ -185,13 +186,19 @@ class _Run:
         """After a failure or an interruption: see that nobody misses what was taken away."""
         if not gone:
             return
-
         missing = list(gone)
 
         async def step() -> None:
             async with asyncio.timeout(_REPAIR_S):
-                again, stays = await self._look_again(gone, parents, lock)
-            missing[:] = [one for one in gone if one not in stays and one not in again.backups]
+                try:
+                    again, stays = await self._look_again(gone, parents, lock)
+                except QbackupError:
+                    # Who needs what is not known, so all of it comes back.
+                    await put_back(mirror, [mirror.backups[one] for one in sorted(gone)], lock)
+                    missing.clear()
+                else:
+                    there = {*stays, *again.backups}
+                    missing[:] = [one for one in gone if one not in there]
 
         try:
             await to_its_end(step())

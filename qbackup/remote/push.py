@@ -81,6 +81,7 @@ class Target:
     """Where a VM's backups go, and what is known of it."""
 
     remote: OpenedRemote
+    cipher: Cipher | None
     repository_id: str
     unfinished: Unfinished
 
@@ -106,7 +107,7 @@ async def put_files(
         VerificationError: a file is not what the manifest says; nothing of it can be seen.
         RemoteError: the store fails.
     """
-    taken = set(there.objects) if there is not None else set()
+    taken = set(there.objects) - {PROTECTED_FILE} if there is not None else set()
     known = {
         name: found
         for name in (source.name for source in sources)
@@ -115,7 +116,6 @@ async def put_files(
     remembered = {one.object for one in known.values()}
     fresh = fresh or not taken <= remembered
     stored: dict[str, RemoteObject] = {}
-    missing: set[str] = set()
 
     async def one(source: SourceFile) -> None:
         if not source.blake3:
@@ -125,12 +125,14 @@ async def put_files(
             stored[source.name] = before
             return
         try:
-            stored[source.name] = await _put_file(target, backup, source, reporter, fresh=fresh)
+            plain = f"{source.name}{suffix_of(target.cipher)}"
+            new = fresh_name(source.name, suffix=suffix_of(target.cipher))
+            name = new if fresh or plain in taken else plain
+            stored[source.name] = await _put_file(target, backup, source, reporter, name=name)
         except VerificationError as err:
             if not source.optional:
                 raise
             reporter.warning(f"{err.problems[0]}; it is left out")
-            missing.add(source.name)
             return
         await target.unfinished.remember(backup.id, stored[source.name])
 
@@ -154,20 +156,18 @@ def _is_whole(
 ) -> bool:
     """Tell whether an object that this host has put is still there, and of the file."""
     facts = there.objects.get(before.object) if there is not None else None
-    least, most = stored_size_bounds(target.remote.cipher, source.size_bytes)
+    least, most = stored_size_bounds(target.cipher, source.size_bytes)
     return (
         facts is not None
-        and before.object.endswith(ENCRYPTED_SUFFIX) == (target.remote.cipher is not None)
+        and before.object.endswith(ENCRYPTED_SUFFIX) == (target.cipher is not None)
         and (before.size_bytes, before.blake3) == (source.size_bytes, source.blake3)
         and least <= facts.size_bytes <= most
     )
 
 
 async def _put_file(
-    target: Target, backup: Backup, source: SourceFile, reporter: Reporter, *, fresh: bool
+    target: Target, backup: Backup, source: SourceFile, reporter: Reporter, *, name: str
 ) -> RemoteObject:
-    suffix = suffix_of(target.remote.cipher)
-    name = fresh_name(source.name, suffix=suffix) if fresh else f"{source.name}{suffix}"
     done = 0
 
     def on_bytes(count: int) -> None:
@@ -181,9 +181,9 @@ async def _put_file(
                 total_bytes=source.size_bytes,
             )
 
-    _, most = stored_size_bounds(target.remote.cipher, source.size_bytes)
+    _, most = stored_size_bounds(target.cipher, source.size_bytes)
     async with target.remote.store.turn(), aclosing(hashed(source, on_bytes)) as plain:
-        pieces = plain if target.remote.cipher is None else target.remote.cipher.encrypt(plain)
+        pieces = plain if target.cipher is None else target.cipher.encrypt(plain)
         await target.remote.store.write_stream(
             target.key(backup, name), pieces, size_limit_bytes=most
         )
@@ -197,8 +197,8 @@ async def commit(target: Target, backup: Backup, *, protected: bool) -> None:
     if protected:
         await put_protection(target, backup)
     data = encode_manifest(backup, repository_id=target.repository_id)
-    key = target.key(backup, f"{MANIFEST_FILE}{suffix_of(target.remote.cipher)}")
-    await target.remote.store.write(key, await _encrypted(target.remote.cipher, data))
+    key = target.key(backup, f"{MANIFEST_FILE}{suffix_of(target.cipher)}")
+    await target.remote.store.write(key, await _encrypted(target.cipher, data))
 
 
 async def put_protection(target: Target, backup: Backup) -> None:
@@ -213,4 +213,5 @@ async def _encrypted(cipher: Cipher | None, data: bytes) -> bytes:
     async def plain() -> AsyncIterator[bytes]:
         yield data
 
-    return b"".join([piece async for piece in cipher.encrypt(plain())])
+    async with aclosing(cipher.encrypt(plain())) as pieces:
+        return b"".join([piece async for piece in pieces])

@@ -15,7 +15,6 @@ from qbackup.errors import ObjectMissingError
 from qbackup.formats.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES
 from qbackup.host.tasks import task_group
 from qbackup.remote.cipher import stored_size_bounds
-from qbackup.remote.fetch import reading_cipher
 from qbackup.remote.layout import (
     ENCRYPTED_SUFFIX,
     PROTECTED_FILE,
@@ -146,7 +145,7 @@ def _suffix(listed: ListedBackup) -> str:
 
 def _most(vm: ListedVm, listed: ListedBackup) -> int:
     """Return how large a manifest may be, as it is stored."""
-    cipher = reading_cipher(vm.remote, _suffix(listed))
+    cipher = vm.remote.reading(_suffix(listed))
     return stored_size_bounds(cipher, MAX_MANIFEST_BYTES)[1]
 
 

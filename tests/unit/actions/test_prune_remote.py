@@ -412,6 +412,24 @@ async def test_after_a_failure_half_way_what_others_need_is_put_back(
     assert await s3.visible() == [A, B, C, D, E]
 
 
+async def test_where_nobody_can_tell_who_needs_what_all_comes_back(s3: Case, fake: S3Fake) -> None:
+    lists: list[Request] = []
+
+    def fault(request: Request) -> Answer | None:
+        if not any(key.endswith(f"{A}/manifest.json.removed") for key in fake.objects):
+            return None
+        if request.kind == "list":
+            lists.append(request)
+            return error(400, "InvalidRequest")
+        return None
+
+    fake.fault = fault
+    with pytest.raises(RemoteError):
+        await s3.prune()
+    fake.fault = lambda _: None
+    assert len(lists) == 2 and await s3.visible() == [A, B, C, D]
+
+
 async def test_an_interruption_half_way_leaves_whole_backups(s3: Case, fake: S3Fake) -> None:
     add_backup(s3.host, 4, parent=1)
 
