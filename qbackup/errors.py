@@ -9,6 +9,7 @@ The tree, and the exit codes that other programs rely on:
     ├── RefusedError                   4  --no-fallback, and a full backup would be needed
     ├── RepositoryError               10  no repository, or not one that we can use
     ├── LockedError                   11  another run holds the VM's lock
+    │   └── AlreadyPushingError       11  another run pushes the VM's backups
     ├── MonitorError                  12  QEMU cannot be reached, or it went away
     │   ├── MonitorBusyError          12  another client has the monitor, or QEMU hangs
     │   └── MonitorLostError          12  the connection ended in the middle
@@ -111,6 +112,10 @@ class LockedError(QbackupError):
     """Another process has what is needed: the VM in the repository, its bitmaps, its monitor."""
 
     exit_code = 11
+
+
+class AlreadyPushingError(LockedError):
+    """Another process pushes the VM's backups to the remote."""
 
 
 class MonitorError(QbackupError):

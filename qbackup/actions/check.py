@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qbackup.actions.status import DiskStatus, VmStatus, query_status
+from qbackup.actions.status import DiskStatus, PushStatus, VmStatus, query_status
 from qbackup.backup.judge import Base, renews
 from qbackup.backup.stopped import last_seen_disks
 from qbackup.catalog.chain_check import why_not_built_upon
@@ -20,6 +20,7 @@ from qbackup.formats.configuration import Configuration, Vm
 from qbackup.host.tasks import in_thread
 from qbackup.model.backup import Backup, Reason
 from qbackup.model.health import AgeLimits, Finding, FreeLimit, Grade, Health, Measure, age_limits
+from qbackup.model.names import backup_time
 from qbackup.model.quantities import format_age, format_size
 from qbackup.repository.last_run import read_last_run
 from qbackup.repository.repository import DamagedBackup, Repository
@@ -113,6 +114,7 @@ async def _check_vm(
         *(finding for chain in chains for finding in chain.findings()),
         *_bitmaps(status),
         *_last_run(state, vm.name),
+        *_push(status, limits, now),
     ]
     measures = [chain.measure() for chain in chains]
     if age_s is not None:
@@ -125,6 +127,11 @@ async def _check_vm(
                 warn=limits.warn_s,
                 critical=limits.critical_s,
             ),
+        )
+    if status.push is not None:
+        waiting_s = _waiting_s(status.push, now)
+        measures.append(
+            Measure(name=f"{vm.name}/push", value=round(waiting_s), unit="s", warn=limits.warn_s)
         )
     last = status.last_backup
     ago = f"newest backup {last.id} {_ago(last, now)}" if last else "no backup"
@@ -230,6 +237,27 @@ def _last_run(state: StateDirectory, vm: str) -> Iterator[Finding]:
     if run is not None and run.exit_code != 0:
         text = f"the last backup run ended with exit code {run.exit_code}"
         yield Finding(grade=Grade.WARNING, vm=vm, text=text)
+
+
+def _push(status: VmStatus, limits: AgeLimits, now: datetime) -> Iterator[Finding]:
+    """Tell if a backup has waited for too long to be put into the remote."""
+    if status.push is None:
+        return
+    waiting_s = _waiting_s(status.push, now)
+    if waiting_s >= limits.warn_s:
+        count = len(status.push.waiting)
+        text = (
+            f"{count} backup{'s are' if count > 1 else ' is'} not in {status.push.remote}, the "
+            f"oldest was made {format_age(waiting_s)}"
+        )
+        yield Finding(grade=Grade.WARNING, vm=status.vm, text=text)
+
+
+def _waiting_s(push: PushStatus, now: datetime) -> float:
+    """Return for how long the oldest backup that is not there has been here."""
+    if not push.waiting:
+        return 0.0
+    return max((now - backup_time(push.waiting[0])).total_seconds(), 0.0)
 
 
 def _check_room(configuration: Configuration, vms: Sequence[Vm], options: CheckOptions) -> Health:

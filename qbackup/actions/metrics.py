@@ -10,11 +10,13 @@ import asyncio
 import fcntl
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from qbackup.backup.judge import Base
 from qbackup.backup.stopped import last_seen_disks
@@ -23,6 +25,7 @@ from qbackup.errors import ChainBrokenError, ManifestDamagedError, QbackupError
 from qbackup.formats.configuration import Configuration, Vm
 from qbackup.formats.metrics import (
     DiskMetrics,
+    PushMetrics,
     RepositoryMetrics,
     RunMetrics,
     VmMetrics,
@@ -31,6 +34,8 @@ from qbackup.formats.metrics import (
 from qbackup.host import durable
 from qbackup.host.tasks import in_thread, to_its_end
 from qbackup.model.backup import UNTRUSTED_REASONS
+from qbackup.model.names import backup_time
+from qbackup.repository.last_push import read_last_push
 from qbackup.repository.last_run import (
     RECORDED_COMMANDS,
     LastRun,
@@ -86,6 +91,24 @@ async def recorded(
             )
 
 
+async def recorded_otherwise(
+    configuration: Configuration,
+    vm: str,
+    command: RecordedCommand,
+    exit_code: int,
+    *,
+    warn: Callable[[str], None],
+) -> None:
+    """Say that a run which is remembered ended with another exit code after all."""
+    state = StateDirectory(configuration.state, vm)
+    last = read_last_run(state, command)
+    if last is not None:
+        step = write_last_run(state, command, msgspec.structs.replace(last, exit_code=exit_code))
+        await to_its_end(
+            _attempt(step, f"{vm}: how this run ended cannot be kept for monitoring", warn)
+        )
+
+
 @asynccontextmanager
 async def metrics_after(
     configuration: Configuration, *, warn: Callable[[str], None]
@@ -97,9 +120,14 @@ async def metrics_after(
     try:
         yield
     finally:
-        if configuration.metrics is not None:
-            step = write_metrics(configuration, configuration.metrics)
-            await to_its_end(_attempt(step, "the metrics were not written", warn))
+        await to_its_end(update_metrics(configuration, warn=warn))
+
+
+async def update_metrics(configuration: Configuration, *, warn: Callable[[str], None]) -> None:
+    """Write the metrics as they are now, if a file is configured for them; see `metrics_after`."""
+    if configuration.metrics is not None:
+        step = write_metrics(configuration, configuration.metrics)
+        await _attempt(step, "the metrics were not written", warn)
 
 
 def _exit_code(err: BaseException) -> int:
@@ -157,13 +185,20 @@ def _collect(configuration: Configuration) -> RepositoryMetrics:
         repository_free_bytes=space.f_bavail * space.f_frsize,
         repository_size_bytes=space.f_blocks * space.f_frsize,
         vms=[
-            _collect_vm(repository, vm, StateDirectory(configuration.state, vm.name))
+            _collect_vm(
+                repository,
+                vm,
+                StateDirectory(configuration.state, vm.name),
+                configuration.remotes,
+            )
             for vm in configuration.vms.values()
         ],
     )
 
 
-def _collect_vm(repository: Repository, vm: Vm, state: StateDirectory) -> VmMetrics:
+def _collect_vm(
+    repository: Repository, vm: Vm, state: StateDirectory, remotes: Collection[str]
+) -> VmMetrics:
     history = History(repository, vm.name)
     newest = history.newest_usable()
     runs = {command: read_last_run(state, command) for command in RECORDED_COMMANDS}
@@ -183,6 +218,15 @@ def _collect_vm(repository: Repository, vm: Vm, state: StateDirectory) -> VmMetr
             )
             for command, run in runs.items()
             if run is not None
+        ],
+        pushes=[
+            PushMetrics(
+                remote=remote,
+                last_push_timestamp_seconds=push.ended_s,
+                last_pushed_backup_timestamp_seconds=backup_time(push.newest).timestamp(),
+            )
+            for remote in remotes
+            if (push := read_last_push(state, remote)) is not None
         ],
     )
 

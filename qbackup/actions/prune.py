@@ -42,14 +42,16 @@ class PruneOptions:
 class Pruned:
     """What became of each backup, the newest first, or would with `dry_run`.
 
-    `backups` are the manifests as they were before, `problems` what is wrong with those that
-    are damaged. `merges` is what was merged, by estimate, `failures` what could not be, and why.
+    `backups` are the manifests as they were before, `sizes` what each took, `problems` what is
+    wrong with those that are damaged. `merges` is what was merged, by estimate, `failures` what
+    could not be, and why.
     """
 
     vm: str
     options: PruneOptions
     verdicts: tuple[Verdict, ...]
     backups: dict[str, Backup]
+    sizes: dict[str, int]
     problems: dict[str, str]
     merges: tuple[Estimate, ...] = ()
     failures: tuple[ConsolidationError, ...] = ()
@@ -64,7 +66,7 @@ class Pruned:
         """By how much the repository's images are smaller: what went, less what others grew."""
         merged = {backup_id for merge in self.merges for backup_id in merge.group.going}
         others = (v.id for v in self.removed if v.id not in merged)
-        return sum(self.backups[backup_id].stored_bytes for backup_id in others) + sum(
+        return sum(self.sizes[backup_id] for backup_id in others) + sum(
             merge.freed_bytes for merge in self.merges
         )
 
@@ -92,7 +94,7 @@ async def prune(
             await finish(repository.vm_directory(vm), reporter)
         found = survey(repository, vm)
         pruned = _pruned(vm, options, found, now=now)
-        _tell_of_damage(pruned, reporter)
+        tell_of_damage(pruned, reporter)
         wanted = await in_thread(_wanted, repository, pruned, found)
         if options.dry_run:
             return _with_merges(pruned, wanted)
@@ -142,11 +144,12 @@ def _pruned(vm: str, options: PruneOptions, found: Survey, *, now: datetime) -> 
         options=options,
         verdicts=tuple(decide(found.candidates, options.rules, now=now)),
         backups=found.backups,
+        sizes={backup_id: backup.stored_bytes for backup_id, backup in found.backups.items()},
         problems={one.id: one.problem for one in reversed(found.candidates) if one.problem},
     )
 
 
-def _tell_of_damage(pruned: Pruned, reporter: Reporter) -> None:
+def tell_of_damage(pruned: Pruned, reporter: Reporter) -> None:
     """Name each cause once: a damaged image is that of everything that needs it."""
     for problem, count in Counter(pruned.problems.values()).items():
         what = "a backup that cannot" if count == 1 else f"{count} backups that cannot"

@@ -1,5 +1,7 @@
 """Bring a VM's backups into a remote: those that are newer than what is there, and what they need.
 
+What is backed up meanwhile is put, too.
+
 Oldest first, each after the backups that its images build on; so whoever is killed leaves a remote
 in which every backup can be restored. What `prune` removed there is older than what it left, and is
 not put again. The VM's lock is not held: a backup may be made meanwhile.
@@ -7,7 +9,8 @@ not put again. The VM's lock is not held: a backup may be made meanwhile.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -18,6 +21,7 @@ from qbackup.errors import (
     ChainBrokenError,
     ManifestDamagedError,
     QbackupError,
+    RemoteDamagedError,
     VerificationError,
 )
 from qbackup.host.tasks import task_group
@@ -27,12 +31,13 @@ from qbackup.remote.layout import ListedBackup, ListedRepository, list_repositor
 from qbackup.remote.opened import OpenedRemote
 from qbackup.remote.push import Target, commit, ensure_repository, put_files, put_protection
 from qbackup.remote.source import SourceFile, opened_files
-from qbackup.remote.unfinished import Unfinished
+from qbackup.remote.unfinished import BELIEVED_S, Unfinished
+from qbackup.repository.last_push import LastPush, write_last_push
 from qbackup.repository.repository import Repository
 from qbackup.repository.state import StateDirectory
 
 _MOST_ROUNDS = 4
-"""How often is looked whether everything is there: a prune may remove what a new backup needs."""
+"""How often a backup is put: a prune may remove what a new backup needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +93,8 @@ async def push(
     A backup that is damaged here is told, and the others are put all the same.
 
     Raises:
-        LockedError: another push of this VM to this remote is at work, or a prune here.
+        AlreadyPushingError: another push of this VM to this remote is at work.
+        LockedError: a prune is at work here.
         BackupNotFoundError: there is no backup `at`.
         RemoteError: the remote cannot be used.
     """
@@ -103,7 +109,11 @@ async def push(
             remote=remote, cipher=cipher, repository_id=repository.id, unfinished=unfinished
         )
         run = _Push(repository, vm, target, options, reporter)
-        await run.to_the_end()
+        try:
+            await run.to_the_end()
+        finally:
+            newest = _newest(run.there, repository.backup_ids(vm))
+            await _remember(state, remote.name, newest, reporter)
     return Pushed(
         vm=vm,
         remote=remote.name,
@@ -114,6 +124,26 @@ async def push(
         failures=tuple(Failure(id=i, error=run.failures[i]) for i in sorted(run.failures)),
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+def _newest(there: Iterable[str], here: Iterable[str]) -> str:
+    """Return the newest backup that is there, "" if there is none.
+
+    What claims to be newer than any here was not put from here, and must not keep the next
+    backups from being put.
+    """
+    last = max(here, default="")
+    return max((backup_id for backup_id in there if backup_id <= last), default="")
+
+
+async def _remember(state: StateDirectory, remote: str, newest: str, reporter: Reporter) -> None:
+    """Keep for monitoring how far it got; nothing depends on it."""
+    if not newest:
+        return
+    try:
+        await write_last_push(state, remote, LastPush(ended_s=round(time.time(), 3), newest=newest))
+    except OSError as err:
+        reporter.warning(f"{err.filename or state.path}: cannot be written: {err.strerror}")
 
 
 @dataclass
@@ -132,35 +162,27 @@ class _Push:
 
     async def to_the_end(self) -> None:
         """Put what is missing, and look again, until nothing is."""
-        wanted: set[str] | None = None
-        for _ in range(_MOST_ROUNDS):
+        chosen: str | None = None
+        newest: str | None = None
+        tried: Counter[str] = Counter()
+        while True:
             listed = await list_repository(self.target.remote.store, self.repository.id, self.vm)
             self.there = {one.id: one for one in listed.existing(self.vm)}
             history = History(self.repository, self.vm)
-            if wanted is None:
-                wanted = self._wanted(history)
+            if self.options.at is not None:
+                chosen = chosen or choose_backup(history, self.options.at).id
+                wanted = {chosen}
+            else:
+                # What is newer than all that was there, and the newest of that, too: a push may
+                # have been killed before it looked again.
+                newest = _newest(self.there, history.ids) if newest is None else newest
+                wanted = {backup_id for backup_id in history.ids if backup_id >= newest}
             missing = [i for i in self._with_chains(history, wanted) if i not in self.there]
-            if not missing:
+            if not missing or any(tried[i] >= _MOST_ROUNDS for i in missing):
                 break
-            await self._put_all(missing, listed, newest=self._newest_there(history))
+            tried.update(missing)
+            await self._put_all(missing, listed, newest=_newest(self.there, history.ids))
         await self._protect()
-
-    def _wanted(self, history: History) -> set[str]:
-        """Return what is to be there in the end, whether it is there now or not."""
-        if self.options.at is not None:
-            return {choose_backup(history, self.options.at).id}
-        newest = self._newest_there(history)
-        # The newest that is there, too: a push may have been killed before it looked again.
-        return {backup_id for backup_id in history.ids if backup_id >= newest}
-
-    def _newest_there(self, history: History) -> str:
-        """Return the newest backup that is there, "" if there is none.
-
-        What claims to be newer than any here was not put from here, and must not keep the next
-        backups from being put.
-        """
-        last = max(history.ids, default="")
-        return max((backup_id for backup_id in self.there if backup_id <= last), default="")
 
     def _with_chains(self, history: History, wanted: set[str]) -> list[str]:
         """Return backups and all that they need, oldest first; what cannot be put is told."""
@@ -213,6 +235,7 @@ class _Push:
         fresh: bool,
     ) -> None:
         target = self.target
+        started = time.monotonic()
         async with self._opened(backup_id) as (backup, sources):
             ready = await put_files(target, backup, sources, begun, self.reporter, fresh=fresh)
         if before is not None:
@@ -222,6 +245,8 @@ class _Push:
                 raise ChainBrokenError(
                     backup_id, disk.name, f"its parent {disk.parent} could not be put"
                 )
+        if time.monotonic() - started > BELIEVED_S:
+            await self._require_objects(ready)
         protected = self.repository.is_protected(self.vm, backup_id)
         await commit(target, ready, protected=protected)
         self.there[backup_id] = ListedBackup(id=backup_id)
@@ -229,6 +254,20 @@ class _Push:
         self.put[backup_id] = PutBackup(id=backup_id, time=ready.time, size_bytes=size_bytes)
         self.reporter.notice(f"{self.vm}: backup {backup_id} is in {target.remote.name}")
         await target.unfinished.forget(backup_id)
+
+    async def _require_objects(self, backup: Backup) -> None:
+        """After days, look whether all is still there: a prune removes what has no manifest.
+
+        Raises:
+            RemoteDamagedError: it is not; the next push puts it again.
+        """
+        store = self.target.remote.store
+        for one in backup.objects:
+            key = self.target.key(backup, one.object)
+            if await store.head(key) is None:
+                raise RemoteDamagedError(
+                    store.where(key), "was put, and is not there any more", hint="push again"
+                )
 
     @asynccontextmanager
     async def _opened(self, backup_id: str) -> AsyncIterator[tuple[Backup, list[SourceFile]]]:

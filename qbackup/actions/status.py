@@ -28,6 +28,7 @@ from qbackup.qmp.disks import Inventory
 from qbackup.qmp.jobs import query_jobs
 from qbackup.qmp.monitor import Looker
 from qbackup.qmp.vm import query_condition
+from qbackup.repository.last_push import read_last_push
 from qbackup.repository.removal import taken_away
 from qbackup.repository.repository import Repository
 from qbackup.repository.state import StateDirectory
@@ -62,6 +63,18 @@ class DiskStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PushStatus:
+    """How far a VM's backups have got into the remote that is configured for it.
+
+    `newest` is the newest one that is there, `waiting` those here that are newer, oldest first.
+    """
+
+    remote: str
+    newest: str | None
+    waiting: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VmStatus:
     """One VM. `state` is QEMU's run state, or one of these, with the reason.
 
@@ -76,6 +89,8 @@ class VmStatus:
     detail: str | None
     running_backup: bool
     last_backup: Backup | None
+    push: PushStatus | None = None
+    """None if no remote is configured for it."""
     disks: tuple[DiskStatus, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
     leftovers: tuple[str, ...] = ()
@@ -102,6 +117,7 @@ async def query_status(
         detail="a backup is running" if running else None,
         running_backup=running,
         last_backup=history.newest_usable(),
+        push=_push_status(vm, state_directory, history),
     )
     if running:
         # The backup has the monitor; what is in QEMU now will be different in a moment.
@@ -163,6 +179,15 @@ async def query_status(
         left_out=inventory.left_out | unwanted,
         leftovers=(*status.leftovers, *left_in_qemu),
     )
+
+
+def _push_status(vm: Vm, state: StateDirectory, history: History) -> PushStatus | None:
+    if vm.push is None:
+        return None
+    last = read_last_push(state, vm.push)
+    newest = None if last is None else last.newest
+    waiting = tuple(i for i in history.ids if newest is None or i > newest)
+    return PushStatus(remote=vm.push, newest=newest, waiting=waiting)
 
 
 def _left_out(inventory: Inventory, vm: Vm) -> dict[str, str]:

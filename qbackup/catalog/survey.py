@@ -3,6 +3,9 @@
 What is wrong with a backup is found by manifests and lengths, as before every incremental; the
 content is the business of `verify`. Each manifest is read once, each chain link is looked at
 once: a chain of a thousand backups costs a thousand looks.
+
+Where the images are, and what they look like, is asked of a `Storage`: a repository has them, the
+mirror of a remote has only the manifests (`qbackup.actions.prune_remote`).
 """
 
 import os
@@ -10,6 +13,7 @@ import re
 from dataclasses import dataclass
 from datetime import UTC
 from pathlib import Path
+from typing import Protocol
 
 from qbackup.catalog.image_check import check_size
 from qbackup.formats.qcow2 import CLUSTER_BYTES, Qcow2Error, read_header
@@ -38,19 +42,36 @@ class Survey:
         return list(chains.values())
 
 
-def survey(repository: Repository, vm: str) -> Survey:
-    """Look at every backup of a VM. What is damaged is a candidate with a problem."""
+class Storage(Protocol):
+    """What holds the images of a VM's backups."""
+
+    def image_problem(self, backup: Backup, disk: DiskBackup) -> str | None:
+        """Return what is wrong with the image of a disk at a glance, None if nothing is."""
+
+    def damage(self, found: DamagedBackup) -> str:
+        """Return why a backup has no manifest that can be used."""
+
+    def image_parents(self, backup_id: str) -> dict[str, str | None]:
+        """Return what the images of a backup say that they are based on, by any names."""
+
+
+def survey(repository: Repository, vm: str, storage: Storage | None = None) -> Survey:
+    """Look at every backup of a VM. What is damaged is a candidate with a problem.
+
+    Without a `storage` the images are in the repository.
+    """
+    storage = storage or _InRepository(repository, vm)
     candidates: list[Candidate] = []
     backups: dict[str, Backup] = {}
     problems: dict[tuple[str, str], str | None] = {}
     """What is wrong with a disk of a backup: known for all that are older."""
     for found in reversed(list(repository.newest_first(vm))):
         if isinstance(found, DamagedBackup):
-            candidates.append(_damaged(repository, found))
+            candidates.append(_damaged(storage, found))
             continue
         backups[found.id] = found
         for disk in found.disks:
-            problems[found.id, disk.name] = _problem(repository, found, disk, problems)
+            problems[found.id, disk.name] = _problem(storage, found, disk, problems)
         wrong = (problems[found.id, disk.name] for disk in found.disks)
         candidates.append(
             Candidate(
@@ -65,7 +86,7 @@ def survey(repository: Repository, vm: str) -> Survey:
 
 
 def _problem(
-    repository: Repository,
+    storage: Storage,
     backup: Backup,
     disk: DiskBackup,
     problems: dict[tuple[str, str], str | None],
@@ -74,7 +95,7 @@ def _problem(
 
     What is wrong with an older backup is told of all that need it in the same words.
     """
-    if problem := check_size(repository.path, disk):
+    if problem := storage.image_problem(backup, disk):
         return problem
     if disk.parent is None:
         return None
@@ -84,18 +105,33 @@ def _problem(
         return f"backup {backup.id}, disk {disk.name}: its parent {disk.parent} cannot be used"
 
 
-def _damaged(repository: Repository, damaged: DamagedBackup) -> Candidate:
+def _damaged(storage: Storage, damaged: DamagedBackup) -> Candidate:
     """Return a backup without a manifest: what its images need must stay all the same.
 
     `qemu-img` can restore from them, and the manifest may come back from a copy elsewhere.
     """
-    directory = repository.vm_directory(damaged.vm) / damaged.id
     return Candidate(
         id=damaged.id,
         time=backup_time(damaged.id),
-        parents=_parents_of_images(directory),
-        problem=damaged.error.message,
+        parents=storage.image_parents(damaged.id),
+        problem=storage.damage(damaged),
     )
+
+
+class _InRepository:
+    """Images in the directories of their backups."""
+
+    def __init__(self, repository: Repository, vm: str) -> None:
+        self._repository, self._vm = repository, vm
+
+    def image_problem(self, backup: Backup, disk: DiskBackup) -> str | None:
+        return check_size(self._repository.path, disk)
+
+    def damage(self, found: DamagedBackup) -> str:
+        return found.error.message
+
+    def image_parents(self, backup_id: str) -> dict[str, str | None]:
+        return _parents_of_images(self._repository.vm_directory(self._vm) / backup_id)
 
 
 def _parents_of_images(directory: Path) -> dict[str, str | None]:
@@ -107,13 +143,22 @@ def _parents_of_images(directory: Path) -> dict[str, str | None]:
         return parents
     for path in images:
         try:
-            name = read_header(_first_cluster(path)).backing_file
-        except (OSError, Qcow2Error):
+            first_cluster = _first_cluster(path)
+        except OSError:
             continue
-        match = _BACKING_FILE.match(name or "")
-        if match and is_backup_id(match.group(1)):
-            parents[path.stem] = match.group(1)
+        if parent := parent_of_image(first_cluster):
+            parents[path.stem] = parent
     return parents
+
+
+def parent_of_image(first_cluster: bytes) -> str | None:
+    """Return the backup that an image is based on, None if it names none, or is no image."""
+    try:
+        name = read_header(first_cluster).backing_file
+    except Qcow2Error:
+        return None
+    match = _BACKING_FILE.match(name or "")
+    return match.group(1) if match and is_backup_id(match.group(1)) else None
 
 
 def _first_cluster(path: Path) -> bytes:

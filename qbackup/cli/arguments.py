@@ -296,6 +296,7 @@ def _add_retention_commands(command: Callable[..., Parser]) -> None:
         "--no-consolidate", dest="consolidate", action="store_const", const="never",
         help="the same as never: keep what is needed",
     )  # fmt: skip
+    _add_from_remote(prune)
     _add_lock_wait(prune)
 
     for name, text in (
@@ -305,6 +306,7 @@ def _add_retention_commands(command: Callable[..., Parser]) -> None:
         marking = command(name, text, module="protect")
         marking.add_argument("vm", metavar="VM")
         marking.add_argument("id", metavar="ID", help="a backup id, or the beginning of one")
+        _add_from_remote(marking)
         _add_lock_wait(marking)
 
 
@@ -430,6 +432,9 @@ def _add_backup_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _add_lock_wait(parser)
     parser.add_argument("--compress", action="store_true", help="compress with zstd")
+    parser.add_argument(
+        "--no-push", action="store_true", help="do not push it now, whatever the configuration says"
+    )
 
 
 def _add_lock_wait(parser: argparse.ArgumentParser) -> None:

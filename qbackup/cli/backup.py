@@ -54,12 +54,21 @@ async def run(arguments: argparse.Namespace) -> int:
             recording.exit_code = done.exit_code
         return done
 
+    then = None
+    if not arguments.no_push and any(vm.push is not None for vm in vms.values()):
+        from qbackup.cli.backup_push import Pusher  # noqa: PLC0415 - its client loads slowly
+
+        pusher = Pusher(context, repository, lock_wait_s=arguments.lock_wait)
+        then = pusher.push_new
+
     async with metrics_after(context.configuration, warn=print_warning):
         if is_fleet(arguments):
             head = ("ID", "COPIED", "STORED")
-            return await run_fleet(arguments, context, list(vms), one, head=head)
+            return await run_fleet(arguments, context, list(vms), one, head=head, then=then)
         with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
             done = await one(arguments.vms[0], reporter)
+            if then is not None:
+                done = await then(arguments.vms[0], done, reporter)
         return report_alone(context, done)
 
 

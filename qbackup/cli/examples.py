@@ -69,6 +69,7 @@ EXAMPLES = {
     "prune": _examples(
         "qbackup prune vm1 --dry-run                # what would go, and why",
         "qbackup prune vm1 --keep-daily 7 --keep-weekly 4",
+        "qbackup prune --all --remote offsite       # by [remote.offsite.keep]",
     ),
     "protect": _examples(
         "qbackup protect vm1 20261123-1506          # or less of the id",

@@ -57,8 +57,12 @@ async def run_fleet(
     work: Work,
     *,
     head: Sequence[str],
+    then: Callable[[str, Done, Reporter], Awaitable[Done]] | None = None,
 ) -> int:
-    """Do `work` with each VM, and return the worst of their exit codes."""
+    """Do `work` with each VM, and return the worst of their exit codes.
+
+    `then` goes on with each that was worked on, while others are; see `for_each_vm`.
+    """
     with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
 
         def on_end(one: Ended[Done]) -> None:
@@ -80,6 +84,7 @@ async def run_fleet(
             lambda vm: work(vm, reporter),
             parallel=arguments.parallel or context.configuration.parallel,
             on_end=on_end,
+            then=None if then is None else lambda vm, done: then(vm, done, reporter),
         )
     code = worst_exit_code(map(_exit_code, ended))
     if context.json_output:

@@ -1,6 +1,7 @@
 """`qbackup prune`: old backups out of the repository, by rules."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -20,9 +21,13 @@ from qbackup.ui.tables import table
 async def run(arguments: argparse.Namespace) -> int:
     """Prune, and say of each backup why it is there or what became of it."""
     context = make_context(arguments)
+    if arguments.remote is not None:
+        from qbackup.cli.remote_prune import prune_in_remote  # noqa: PLC0415 - loads slowly
+
+        return await prune_in_remote(arguments, context)
     repository = context.open_repository()
     vms = context.selected_names(repository, arguments)
-    given = _rules(arguments)
+    given = given_rules(arguments)
     now = datetime.now(UTC)
 
     async def one(vm: str, reporter: Reporter) -> Done:
@@ -39,21 +44,22 @@ async def run(arguments: argparse.Namespace) -> int:
                 f"{vm}: no rule says what to keep, so nothing is removed; give --keep-last, "
                 f"--keep-daily and so on, or a table [keep] in {context.configuration.path}"
             )
-        return _done(await prune(repository, vm, options, reporter, now=now))
+        return pruned_done(await prune(repository, vm, options, reporter, now=now))
 
     async def one_recorded(vm: str, reporter: Reporter) -> Done:
         async with recorded(context.configuration, vm, "prune", warn=reporter.warning):
             return await one(vm, reporter)
 
     if arguments.dry_run:
-        return await _prune(arguments, context, vms, one)
+        return await prune_all(arguments, context, vms, one)
     async with metrics_after(context.configuration, warn=print_warning):
-        return await _prune(arguments, context, vms, one_recorded)
+        return await prune_all(arguments, context, vms, one_recorded)
 
 
-async def _prune(
+async def prune_all(
     arguments: argparse.Namespace, context: Context, vms: list[str], work: Work
 ) -> int:
+    """Do `work` with the only VM that was named, or with several, and tell of it."""
     if is_fleet(arguments):
         return await run_fleet(arguments, context, vms, work, head=("BACKUPS", "REMOVED", "FREED"))
     with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
@@ -61,11 +67,17 @@ async def _prune(
     return report_alone(context, done)
 
 
-def _done(pruned: Pruned) -> Done:
+def pruned_done(
+    pruned: Pruned,
+    *,
+    document: Callable[[], dict[str, Any]] | None = None,
+    text: Callable[[], str] | None = None,
+) -> Done:
+    """Return what is told of a prune, with another document and text where there is more."""
     removed, count = len(pruned.removed), len(pruned.verdicts)
     return Done(
-        document=lambda: _document(pruned),
-        text=lambda: _text(pruned),
+        document=document or (lambda: pruned_document(pruned)),
+        text=text or (lambda: pruned_text(pruned)),
         line=_headline(pruned),
         columns=(str(count), str(removed), _size(pruned.freed_bytes)),
         facts={"backups": count, "removed": removed, "freed_bytes": pruned.freed_bytes},
@@ -75,7 +87,8 @@ def _done(pruned: Pruned) -> Done:
     )
 
 
-def _rules(arguments: argparse.Namespace) -> Rules:
+def given_rules(arguments: argparse.Namespace) -> Rules:
+    """Return the rules that are on the command line."""
     return Rules(
         within_s=arguments.keep_within,
         last=arguments.keep_last,
@@ -87,7 +100,8 @@ def _rules(arguments: argparse.Namespace) -> Rules:
     )
 
 
-def _document(pruned: Pruned) -> dict[str, Any]:
+def pruned_document(pruned: Pruned) -> dict[str, Any]:
+    """Return the summary of a prune (docs/interfaces.md)."""
     return {
         "vm": pruned.vm,
         "dry_run": pruned.options.dry_run,
@@ -96,7 +110,7 @@ def _document(pruned: Pruned) -> dict[str, Any]:
             {
                 "id": verdict.id,
                 "time": backup.time if (backup := pruned.backups.get(verdict.id)) else None,
-                "stored_bytes": backup.stored_bytes if backup else None,
+                "stored_bytes": pruned.sizes.get(verdict.id),
                 "keep": verdict.keep,
                 "reason": verdict.reason,
                 "subject": verdict.subject,
@@ -116,14 +130,14 @@ def _size(size_bytes: int) -> str:
     return f"{'-' if size_bytes < 0 else ''}{format_size(abs(size_bytes))}"
 
 
-def _text(pruned: Pruned) -> str:
+def pruned_text(pruned: Pruned) -> str:
     """Write a line for each backup, the newest last, as `list` does."""
     if not pruned.verdicts:
         return _headline(pruned)
     rows = [
         (
             f"  {verdict.id}",
-            format_size(backup.stored_bytes) if (backup := pruned.backups.get(verdict.id)) else "?",
+            "?" if (size := pruned.sizes.get(verdict.id)) is None else format_size(size),
             verdict.text,
         )
         for verdict in reversed(pruned.verdicts)

@@ -57,10 +57,21 @@ class Remotes:
             UsageError: several hosts have backups of it.
             RemoteError: the remote cannot be used.
         """
+        repository_id = await self.repository_of(arguments, vm)
+        remote = self.opened(self.named(arguments.remote))
+        return await mirror_vm(remote, self._configuration.state, repository_id, vm)
+
+    async def repository_of(self, arguments: argparse.Namespace, vm: str) -> str:
+        """Return the id of the repository whose VM the command line means.
+
+        Raises:
+            BackupNotFoundError: there are no backups of it.
+            UsageError: several hosts have backups of it.
+            RemoteError: the remote cannot be used.
+        """
         check_name("VM", vm)
         remote = self.opened(self.named(arguments.remote))
-        repository_id = await choose_repository(remote, vm, own=self._own(), host=arguments.host)
-        return await mirror_vm(remote, self._configuration.state, repository_id, vm)
+        return await choose_repository(remote, vm, own=self._own(), host=arguments.host)
 
     async def selected(self, arguments: argparse.Namespace) -> list[str]:
         """Return the VMs in the remote that the command line names; none named means all.

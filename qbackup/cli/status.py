@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qbackup.actions.check import DEFAULT_TIMEOUT_S, CheckOptions, check
-from qbackup.actions.status import DiskStatus, VmStatus, query_status
+from qbackup.actions.status import DiskStatus, PushStatus, VmStatus, query_status
 from qbackup.cli.context import Context, make_context
 from qbackup.cli.output import answer
 from qbackup.errors import UsageError
@@ -68,6 +68,7 @@ def _document(status: VmStatus) -> dict[str, Any]:
         "detail": status.detail,
         "backup_running": status.running_backup,
         "last_backup": status.last_backup.summary() if status.last_backup else None,
+        **({"push": _push_document(status.push)} if status.push else {}),
         "disks": [
             {
                 "name": disk.name,
@@ -90,6 +91,18 @@ def _document(status: VmStatus) -> dict[str, Any]:
     }
 
 
+def _push_document(push: PushStatus) -> dict[str, Any]:
+    return {"remote": push.remote, "newest": push.newest, "waiting": len(push.waiting)}
+
+
+def _push_text(push: PushStatus) -> str:
+    if push.newest is None:
+        return f"nothing is known to be in {push.remote} yet"
+    count = len(push.waiting)
+    waiting = f"; {count} newer one{'s are' if count > 1 else ' is'} not" if count else ""
+    return f"newest in {push.remote}: {push.newest}{waiting}"
+
+
 def _text(status: VmStatus) -> str:
     detail = f" ({status.detail})" if status.detail else ""
     lines = [f"{status.vm}: {status.state}{detail}"]
@@ -97,6 +110,8 @@ def _text(status: VmStatus) -> str:
         lines.append("  a backup is running")
     last = status.last_backup
     lines.append(f"  last backup: {last.id}, {last.kind}" if last else "  last backup: none yet")
+    if status.push:
+        lines.append(f"  {_push_text(status.push)}")
     if status.disks:
         head = ("  DISK", "SIZE", "CHANGED", "NEXT INCREMENTAL")
         rows = [_row(disk) for disk in status.disks]

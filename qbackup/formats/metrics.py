@@ -49,12 +49,24 @@ class RunMetrics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PushMetrics:
+    """How far the backups have got into a remote."""
+
+    remote: str
+    last_push_timestamp_seconds: float = _metric("When the last push to the remote ended.")
+    last_pushed_backup_timestamp_seconds: float = _metric(
+        "When the newest backup that is in the remote was made."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VmMetrics:
     """One VM. Of the newest backup nothing is known if there is none."""
 
     vm: str
     disks: Sequence[DiskMetrics]
     runs: Sequence[RunMetrics]
+    pushes: Sequence[PushMetrics] = ()
     backups: int = _metric("Backups of the VM in the repository.")
     chain_max_backups: int = _metric("Backups that a chain of the VM may have (max_chain).")
     last_backup_timestamp_seconds: float | None = _metric(
@@ -97,6 +109,8 @@ def _families(metrics: RepositoryMetrics) -> Iterator["Metric"]:
     yield from _gauges(DiskMetrics, ["vm", "disk"], of_disks)
     of_runs = [([vm.vm, run.command], run) for vm in vms for run in vm.runs]
     yield from _gauges(RunMetrics, ["vm", "command"], of_runs)
+    of_pushes = [([vm.vm, push.remote], push) for vm in vms for push in vm.pushes]
+    yield from _gauges(PushMetrics, ["vm", "remote"], of_pushes)
 
 
 def _gauges(

@@ -42,6 +42,40 @@ async def decrypted_small(
     return data
 
 
+async def first_bytes(
+    remote: OpenedRemote, facts: ObjectFacts, *, suffix: str, count: int
+) -> bytes:
+    """Return how a file begins, compared with nothing: what cannot be decrypted is not returned.
+
+    Raises:
+        RemoteDamagedError: it is not authentic.
+        RemoteError: it cannot be fetched.
+    """
+    data = b""
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(remote.store.turn())
+        pieces = _plain_pieces(remote, facts, suffix=suffix, stack=stack)
+        async for piece in pieces:
+            data += piece
+            if len(data) >= count:
+                break
+    return data[:count]
+
+
+def _plain_pieces(
+    remote: OpenedRemote, facts: ObjectFacts, *, suffix: str, stack: AsyncExitStack
+) -> AsyncIterator[bytes]:
+    """Return an object's content, decrypted; what is open for that is closed with the stack."""
+    stored = remote.store.stream(facts.key, size_bytes=facts.size_bytes)
+    stack.push_async_callback(stored.aclose)
+    cipher = remote.reading(suffix)
+    if cipher is None:
+        return stored
+    plain = cipher.decrypt(stored, name=remote.store.where(facts.key))
+    stack.push_async_callback(plain.aclose)
+    return plain
+
+
 async def content(
     remote: OpenedRemote, facts: ObjectFacts, file: StoredFile, *, suffix: str
 ) -> AsyncGenerator[bytes, None]:
@@ -56,12 +90,7 @@ async def content(
     done = 0
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(remote.store.turn())
-        pieces = remote.store.stream(facts.key, size_bytes=facts.size_bytes)
-        stack.push_async_callback(pieces.aclose)
-        cipher = remote.reading(suffix)
-        if cipher is not None:
-            pieces = cipher.decrypt(pieces, name=where)
-            stack.push_async_callback(pieces.aclose)
+        pieces = _plain_pieces(remote, facts, suffix=suffix, stack=stack)
         async for piece in pieces:
             done += len(piece)
             if done > file.size_bytes:

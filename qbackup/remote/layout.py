@@ -5,6 +5,9 @@
     <repository id>/<vm>/<backup id>/<file>.~NONCE    the same, where the name was taken
     <repository id>/<vm>/<backup id>/manifest.json    put last: the backup exists
     <repository id>/<vm>/<backup id>/protected        prune leaves the backup alone
+    <repository id>/<vm>/<backup id>/manifest.json.removed
+                                                      what prune took away, until its files go
+    <repository id>/.prune/<vm>/<nonce>               somebody prunes the VM; see `prune_lock`
 
 With encryption all names but `qbackup.json` end in the cipher's suffix. A key comes from a server,
 and is not believed: what does not look as one of these is nobody's, and no part of it becomes a
@@ -26,6 +29,8 @@ from qbackup.remote.store import ObjectFacts, Store
 
 REPOSITORY_FILE = "qbackup.json"
 PROTECTED_FILE = "protected"
+PROTECTED_TEXT = b"qbackup prune keeps this backup while this object is here.\n"
+REMOVED_FILE = f"{MANIFEST_FILE}.removed"
 NONCE_MARK = ".~"
 ENCRYPTED_SUFFIX = ".age"
 _REPOSITORY_ID = re.compile(r"[0-9a-f]{32}\Z")
@@ -78,6 +83,11 @@ def is_repository_id(text: str) -> bool:
 def repository_key(repository_id: str) -> str:
     """Return where `qbackup.json` is."""
     return f"{repository_id}/{REPOSITORY_FILE}"
+
+
+def prune_folder(repository_id: str, vm: str) -> str:
+    """Return where those are who prune a VM; no VM is called so."""
+    return f"{repository_id}/.prune/{vm}"
 
 
 def vm_folder(repository_id: str, vm: str) -> str:
@@ -159,6 +169,12 @@ class ListedBackup:
         """The object that makes it exist, None if it does not."""
         encrypted = self.objects.get(f"{MANIFEST_FILE}{ENCRYPTED_SUFFIX}")
         return encrypted or self.objects.get(MANIFEST_FILE)
+
+    @property
+    def removed(self) -> ObjectFacts | None:
+        """The manifest that a prune has taken away, None if there is none."""
+        encrypted = self.objects.get(f"{REMOVED_FILE}{ENCRYPTED_SUFFIX}")
+        return encrypted or self.objects.get(REMOVED_FILE)
 
     @property
     def suffix(self) -> str:

@@ -29,6 +29,7 @@ from qbackup.remote.cipher import Cipher, stored_size_bounds, suffix_of
 from qbackup.remote.layout import (
     ENCRYPTED_SUFFIX,
     PROTECTED_FILE,
+    PROTECTED_TEXT,
     ListedBackup,
     fresh_name,
     object_key,
@@ -38,8 +39,6 @@ from qbackup.remote.opened import OpenedRemote
 from qbackup.remote.source import SourceFile, archive_with_hash, hashed
 from qbackup.remote.store import Store
 from qbackup.remote.unfinished import Unfinished
-
-_PROTECTED_TEXT = b"qbackup prune keeps this backup while this object is here.\n"
 
 
 async def ensure_repository(store: Store, repository_id: str) -> None:
@@ -204,7 +203,7 @@ async def commit(target: Target, backup: Backup, *, protected: bool) -> None:
 
 async def put_protection(target: Target, backup: Backup) -> None:
     """Let no prune remove a backup; the mark has no secrets, and is not encrypted."""
-    await target.remote.store.write(target.key(backup, PROTECTED_FILE), _PROTECTED_TEXT)
+    await target.remote.store.write(target.key(backup, PROTECTED_FILE), PROTECTED_TEXT)
 
 
 async def _encrypted(cipher: Cipher | None, data: bytes) -> bytes:

@@ -70,7 +70,7 @@ _RETRIES = 10
 _QUICK_RETRIES = 4
 """Of small questions, which come first: who wrote a wrong address wants to know it soon."""
 _STATUS = re.compile(r"status code: ([0-9]{3}(?: [A-Za-z ]{1,40})?)")
-_CODE = re.compile(r"<Code>([A-Za-z]{1,60})</Code>")
+_CODE = re.compile(r"(?:<Code>|\(code: )([A-Za-z]{1,60})(?:</Code>|\))")
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
 _DENIED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
 _CAUSES = {
@@ -357,15 +357,47 @@ class Store:
                 raise RemoteError(f"{self.where(folder)}: more than {MAX_FOLDERS} folders")
 
     async def delete(self, keys: Sequence[str]) -> None:
-        """Remove objects; those that are not there are removed."""
+        """Remove objects, in no order; those that are not there are removed.
+
+        Raises:
+            RemoteDeniedError: that is not allowed; some may be removed.
+        """
         with self._told(keys[0] if keys else ""):
             if self.remote.place.directory is None:
-                if keys:
-                    await obstore.delete_async(self._quick, list(keys))
+                for start in range(0, len(keys), _PAGE):
+                    await self._delete_page(keys[start : start + _PAGE])
                 return
             for key in keys:
                 with suppress(FileNotFoundError):
                     await obstore.delete_async(self._quick, key)
+        await self._settle_removals(keys)
+
+    async def _delete_page(self, keys: Sequence[str]) -> None:
+        try:
+            await obstore.delete_async(self._quick, list(keys))
+        except (BaseError, OSError, ValueError):
+            raise
+        except Exception as err:
+            # The client's own words for an answer about objects that nobody asked for.
+            raise RemoteDamagedError(self.where(keys[0]), "the answer makes no sense") from err
+
+    async def _settle_removals(self, keys: Sequence[str]) -> None:
+        """Wait until it is on the disk that files of a directory are gone."""
+        folder = self.remote.place.directory
+        if folder is None:
+            return
+        found = set()
+        for key in keys:
+            path = (folder / key).parent
+            while not path.is_dir() and path != folder:
+                path = path.parent  # it was empty, and is removed, too
+            found.add(path)
+        try:
+            for path in sorted(found):
+                with suppress(FileNotFoundError):
+                    await durable.sync_directory(path)
+        except OSError as err:
+            raise RemoteError(f"{folder}: cannot be synced: {err.strerror}") from err
 
     @property
     def _quick(self) -> Client:

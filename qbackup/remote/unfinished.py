@@ -33,6 +33,15 @@ class _File(msgspec.Struct):
     entries: list[_Entry]
 
 
+def remembered_backups(path: Path, *, place: str, repository_id: str) -> set[str]:
+    """Return the backups of which objects were put by a push that has not ended, however old."""
+    with suppress(OSError, ValueError, RecursionError, DocumentError):
+        found = convert(json.loads(read_bounded(path, _MAX_BYTES)), _File)
+        if (found.place, found.repository) == (place, repository_id):
+            return {one.backup for one in found.entries}
+    return set()
+
+
 class Unfinished:
     """The objects of backups whose manifests were not put yet."""
 

@@ -7,6 +7,7 @@
     STATE/vm1/.off                         as well, and while files change of a VM that is off
     STATE/vm1/control.sock                 where that process is asked for the monitor
     STATE/vm1/push-NAME.json               what an unfinished push to a remote has put there
+    STATE/vm1/last-push-NAME.json          what the last push to a remote has brought there
     STATE/vm1/.push-NAME                   held by who pushes
 
 Bytes only: what a bitmap file says is the business of `formats.qbm`. What has been put there that
@@ -25,7 +26,7 @@ from typing import Any
 
 import msgspec
 
-from qbackup.errors import LockedError
+from qbackup.errors import AlreadyPushingError, LockedError
 from qbackup.formats.documents import DocumentError, convert
 from qbackup.host import durable
 from qbackup.host.files import open_regular, read_bounded
@@ -242,17 +243,21 @@ class StateDirectory:
         """Return where a push to a remote remembers what it has put."""
         return self.path / f"push-{remote}.json"
 
+    def last_push(self, remote: str) -> Path:
+        """Return where a push to a remote says how far it got."""
+        return self.path / f"last-push-{remote}.json"
+
     @contextmanager
     def pushing(self, vm: str, remote: str) -> Iterator[None]:
         """Be the only one who pushes the VM's backups to a remote for the duration of a block.
 
         Raises:
-            LockedError: another process does.
+            AlreadyPushingError: another process does.
         """
         self.create()
         with ProcessLock(self.path / f".push-{remote}") as lock:
             if not lock.take():
-                raise LockedError(
+                raise AlreadyPushingError(
                     f"{vm}: another qbackup is pushing its backups to {remote}",
                     hint="wait for it to end",
                 )

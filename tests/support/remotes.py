@@ -8,8 +8,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from blake3 import blake3
+
+from qbackup.formats.manifest import decode_manifest
+from qbackup.remote.layout import files_of, list_repository
+from qbackup.remote.store import Store
 from qbackup.repository.repository import Repository
-from support.chains import MadeChain, make_chain
+from support.chains import (
+    CLUSTERS,
+    DISK,
+    VM,
+    MadeChain,
+    chain_backup,
+    chain_id,
+    make_chain,
+    write_image,
+    write_manifest,
+)
 from support.cli import Qbackup, Result
 from support.s3_fake import ACCESS_KEY, BUCKET, SECRET_KEY, S3Fake, s3_fake
 
@@ -96,3 +111,33 @@ def served() -> Iterator[S3Fake]:
 def host(folder: Path, fake: S3Fake) -> Host:
     """Return a host whose remote is the fake's bucket."""
     return Host(folder=folder, url=f"s3://{BUCKET}/{PREFIX}", extra=s3_settings(fake))
+
+
+def add_backup(made: Host, number: int, *, parent: int | None) -> str:
+    """Put a backup of that number into a host's repository, a full one if it has no parent."""
+    repository_id = Repository.open(made.repository).id
+    backup_id, above = chain_id(number), None if parent is None else chain_id(parent)
+    folder = made.repository / VM / backup_id
+    folder.mkdir(parents=True)
+    image = folder / f"{DISK}.qcow2"
+    write_image(image, {number % CLUSTERS: 1 + number}, parent=above)
+    write_manifest(folder, repository_id, chain_backup(image, backup_id, above, []))
+    return backup_id
+
+
+async def visible(store: Store, repository_id: str) -> list[str]:
+    """Return the backups of the VM that exist in a remote; each must be whole."""
+    listed = (await list_repository(store, repository_id, VM)).existing(VM)
+    there = {one.id for one in listed}
+    for one in listed:
+        assert one.manifest is not None
+        data = await store.read(one.manifest.key, limit_bytes=2**20)
+        backup = decode_manifest(data, repository_id=repository_id, vm=VM, backup_id=one.id)
+        for disk in backup.disks:
+            assert disk.parent is None or disk.parent in there, f"{one.id} misses {disk.parent}"
+        for file in files_of(backup, suffix=""):
+            facts = one.objects.get(file.object)
+            assert facts is not None, f"{one.id} misses {file.object}"
+            content = await store.read(facts.key, limit_bytes=file.size_bytes)
+            assert blake3(content).hexdigest() == file.blake3, f"{one.id}: {file.object} differs"
+    return sorted(there)

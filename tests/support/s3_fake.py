@@ -35,7 +35,7 @@ class Request:
 
     @property
     def kind(self) -> str:
-        """What it is: list, get, head, put, begin, part, complete, abort, delete."""
+        """What it is: list, uploads, get, head, put, begin, part, complete, abort, delete."""
         if self.method == "POST":
             if "uploads" in self.query:
                 return "begin"
@@ -44,8 +44,8 @@ class Request:
             return "part" if "partNumber" in self.query else "put"
         if self.method == "DELETE":
             return "abort" if "uploadId" in self.query else "delete"
-        if self.method == "GET" and "list-type" in self.query:
-            return "list"
+        if self.method == "GET" and {"list-type", "uploads"} & set(self.query):
+            return "list" if "list-type" in self.query else "uploads"
         return self.method.lower()
 
 
@@ -76,6 +76,8 @@ class S3Fake:
     def __init__(self) -> None:
         self.objects: dict[str, Object] = {}
         self.uploads: dict[str, dict[int, bytes]] = {}
+        self.begun: dict[str, tuple[str, float]] = {}
+        """Of each upload, the key and when it was begun."""
         self.requests: list[Request] = []
         self.fault: Callable[[Request], Answer | None] = lambda _: None
         self.page = 1000
@@ -88,6 +90,11 @@ class S3Fake:
     def put(self, key: str, content: bytes, *, age_s: float = 0) -> None:
         """Store an object."""
         self.objects[key] = Object(content, time.time() - age_s)
+
+    def begin(self, upload: str, key: str, *, age_s: float = 0) -> None:
+        """Begin an upload in parts."""
+        self.uploads[upload] = {}
+        self.begun[upload] = key, time.time() - age_s
 
     def of_kind(self, kind: str) -> list[Request]:
         """Return the requests of a kind, in the order in which they came."""
@@ -160,10 +167,36 @@ class S3Fake:
     def _begin(self, request: Request) -> Answer:
         self._uploads_begun += 1
         upload = f"upload{self._uploads_begun}"
-        self.uploads[upload] = {}
+        self.begin(upload, request.key)
         return xml(
             f"<InitiateMultipartUploadResult><UploadId>{upload}</UploadId>"
             "</InitiateMultipartUploadResult>"
+        )
+
+    def _uploads(self, request: Request) -> Answer:
+        prefix, after = request.query.get("prefix", ""), request.query.get("upload-id-marker", "")
+        names = [
+            name
+            for name in sorted(self.uploads)
+            if self.begun[name][0].startswith(prefix) and name > after
+        ]
+        page, more = names[: self.page], len(names) > self.page
+        entries = [
+            f"<Upload><Key>{escape(self.begun[name][0])}</Key><UploadId>{name}</UploadId>"
+            f"<Initiated>{time.strftime(_TIME, time.gmtime(self.begun[name][1]))}</Initiated>"
+            "</Upload>"
+            for name in page
+        ]
+        token = (
+            f"<NextKeyMarker>{escape(self.begun[page[-1]][0])}</NextKeyMarker>"
+            f"<NextUploadIdMarker>{page[-1]}</NextUploadIdMarker>"
+            if more
+            else ""
+        )
+        return xml(
+            f"<ListMultipartUploadsResult><Bucket>{BUCKET}</Bucket>"
+            f"<IsTruncated>{str(more).lower()}</IsTruncated>{token}{''.join(entries)}"
+            "</ListMultipartUploadsResult>"
         )
 
     def _part(self, request: Request) -> Answer:

@@ -16,6 +16,7 @@ EXIT_CODES = {
     "RefusedError": 4,
     "RepositoryError": 10,
     "LockedError": 11,
+    "AlreadyPushingError": 11,
     "MonitorError": 12,
     "MonitorBusyError": 12,
     "MonitorLostError": 12,
