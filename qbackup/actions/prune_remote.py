@@ -260,7 +260,9 @@ class _Run:
     ) -> RemotePruned:
         """Remove what was left; without a lock only say how much that is."""
         before = store_time - LEFT_AFTER
-        left = _leftovers(mirror, before, self._remembered() | set(passed_over))
+        left = _leftovers(
+            mirror, done.pruned.backups, before, self._remembered() | set(passed_over)
+        )
         if lock is not None and left:
             await lock.keep()
             # First what would bring back a backup without its files.
@@ -295,7 +297,7 @@ class _Run:
 
 
 def _leftovers(
-    mirror: Mirror, before: datetime, passed_over: set[str]
+    mirror: Mirror, backups: Mapping[str, Backup], before: datetime, passed_over: set[str]
 ) -> list[tuple[ListedBackup, list[str]]]:
     """Return the objects that nobody names, and nobody has put lately."""
     found = [
@@ -306,10 +308,13 @@ def _leftovers(
     for backup_id, listed in mirror.backups.items():
         if backup_id in passed_over or backup_id in mirror.problems:
             continue
+        backup = backups.get(backup_id)
+        if backup is None:
+            continue  # it has come meanwhile
         try:
-            files = mirror.files(mirror.repository.backup(mirror.vm, backup_id))
-        except QbackupError:
-            continue
+            files = mirror.files(backup)
+        except RemoteDamagedError:
+            continue  # it was put again, and is encrypted otherwise
         names = [n for n in unnamed(listed, files) if listed.objects[n].modified < before]
         if names:
             found.append((listed, names))

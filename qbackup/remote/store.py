@@ -218,6 +218,7 @@ class Store:
 
     async def write(self, key: str, data: bytes) -> None:
         """Put a small object, at once or not at all."""
+        self.require_own(key)
         await self._limiter.pass_on(len(data))
         with self._told(key):
             await obstore.put_async(self._patient(), key, data, use_multipart=False)
@@ -233,6 +234,7 @@ class Store:
         Raises:
             RemoteError: the store does not take it; or it may be larger than a store takes.
         """
+        self.require_own(key)
         if size_limit_bytes > MAX_OBJECT_BYTES:
             raise RemoteError(
                 f"{self.where(key)}: an object of {size_limit_bytes} bytes is more than a store "
@@ -368,9 +370,26 @@ class Store:
                     await self._delete_page(keys[start : start + _PAGE])
                 return
             for key in keys:
+                self.require_own(key)
                 with suppress(FileNotFoundError):
                     await obstore.delete_async(self._quick, key)
         await self._settle_removals(keys)
+
+    def require_own(self, key: str) -> None:
+        """Make sure that a key of a directory is in that, and not where a link leads.
+
+        Raises:
+            RemoteDamagedError: it is not. Who serves the directory may lead us to our own files.
+        """
+        folder = self.remote.place.directory
+        if folder is None:
+            return
+        for part in key.split("/")[:-1]:
+            folder = folder / part
+            if folder.is_symlink():
+                raise RemoteDamagedError(
+                    str(folder), "is a symbolic link; nothing is put or removed where it leads"
+                )
 
     async def _delete_page(self, keys: Sequence[str]) -> None:
         try:

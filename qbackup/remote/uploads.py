@@ -45,6 +45,7 @@ async def end_uploads(
     folder = vm_folder(repository_id, vm)
     if remote.store.remote.place.directory is not None:
         place = remote.store.remote.place.directory / folder
+        remote.store.require_own(f"{folder}/")
         return await in_thread(lambda: _remove_staged(place, before, dry_run=dry_run))
     if remote.store.remote.place.kind != "s3":
         return 0

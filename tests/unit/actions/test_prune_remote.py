@@ -19,7 +19,13 @@ from support.sweeps import EVERYTHING
 from qbackup.actions.prune import PruneOptions
 from qbackup.actions.prune_remote import RemotePruned, RemoteVm, prune_remote
 from qbackup.actions.push import Pushed, PushOptions, push
-from qbackup.errors import LockedError, RemoteError, RemoteUnreachableError, RemovalError
+from qbackup.errors import (
+    LockedError,
+    RemoteDamagedError,
+    RemoteError,
+    RemoteUnreachableError,
+    RemovalError,
+)
 from qbackup.formats.configuration import Remote
 from qbackup.formats.remote_url import parse_remote_url
 from qbackup.model.retention import NO_RULES, Rules
@@ -595,3 +601,22 @@ async def test_files_that_a_push_into_a_directory_left_go(
     assert sorted(path.name for path in folder.iterdir()) == [
         "data.qcow2", "data.qcow2#2", "manifest.json", "notes#x",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("level", ["backup", "vm"])
+async def test_links_in_a_directory_lead_to_nobodys_files(
+    tmp_path: Path, reporter: RecordingReporter, level: str
+) -> None:
+    # Who serves the directory wants our own repository to be pruned.
+    (tmp_path / "nas").mkdir()
+    case = await make_case(tmp_path / "here", str(tmp_path / "nas"), reporter)
+    there, here = tmp_path / "nas" / case.repository.id / VM, case.host.repository / VM
+    if level == "backup":
+        there, here = there / B, here / B
+    there.rename(tmp_path / "away")
+    there.symlink_to(here)
+    before = sorted(path for path in case.host.repository.rglob("*") if ".lock" not in path.name)
+    with pytest.raises(RemoteDamagedError, match="is a symbolic link"):
+        await case.prune()
+    after = sorted(path for path in case.host.repository.rglob("*") if ".lock" not in path.name)
+    assert after == before

@@ -81,7 +81,7 @@ def test_a_shell_offers_commands_options_vms_and_backups(
         (repository.path / VM / backup_id).mkdir(parents=True)
     asked = {
         "qbackup inc": {"incremental", "inc"},
-        "qbackup incremental --no": {"--no-compare", "--no-fallback"},
+        "qbackup incremental --no": {"--no-compare", "--no-fallback", "--no-push"},
         "qbackup full ": {VM},
         f"qbackup show {VM} ": {ID1, ID2},
     }

@@ -70,7 +70,7 @@ def test_what_is_not_known_is_not_there() -> None:
 
 def test_names_keep_the_rules_of_promtool() -> None:
     families = list(text_string_to_metric_families(encode_metrics(ALL).decode()))
-    assert len({family.name for family in families}) == len(families) == 15
+    assert len({family.name for family in families}) == len(families) == 17
     for family in families:
         assert family.type == "gauge"
         assert re.fullmatch(r"qbackup_[a-z]+(_[a-z]+)*", family.name)
