@@ -12,6 +12,12 @@ The tree, and the exit codes that other programs rely on:
     │   ├── MonitorBusyError          12  another client has the monitor, or QEMU hangs
     │   └── MonitorLostError          12  the connection ended in the middle
     ├── VerificationError             13  what is stored is not what was written
+    ├── RemoteError                   14  a remote cannot be used
+    │   ├── RemoteUnreachableError    14  it cannot be reached, or gets no further
+    │   ├── RemoteDeniedError         14  it refuses: no credentials, or too few rights
+    │   └── RemoteMissingError        14  there is no such bucket or directory
+    ├── RemoteDamagedError            13  what is in a remote is not what was put there
+    │   └── ObjectMissingError        13  an object is not there
     ├── BootError                     13  a backup was booted, and did not do what was expected
     ├── InterruptedByUserError       130  Ctrl-C or SIGTERM
     ├── QmpCommandError                1  QEMU refused a command
@@ -43,7 +49,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 EXIT_DEGRADED = 3
 
-_BEST_FIRST = (0, EXIT_DEGRADED, 4, 11, 12, 1, 2, 10, 13, 130)
+_BEST_FIRST = (0, EXIT_DEGRADED, 4, 11, 12, 14, 1, 2, 10, 13, 130)
 """What is there and good, what was not tried, what was tried and failed, what is damaged."""
 
 _BUG_HINT = "this is a bug in qbackup; run it again with -v and report what it prints"
@@ -132,6 +138,41 @@ class VerificationError(QbackupError):
             "chain with qbackup full VM. qemu-img can still read what is left of an image",
         )
         self.problems = tuple(problems)
+
+
+class RemoteError(QbackupError):
+    """A remote cannot be used, or not for this; no secret is in what it says."""
+
+    exit_code = 14
+
+
+class RemoteUnreachableError(RemoteError):
+    """A remote does not answer, answers with failures, or gets no further."""
+
+
+class RemoteDeniedError(RemoteError):
+    """A remote knows us and refuses, or does not know us."""
+
+
+class RemoteMissingError(RemoteError):
+    """The bucket, container or directory of a remote does not exist."""
+
+
+class RemoteDamagedError(QbackupError):
+    """What is in a remote is not what was put there, or nothing that we would put there."""
+
+    exit_code = 13
+
+    def __init__(self, where: str, fact: str, *, hint: str | None = None) -> None:
+        super().__init__(f"{where}: {fact}", hint=hint)
+        self.where, self.fact = where, fact
+
+
+class ObjectMissingError(RemoteDamagedError):
+    """An object that should be in a remote is not there."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where, "there is no such object")
 
 
 class BootError(QbackupError):

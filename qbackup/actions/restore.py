@@ -104,6 +104,22 @@ async def restore(
         return await _restore(repository, vm, options, reporter)
 
 
+def check_targets(repository: Repository, vm: str, options: RestoreOptions) -> None:
+    """Refuse targets that a restore would refuse, before much is done for it.
+
+    Raises:
+        BackupNotFoundError: there is no such backup.
+        RestoreError: a target is taken or too small.
+    """
+    backup = choose_backup(History(repository, vm), options.at)
+    chosen = choose_disks(backup, options.disks)
+    if options.to.is_block_device():
+        _device_target(chosen, options)
+    else:
+        for disk in chosen:
+            _file_target(disk, options)
+
+
 async def _restore(
     repository: Repository, vm: str, options: RestoreOptions, reporter: Reporter
 ) -> Restored:

@@ -11,6 +11,7 @@ from qbackup.backup.engines import Copied, Work
 from qbackup.backup.plan import Plan
 from qbackup.backup.vm_files import Collected
 from qbackup.catalog.history import History
+from qbackup.host.identity import this_host
 from qbackup.model.backup import REASON_TEXT, Backup, VmConfiguration
 from qbackup.model.names import new_backup_id
 from qbackup.model.progress import Reporter
@@ -47,6 +48,7 @@ def recorded(
         vm_configuration=configuration,
         left_out=work.plan.left_out,
         files=list(collected.files),
+        host=this_host(),
     )
 
 

@@ -34,11 +34,16 @@ def check_header(repository: Path, disk: DiskBackup) -> str | None:
             data = file.read(CLUSTER_BYTES)
     except OSError as err:
         return f"{path}: {err.strerror}"
-    try:
-        problem = _check_fields(read_header(data), disk)
-    except Qcow2Error as err:
-        problem = str(err)
+    problem = check_first_cluster(data, disk)
     return f"{path}: {problem}" if problem else None
+
+
+def check_first_cluster(data: bytes, disk: DiskBackup) -> str | None:
+    """Return what an image's first cluster has wrong, None if nothing; see `check_header`."""
+    try:
+        return _check_fields(read_header(data), disk)
+    except Qcow2Error as err:
+        return str(err)
 
 
 def content_differs(path: Path) -> str:

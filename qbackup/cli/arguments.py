@@ -10,7 +10,7 @@ from qbackup.cli.examples import EXAMPLES
 from qbackup.cli.parser import Parser
 from qbackup.errors import UsageError
 from qbackup.model.health import parse_free_limit
-from qbackup.model.limits import MAX_PARALLEL
+from qbackup.model.limits import MAX_PARALLEL, MIN_LIMIT_RATE_BYTES
 from qbackup.model.quantities import parse_duration_s, parse_size_bytes
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ _EXIT_CODES = """\
 exit codes:
   0 done   1 failed   2 usage   3 done, but degraded   4 refused (--no-fallback)
   10 no repository   11 locked   12 QEMU cannot be reached
-  13 verification failed   130 interrupted
+  13 verification failed   14 a remote cannot be used   130 interrupted
 """
 
 
@@ -35,6 +35,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     arguments = make_parser().parse(argv)
     if getattr(arguments, "all", False) and arguments.vms:
         mistake = "--all and names of VMs exclude each other"
+    elif getattr(arguments, "host", None) and not (arguments.remote or arguments.name == "pull"):
+        mistake = "--host goes with --remote"
     elif getattr(arguments, "vms_required", False) and not (arguments.vms or arguments.all):
         mistake = "the following arguments are required: VM (or --all)"
     else:
@@ -77,10 +79,12 @@ def make_parser() -> Parser:
 
     listing = command("list", "list backups, the newest last; P marks protected ones")
     _add_vms(listing)
+    _add_from_remote(listing)
 
     show = command("show", "show one backup")
     show.add_argument("vm", metavar="VM")
     show.add_argument("id", metavar="ID", help="a backup id, or the beginning of one")
+    _add_from_remote(show)
 
     restore = command(
         "restore",
@@ -101,12 +105,15 @@ def make_parser() -> Parser:
     restore.add_argument(
         "--with-vm", action="store_true", help="write start.sh, which starts the VM on them"
     )
+    _add_from_remote(restore)
+    _add_limit_rate(restore)
 
     _add_bad_day_commands(command)
 
     _add_verify_command(command)
     _add_retention_commands(command)
 
+    _add_remote_commands(command)
     _add_watching_commands(command)
     _add_bitmap_command(command)
 
@@ -214,6 +221,8 @@ def _add_verify_command(command: Callable[..., Parser]) -> None:
         help="with --boot: wait so long for that, or for the guest agent",
     )  # fmt: skip
     _add_boot_options(verify)
+    _add_from_remote(verify)
+    _add_limit_rate(verify)
 
 
 def _add_bad_day_commands(command: Callable[..., Parser]) -> None:
@@ -296,6 +305,49 @@ def _add_retention_commands(command: Callable[..., Parser]) -> None:
         marking.add_argument("vm", metavar="VM")
         marking.add_argument("id", metavar="ID", help="a backup id, or the beginning of one")
         _add_lock_wait(marking)
+
+
+def _add_remote_commands(command: Callable[..., Parser]) -> None:
+    push = command("push", "put backups into a remote: those that are newer than what is there")
+    _add_vms(push, required=True)
+    _add_parallel(push)
+    push.add_argument(
+        "--remote", metavar="NAME", help="default: as configured (push), else the only one"
+    )
+    push.add_argument("--at", metavar="ID|TIME", help="only this backup and what it needs")
+    _add_limit_rate(push)
+    _add_lock_wait(push)
+
+    pull = command("pull", "bring backups of a remote back into the repository")
+    _add_vms(pull, required=True)
+    _add_parallel(pull)
+    pull.add_argument("--at", metavar="ID|TIME", help="only this backup and what it needs")
+    _add_from_remote(pull)
+    _add_limit_rate(pull)
+    _add_lock_wait(pull)
+
+
+def _add_from_remote(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--remote", metavar="NAME", help="what is in this remote, not what is here")
+    parser.add_argument(
+        "--host", metavar="HOST",
+        help="with --remote: whose VM, if several hosts have one of that name; its name, or the "
+        "beginning of its repository's id",
+    )  # fmt: skip
+
+
+def _add_limit_rate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--limit-rate", type=_argument(_parse_rate), metavar="20M",
+        help="bytes per second to or from a remote, for all VMs together",
+    )  # fmt: skip
+
+
+def _parse_rate(text: str) -> int:
+    rate = parse_size_bytes(text)
+    if rate < MIN_LIMIT_RATE_BYTES:
+        raise ValueError(f"{text!r} is too little; at least 1K")
+    return rate
 
 
 def _add_bitmap_command(command: Callable[..., Parser]) -> None:

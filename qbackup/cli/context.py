@@ -42,7 +42,11 @@ class Context:
 
     def state(self, vm: Vm) -> StateDirectory:
         """Return the state directory of a VM."""
-        return StateDirectory(self.configuration.state, vm.name)
+        return self.state_of(vm.name)
+
+    def state_of(self, name: str) -> StateDirectory:
+        """Return the state directory of a VM, which need not be configured (any more)."""
+        return StateDirectory(self.configuration.state, name)
 
     def vm(self, name: str) -> Vm:
         """Return a configured VM.

@@ -29,6 +29,7 @@ EXAMPLES = {
     "list": _examples(
         "qbackup list",
         "qbackup --json list vm1",
+        "qbackup list --remote offsite              # all hosts and VMs there",
     ),
     "show": _examples(
         "qbackup show vm1 20261123-1506             # or less of the id",
@@ -38,6 +39,7 @@ EXAMPLES = {
         "qbackup restore vm1 --to /var/tmp/vm1 --at 2026-11-23T15:07+00:00",
         "qbackup restore vm1 --to /dev/vg0/data --disk data --force",
         "qbackup restore vm1 --in-place --force     # over the images of an off VM",
+        "qbackup restore vm1 --to /var/tmp/vm1 --remote offsite",
     ),
     "verify": _examples(
         "qbackup verify",
@@ -55,6 +57,14 @@ EXAMPLES = {
     "boot": _examples(
         "qbackup boot vm1",
         "qbackup boot vm1 --at 20261123-1506 --memory 2G --vnc :0",
+    ),
+    "push": _examples(
+        "qbackup push vm1",
+        "qbackup -q push --all --remote offsite     # for cron",
+    ),
+    "pull": _examples(
+        "qbackup pull vm1 --remote offsite",
+        "qbackup pull --all --remote offsite --host old-host",
     ),
     "prune": _examples(
         "qbackup prune vm1 --dry-run                # what would go, and why",

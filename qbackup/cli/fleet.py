@@ -25,6 +25,7 @@ _RESULTS = {
     11: "locked",
     12: "unreachable",
     13: "damaged",
+    14: "no-remote",
 }
 """The result of a VM in one word; every other exit code is `failed`."""
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence, Set
 from datetime import UTC, datetime
 
 from qbackup.catalog.survey import survey
-from qbackup.cli.context import is_fleet, make_context
+from qbackup.cli.context import Context, is_fleet, make_context
 from qbackup.cli.output import answer
 from qbackup.model.backup import Backup
 from qbackup.model.quantities import format_size
@@ -20,20 +20,41 @@ from qbackup.ui.tree import tree
 async def run(arguments: argparse.Namespace) -> int:
     """Print every readable backup; name the others on stderr."""
     context = make_context(arguments)
+    if arguments.remote is not None:
+        from qbackup.cli.remote_list import list_remote  # noqa: PLC0415 - its client loads slowly
+
+        return await list_remote(arguments, context)
     repository = context.open_repository()
     names = context.selected_names(repository, arguments)
     if sys.stdout.isatty() and not context.json_output:
         _print_trees(repository, names)
         return 0
     backups: list[Backup] = []
+    protected: set[tuple[str, str]] = set()
     for name in names:
-        for backup in reversed(list(repository.newest_first(name))):
-            if isinstance(backup, DamagedBackup):
-                print_line(f"warning: {backup.error.message}")
-            else:
-                backups.append(backup)
+        _collect(repository, name, backups, protected)
+    answer_with(backups, protected, context, with_vm=is_fleet(arguments) or not arguments.vms)
+    return 0
+
+
+def _collect(
+    repository: Repository, vm: str, backups: list[Backup], protected: set[tuple[str, str]]
+) -> None:
+    """Add a VM's backups; tell of those that cannot be read."""
+    for backup in reversed(list(repository.newest_first(vm))):
+        if isinstance(backup, DamagedBackup):
+            print_line(f"warning: {backup.error.message}")
+            continue
+        backups.append(backup)
+        if repository.is_protected(vm, backup.id):
+            protected.add((vm, backup.id))
+
+
+def answer_with(
+    backups: list[Backup], protected: Set[tuple[str, str]], context: Context, *, with_vm: bool
+) -> None:
+    """Print backups of one VM or several, in the order in which they were made."""
     backups.sort(key=lambda backup: backup.id)
-    protected = {(b.vm, b.id) for b in backups if repository.is_protected(b.vm, b.id)}
     document, text = [], "no backups yet"
     if context.json_output:
         document = [
@@ -41,9 +62,8 @@ async def run(arguments: argparse.Namespace) -> int:
             for backup in backups
         ]
     elif backups:
-        text = _table(backups, protected, with_vm=is_fleet(arguments) or not arguments.vms)
+        text = _table(backups, protected, with_vm=with_vm)
     answer(document, text=text, json_output=context.json_output)
-    return 0
 
 
 def _print_trees(repository: Repository, names: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from qbackup.actions.restore import Restored, RestoreOptions, restore
 from qbackup.actions.restore_in_place import restore_in_place
 from qbackup.cli.choose_point import choose_point, point_options, require_terminal
-from qbackup.cli.context import make_context
+from qbackup.cli.context import Context, make_context
 from qbackup.cli.output import summary
 from qbackup.errors import UsageError
 from qbackup.model.quantities import format_size
@@ -19,8 +19,12 @@ async def run(arguments: argparse.Namespace) -> int:
     context = make_context(arguments)
     if arguments.interactive:
         require_terminal(json_output=context.json_output)
-    repository = context.open_repository()
     _require_sense(arguments)
+    if arguments.remote is not None:
+        from qbackup.cli.remote_restore import restore_from_remote  # noqa: PLC0415 - loads slowly
+
+        return await restore_from_remote(arguments, context)
+    repository = context.open_repository()
     vm = context.vm_name(repository, arguments.vm)
     at = (await choose_point(repository, vm)).id if arguments.interactive else arguments.at
     with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
@@ -34,23 +38,32 @@ async def run(arguments: argparse.Namespace) -> int:
                 reporter,
             )
         else:
-            options = RestoreOptions(
-                to=Path(arguments.to),
-                at=at,
-                disks=tuple(arguments.disk),
-                image_format=arguments.format,
-                force=arguments.force,
-                with_vm=arguments.with_vm,
-                lock_wait_s=arguments.lock_wait,
-            )
-            restored = await restore(repository, vm, options, reporter)
+            restored = await restore(repository, vm, options_of(arguments, at), reporter)
+    tell(restored, context)
+    return 0
+
+
+def options_of(arguments: argparse.Namespace, at: str | None) -> RestoreOptions:
+    """Return what the command line asks for, but for the backup."""
+    return RestoreOptions(
+        to=Path(arguments.to),
+        at=at,
+        disks=tuple(arguments.disk),
+        image_format=arguments.format,
+        force=arguments.force,
+        with_vm=arguments.with_vm,
+        lock_wait_s=arguments.lock_wait,
+    )
+
+
+def tell(restored: Restored, context: Context) -> None:
+    """Say where everything is."""
     summary(
         _document(restored),
         text=_text(restored),
         json_output=context.json_output,
         quiet=context.quiet,
     )
-    return 0
 
 
 def _require_sense(arguments: argparse.Namespace) -> None:
@@ -58,6 +71,11 @@ def _require_sense(arguments: argparse.Namespace) -> None:
         raise UsageError("--in-place keeps the format of the image", hint="leave out --format")
     if arguments.in_place and arguments.with_vm:
         raise UsageError("--with-vm needs a directory: --to DIR", hint="leave out --in-place")
+    if arguments.in_place and arguments.remote is not None:
+        raise UsageError(
+            "--in-place restores from the repository",
+            hint="bring the backup there first: qbackup pull VM --remote NAME; or use --to DIR",
+        )
     if arguments.in_place and not arguments.force:
         raise UsageError(
             "--in-place overwrites the VM's disks: what they hold now is lost",

@@ -8,7 +8,7 @@ from qbackup.cli.context import make_context
 from qbackup.cli.output import answer
 from qbackup.errors import UsageError
 from qbackup.formats.manifest import without_secrets
-from qbackup.model.backup import REASON_TEXT, Backup, DiskBackup, Merged
+from qbackup.model.backup import REASON_TEXT, Backup, DiskBackup, Host, Merged, Origin
 from qbackup.model.quantities import format_duration, format_size
 from qbackup.ui.tables import facts
 
@@ -16,16 +16,22 @@ from qbackup.ui.tables import facts
 async def run(arguments: argparse.Namespace) -> int:
     """Print one backup's manifest, for people or as it is."""
     context = make_context(arguments)
-    repository = context.open_repository()
-    vm = context.vm_name(repository, arguments.vm)
     if not arguments.id:
         raise UsageError("show needs a backup id, or the beginning of one")
+    if arguments.remote is not None:
+        from qbackup.cli.remotes import Remotes  # noqa: PLC0415 - its client loads slowly
+
+        mirror = await Remotes(context.configuration).mirror_of(arguments, arguments.vm)
+        vm, repository, place = mirror.vm, mirror.repository, mirror.place
+    else:
+        repository = context.open_repository()
+        vm, place = context.vm_name(repository, arguments.vm), str(repository.path)
     # Manifests of old hold the command line as it was.
     backup = without_secrets(repository.backup(vm, repository.resolve(vm, arguments.id)))
     protected = repository.is_protected(vm, backup.id)
     answer(
         {**backup.summary(), "protected": protected, "manifest": asdict(backup)},
-        text=_text(backup, str(repository.path), protected=protected),
+        text=_text(backup, place, protected=protected),
         json_output=context.json_output,
     )
     return 0
@@ -33,6 +39,18 @@ async def run(arguments: argparse.Namespace) -> int:
 
 def _encryption(disk: DiskBackup) -> list[tuple[str, str]]:
     return [("  encrypted", "the source is; this backup is not")] if disk.source.encrypted else []
+
+
+def _host(host: Host | None) -> str:
+    if host is None:
+        return "-"
+    return host.name if host.id is None else f"{host.name} ({host.id})"
+
+
+def _origin(origin: Origin | None) -> list[tuple[str, str]]:
+    if origin is None:
+        return []
+    return [("came from", f"repository {origin.repository} of {_host(origin.host)}")]
 
 
 def _merging(merged: Merged | None) -> list[tuple[str, str]]:
@@ -57,6 +75,8 @@ def _text(backup: Backup, repository: str, *, protected: bool) -> str:
                 ("parent", backup.parent or "-"),
                 ("protected", "yes, from prune" if protected else "no"),
                 ("consistency", backup.consistency),
+                ("host", _host(backup.host)),
+                *_origin(backup.origin),
                 ("took", format_duration(backup.seconds)),
                 ("QEMU", backup.qemu_version),
                 ("machine", backup.vm_configuration.machine or "-"),

@@ -3,19 +3,18 @@
 import argparse
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from qbackup.actions.boot_check import Expectation, Seen, check_boot
-from qbackup.actions.verify import Scope, Verified, Verifier, scope_of_chain
+from qbackup.actions.verify import Scope, Verifier, scope_of_chain
 from qbackup.catalog.choose import choose_backup
 from qbackup.catalog.history import History
 from qbackup.cli.boot import boot_options
 from qbackup.cli.context import Context, is_fleet, make_context
 from qbackup.cli.fleet import Done, run_fleet
 from qbackup.cli.output import summary
+from qbackup.cli.verified import HEAD, document_of, done_with, text_of
 from qbackup.errors import LockedError, ManifestDamagedError, UsageError, VerificationError
 from qbackup.model.progress import Reporter
-from qbackup.model.quantities import format_size
 from qbackup.repository.repository import Repository
 from qbackup.ui.reporters import LineReporter, make_reporter
 
@@ -30,7 +29,6 @@ async def run(arguments: argparse.Namespace) -> int:
         VerificationError: something is wrong; it lists what.
     """
     context = make_context(arguments)
-    repository = context.open_repository()
     if arguments.at is not None and (is_fleet(arguments) or not arguments.vms):
         raise UsageError("--at needs a VM", hint="qbackup verify VM --at ID")
     if arguments.boot and (is_fleet(arguments) or not arguments.vms):
@@ -38,6 +36,11 @@ async def run(arguments: argparse.Namespace) -> int:
     if arguments.expect and not arguments.boot:
         raise UsageError("--expect goes with --boot")
     expectation = Expectation(pattern=_pattern(arguments.expect), timeout_s=arguments.boot_timeout)
+    if arguments.remote is not None:
+        from qbackup.cli.remote_verify import verify_remote  # noqa: PLC0415 - loads slowly
+
+        return await verify_remote(arguments, context)
+    repository = context.open_repository()
     names = context.selected_names(repository, arguments)
     if is_fleet(arguments):
 
@@ -47,10 +50,9 @@ async def run(arguments: argparse.Namespace) -> int:
                 verified = await verifier.verify([_scope(repository, vm, None, one=False)])
             if verified.problems:
                 raise VerificationError(verified.problems)
-            return _done(vm, verified)
+            return done_with(vm, verified)
 
-        head = ("BACKUPS", "FILES", "BYTES")
-        return await run_fleet(arguments, context, names, one, head=head)
+        return await run_fleet(arguments, context, names, one, head=HEAD)
     return await _verify_together(arguments, context, repository, names, expectation)
 
 
@@ -80,7 +82,7 @@ async def _verify_together(
         raise VerificationError(verified.problems)
     if locked is not None:
         raise locked
-    document, text = _document(verified), _text(verified)
+    document, text = document_of(verified), text_of(verified)
     if arguments.boot:
         (name,) = names
         log = LineReporter(quiet=context.quiet or context.json_output)
@@ -101,34 +103,6 @@ async def _verify_together(
         quiet=context.quiet,
     )
     return 0
-
-
-def _document(verified: Verified) -> dict[str, Any]:
-    return {
-        "backups": verified.backups,
-        "files": verified.files,
-        "bytes": verified.bytes_read,
-        "problems": [],
-    }
-
-
-def _text(verified: Verified) -> str:
-    return (
-        f"verified {verified.backups} backups: {verified.files} files, "
-        f"{format_size(verified.bytes_read)}, all as written"
-    )
-
-
-def _done(vm: str, verified: Verified) -> Done:
-    document = _document(verified)
-    counts = (str(verified.backups), str(verified.files))
-    return Done(
-        document=lambda: {"vm": vm, **document},
-        text=lambda: _text(verified),
-        line=f"{vm}: {_text(verified)}",
-        columns=(*counts, format_size(verified.bytes_read)),
-        facts=document,
-    )
 
 
 def _pattern(text: str | None) -> re.Pattern[str] | None:

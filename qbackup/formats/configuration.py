@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from qbackup.errors import ConfigurationError, UsageError
 from qbackup.formats.documents import DocumentError, convert
+from qbackup.formats.remote_url import Place, parse_endpoint, parse_remote_url
 from qbackup.model.backup import (
     DEFAULT_GRANULARITY_BYTES,
     MAX_GRANULARITY_BYTES,
@@ -28,7 +29,7 @@ from qbackup.model.health import (
     age_limits,
     parse_free_limit,
 )
-from qbackup.model.limits import MAX_PARALLEL
+from qbackup.model.limits import MAX_PARALLEL, MIN_LIMIT_RATE_BYTES
 from qbackup.model.names import check_name
 from qbackup.model.quantities import parse_duration_s, parse_size_bytes
 from qbackup.model.retention import NO_RULES, Rules
@@ -47,6 +48,9 @@ MIN_STALL_TIMEOUT_S = 1.0
 
 DEFAULT_HOOK_TIMEOUT_S = 300.0
 DEFAULT_PARALLEL = 2
+
+DEFAULT_REMOTE_PARALLEL = 4
+DEFAULT_REMOTE_TIMEOUT_S = 300.0
 
 MAX_CONFIGURATION_BYTES = 1024 * 1024
 MAX_KEEP = 999_999_999
@@ -93,6 +97,44 @@ class Vm:
     """Files, and directories with files, that are backed up beside the disks."""
     hooks: HookCommands = field(default_factory=HookCommands)
     hook_timeout_s: float = DEFAULT_HOOK_TIMEOUT_S
+    push: str | None = None
+    """The remote to which each backup is pushed, None: to none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remote:
+    """One `[remote.NAME]` table: a second home for backups, and how to get there.
+
+    Secrets are never in the file: they are in the environment, in AWS's own files (`profile`) or in
+    one like them (`credentials`).
+    """
+
+    name: str
+    place: Place
+    endpoint: str | None = None
+    """Where S3 is, if not at AWS: `https://…`, or `http://…` if that is what was written."""
+    region: str | None = None
+    profile: str | None = None
+    credentials: Path | None = None
+    ca: Path | None = None
+    """Certificates in PEM that are trusted beside the system's."""
+    parallel: int = DEFAULT_REMOTE_PARALLEL
+    """How many objects are on their way at once."""
+    limit_rate_bytes: int | None = None
+    """Bytes a second, for all objects of a command together."""
+    timeout_s: float = DEFAULT_REMOTE_TIMEOUT_S
+    """Given up is what gets no further for so long."""
+    keep: Rules = NO_RULES
+    recipients: tuple[str, ...] = ()
+    recipients_file: Path | None = None
+    """Whom new objects are encrypted to, as age has them; without any, they are not."""
+    identity: Path | None = None
+    """The key file with which objects are decrypted."""
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether what is put there is encrypted."""
+        return bool(self.recipients) or self.recipients_file is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +178,38 @@ class Configuration:
     """Where the metrics for Prometheus go, None: nowhere."""
     warn_free: FreeLimit = DEFAULT_WARN_FREE
     critical_free: FreeLimit = DEFAULT_CRITICAL_FREE
+    remotes: Mapping[str, Remote] = field(default_factory=dict)
+    push: str | None = None
+    """The remote of VMs that are not in the file (any more)."""
+
+    def remote(self, name: str | None = None) -> Remote:
+        """Return the remote of that name, or the only one there is.
+
+        Raises:
+            UsageError: there is none of that name, or there are none or several.
+        """
+        if name is not None and name not in self.remotes:
+            known = f" (there: {shown(self.remotes)})" if self.remotes else ""
+            raise UsageError(
+                f"remote {name!r} is not in {self.path}{known}",
+                hint=f"{did_you_mean(name, self.remotes)}add a table [remote.NAME] with its url",
+            )
+        if name is not None:
+            return self.remotes[name]
+        if len(self.remotes) == 1:
+            return next(iter(self.remotes.values()))
+        if not self.remotes:
+            raise UsageError(
+                f"there is no remote in {self.path}", hint="add a table [remote.NAME] with its url"
+            )
+        raise UsageError(
+            f"there are several remotes: {shown(self.remotes)}", hint="choose with --remote NAME"
+        )
+
+    def push_target(self, vm: str) -> str | None:
+        """Return the remote to which backups of a VM go; it need not be in the file."""
+        found = self.vms.get(vm)
+        return self.push if found is None else found.push
 
     def consolidation(self, name: str) -> tuple[When, int]:
         """Return when a VM's backups are merged, and how many a chain may have.
@@ -184,6 +258,24 @@ class _VmTable:
     files: list[str] | None = None
     hooks: dict[str, Any] | None = None
     hook_timeout: str | int | float | None = None
+    push: str | Literal[False] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RemoteTable:
+    url: str
+    endpoint: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    credentials: str | None = None
+    ca: str | None = None
+    parallel: int = DEFAULT_REMOTE_PARALLEL
+    limit_rate: str | int | None = None
+    timeout: str | int | float | None = None
+    keep: dict[str, Any] | None = None
+    recipients: list[str] | None = None
+    recipients_file: str | None = None
+    identity: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,8 +315,10 @@ class _File:
     warn_free: str | None = None
     critical_free: str | None = None
     boot_accel: Accelerator = "tcg"
+    push: str | None = None
     keep: dict[str, Any] | None = None
     hooks: dict[str, Any] | None = None
+    remote: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     vm: dict[str, Any] = field(default_factory=dict)
 
@@ -243,6 +337,8 @@ class _Shared:
     snapshot: SnapshotSettings
     hooks: HookCommands
     trust_block_devices: bool | None
+    push: str | None
+    remotes: Mapping[str, Remote]
 
 
 _OWN_TABLES = frozenset({"keep", "hooks"})
@@ -285,6 +381,19 @@ _EXPECTED = {
     "after": 'a program and its arguments, such as after = ["/usr/local/sbin/resume", "db"]',
     "hook_timeout": 'a time, such as hook_timeout = "5m"',
     "within": 'a time, such as within = "30d"',
+    "push": 'the name of a remote, such as push = "offsite", or for one VM push = false',
+    "remote": "tables such as [remote.offsite]",
+    "url": 'a place, such as url = "s3://BUCKET/PREFIX", "gs://…", "az://…" or "/mnt/nas"',
+    "endpoint": 'where S3 is, such as endpoint = "https://s3.example.org"',
+    "region": 'a region, such as region = "eu-central-1"',
+    "profile": 'a profile in AWS\'s files, such as profile = "backup"',
+    "credentials": 'a file like AWS\'s, such as credentials = "/etc/qbackup/offsite.credentials"',
+    "ca": 'a file of certificates (PEM), such as ca = "/etc/ssl/ceph.pem"',
+    "limit_rate": 'bytes a second, at least 1K, such as limit_rate = "20M"',
+    "timeout": 'a time of a second or more, such as timeout = "5m"',
+    "recipients": 'a list of public keys, such as recipients = ["age1…"]',
+    "recipients_file": 'a file with public keys, such as recipients_file = "/etc/qbackup/age.pub"',
+    "identity": 'a file with a private key, such as identity = "/etc/qbackup/age.key"',
 } | dict.fromkeys(KEEP_PERIODS, "how many to keep, a number from 1 on")
 """What each key takes, for the hint of every error about it."""
 
@@ -328,6 +437,8 @@ def parse_configuration(
             if (value := getattr(top, key)) is not None
         },
         boot_accel=top.boot_accel,
+        remotes=shared.remotes,
+        push=_push(top.defaults.get("push"), shared, where=f"{path}: defaults.push"),
     )
 
 
@@ -344,6 +455,13 @@ def _shared(top: _File, *, path: Path) -> _Shared:
         raise ConfigurationError(
             f"{path}: max_chain is at the top and in [defaults]", hint="leave one of them out"
         )
+    if top.push is not None and "push" in top.defaults:
+        raise ConfigurationError(
+            f"{path}: push is at the top and in [defaults]", hint="leave one of them out"
+        )
+    remotes = _remotes(top.remote, path=path)
+    if top.push is not None:
+        _known_remote(top.push, remotes, where=f"{path}: push")
     shared = _Shared(
         defaults={},
         max_chain=(
@@ -354,6 +472,8 @@ def _shared(top: _File, *, path: Path) -> _Shared:
         snapshot=_snapshot(top, path=path, folder=path.absolute().parent),
         hooks=_hooks(top.hooks or {}, path=path, where="hooks"),
         trust_block_devices=top.trust_block_devices,
+        push=top.push,
+        remotes=remotes,
     )
     _check(top.defaults, _VmTable, path=path, where="defaults", without=_OF_ONE_VM)
     unused = _VmTable(qmp="-", **top.defaults)
@@ -459,7 +579,101 @@ def _vm(name: str, table: _VmTable, *, path: Path, where: str, shared: _Shared) 
             else _duration_s(table.hook_timeout, key="hook_timeout", where=place)
         ),
         compare=table.compare,
+        push=_push(table.push, shared, where=f"{place}.push"),
     )
+
+
+def _push(given: str | Literal[False] | None, shared: _Shared, *, where: str) -> str | None:
+    """Return the remote that backups go to: the one that is named here, or for all VMs."""
+    if given is None:
+        return shared.push
+    return _known_remote(given, shared.remotes, where=where) if given else None
+
+
+def _known_remote(name: str, remotes: Mapping[str, Remote], *, where: str) -> str:
+    if name not in remotes:
+        raise ConfigurationError(
+            f"{where}: there is no remote {name!r}",
+            hint=f"{did_you_mean(name, remotes)}add a table [remote.{name}] with its url",
+        )
+    return name
+
+
+def _remotes(document: dict[str, Any], *, path: Path) -> dict[str, Remote]:
+    remotes = {}
+    for name, content in document.items():
+        where = f"remote.{name}"
+        try:
+            check_name("remote", name)
+        except UsageError as err:
+            raise ConfigurationError(f"{path}: [{where}]: {err.message}", hint=err.hint) from err
+        if not isinstance(content, dict):
+            raise ConfigurationError(
+                f"{path}: {where}: expected a table", hint=f"expected {_EXPECTED['remote']}"
+            )
+        table = _table(content, _RemoteTable, path=path, where=where)
+        remotes[name] = _remote(name, table, path=path, where=where)
+    return remotes
+
+
+def _remote(name: str, table: _RemoteTable, *, path: Path, where: str) -> Remote:
+    folder, at = path.absolute().parent, f"{path}: {where}"
+    place = _read(parse_remote_url, table.url, where=f"{at}.url", key="url")
+    for key in ("endpoint", "region", "profile", "credentials"):
+        if getattr(table, key) is not None and place.kind != "s3":
+            raise ConfigurationError(
+                f"{at}.{key}: this is for S3 only, and the url is {table.url!r}",
+                hint="leave it out; what other stores need is in the environment",
+            )
+    if not 1 <= table.parallel <= MAX_PARALLEL:
+        raise ConfigurationError(
+            f"{at}.parallel: {table.parallel} is not allowed",
+            hint=f"expected how many objects at once, a number from 1 to {MAX_PARALLEL}",
+        )
+    files = {
+        key: None if (text := getattr(table, key)) is None else folder / text
+        for key in ("credentials", "ca", "recipients_file", "identity")
+    }
+    return Remote(
+        name=name,
+        place=place,
+        endpoint=(
+            None
+            if table.endpoint is None
+            else _read(parse_endpoint, table.endpoint, where=f"{at}.endpoint", key="endpoint")
+        ),
+        region=table.region,
+        profile=table.profile,
+        parallel=table.parallel,
+        limit_rate_bytes=_limit_rate(table.limit_rate, where=f"{at}.limit_rate"),
+        timeout_s=_remote_timeout_s(table.timeout, where=at),
+        keep=_rules(table.keep or {}, path=path, where=f"{where}.keep"),
+        recipients=tuple(table.recipients or ()),
+        **files,
+    )
+
+
+def _limit_rate(value: str | int | None, *, where: str) -> int | None:
+    if value is None:
+        return None
+    rate = _read(parse_size_bytes, str(value), where=where, key="limit_rate")
+    if rate < MIN_LIMIT_RATE_BYTES:
+        raise ConfigurationError(
+            f"{where}: {value!r} is too little", hint=f"expected {_EXPECTED['limit_rate']}"
+        )
+    return rate
+
+
+def _remote_timeout_s(value: str | float | None, *, where: str) -> float:
+    if value is None:
+        return DEFAULT_REMOTE_TIMEOUT_S
+    seconds = _duration_s(value, key="timeout", where=where)
+    if seconds < 1:
+        raise ConfigurationError(
+            f"{where}.timeout: {value!r} is less than a second",
+            hint=f"expected {_EXPECTED['timeout']}",
+        )
+    return seconds
 
 
 def _images(
@@ -687,6 +901,7 @@ state = {_quoted(state)}
 # critical_free = "5%"
 # boot_accel = "kvm"                  # what qbackup boot runs with; default: "tcg"
 # parallel = {DEFAULT_PARALLEL}                        # how many VMs at once (--all)
+# push = "offsite"                    # where each backup goes, too; a VM can have another, or false
 
 # What qbackup prune keeps: the newest backup of each of so many periods that have one. A table
 # [vm.vm1.keep] replaces this one for vm1. Without any rule, nothing is ever removed.
@@ -706,6 +921,26 @@ state = {_quoted(state)}
 # [hooks]
 # before = ["/usr/local/sbin/quiesce", "db"]     # if it fails, nothing is backed up
 # after = ["/usr/local/sbin/resume", "db"]       # in any case; see QBACKUP_RESULT
+
+# A second home for backups: qbackup push, list --remote, restore --remote, pull. Secrets are not
+# here, but in the environment (AWS_ACCESS_KEY_ID, …) or in a file that only its owner may read.
+#
+# [remote.offsite]
+# url = "s3://bucket/prefix"          # or "gs://bucket/…", "az://container/…", "/mnt/nas/backups"
+# endpoint = "https://s3.example.org" # where S3 is, if not at AWS
+# region = "eu-central-1"
+# profile = "backup"                  # in ~/.aws/credentials and ~/.aws/config
+# credentials = "offsite.credentials" # a file like ~/.aws/credentials, mode 0600
+# ca = "/etc/ssl/ceph.pem"            # certificates that are trusted beside the system's
+# parallel = {DEFAULT_REMOTE_PARALLEL}                        # how many objects at once
+# limit_rate = "20M"                  # bytes a second
+# timeout = "5m"                      # give up what gets no further for so long
+# recipients = ["age1…"]              # encrypt to these public keys, or to those in a file:
+# recipients_file = "offsite.pub"
+# identity = "offsite.key"            # the private key, only where backups are read
+#
+# [remote.offsite.keep]               # what prune --remote keeps there, as [keep]
+# daily = 30
 
 # One table for each VM, here or in files conf.d/*.toml beside this one. Start QEMU with
 # for example

@@ -23,14 +23,21 @@ VERSION = 1
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 _SELDOM = ("merged", "replaces")
 """Keys of a disk that are left out where there is nothing to say."""
+_SELDOM_OF_BACKUP = ("host", "origin", "objects")
 DIGESTS_SUFFIX = ".digests"
 
 _HASH = re.compile(r"[0-9a-f]{64}")
+_HOST_ID = re.compile(r"[0-9a-f]{16}")
+_REPOSITORY_ID = re.compile(r"[0-9a-f]{32}")
+_MAX_HOST_NAME = 255
 
 
 def encode_manifest(backup: Backup, *, repository_id: str) -> bytes:
     """Write a backup's manifest; wherever its values come from, the VM's secrets stay out."""
     content: dict[str, Any] = {"repository": repository_id, **asdict(without_secrets(backup))}
+    for key in _SELDOM_OF_BACKUP:
+        if not content[key]:
+            del content[key]
     for disk in content["disks"]:
         for key in _SELDOM:
             if disk[key] is None:
@@ -70,7 +77,25 @@ def decode_manifest(data: bytes, *, repository_id: str, vm: str, backup_id: str)
         _check_digests(vm, backup_id, disk)
     if backup.files:
         check_files(backup.files)
+    _check_places(backup)
     return backup
+
+
+def _check_places(backup: Backup) -> None:
+    """Check what is said of hosts and objects: it is shown, compared, and becomes keys."""
+    origin = backup.origin
+    for host in (backup.host, origin.host if origin else None):
+        if host is None:
+            continue
+        if not 0 < len(host.name) <= _MAX_HOST_NAME or not host.name.isprintable():
+            raise DocumentError(f"{host.name!r} is not the name of a host")
+        if host.id is not None and not _HOST_ID.fullmatch(host.id):
+            raise DocumentError(f"{host.id!r} is not the id of a host")
+    if origin is not None and not _REPOSITORY_ID.fullmatch(origin.repository):
+        raise DocumentError(f"{origin.repository!r} is not the id of a repository")
+    for one in backup.objects:
+        if not _HASH.fullmatch(one.blake3):
+            raise DocumentError(f"objects: {one.blake3!r} is no hash")
 
 
 def _references(backup: Backup) -> Iterator[str | None]:

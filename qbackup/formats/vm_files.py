@@ -25,6 +25,7 @@ MAX_FILE_BYTES = 64 * 1024 * 1024
 MAX_ALL_BYTES = 192 * 1024 * 1024
 _COMPRESSION = 1
 _HEADERS_BYTES = 64 * 1024
+MAX_ARCHIVE_BYTES = MAX_ALL_BYTES + (MAX_FILES + 1) * _HEADERS_BYTES
 
 
 def describe(path: str, content: bytes) -> VmFile:

@@ -356,6 +356,38 @@ class VmConfiguration:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The machine on which a backup was made: its name, and what tells it from others of that name.
+
+    `id` is made from the machine's own id and does not give it away; None if it has none.
+    """
+
+    name: str
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a backup was before it came into this repository: another one, of this host."""
+
+    repository: str
+    host: Host | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteObject:
+    """A file of a backup as it is in a remote: which, under which name there, and what is in it.
+
+    Size and hash (BLAKE3, in hexadecimal) are of the file, also where the object is encrypted.
+    """
+
+    name: str
+    object: str
+    size_bytes: ByteCount
+    blake3: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Backup:
     """One complete backup of one VM: every disk at the same instant.
 
@@ -379,6 +411,12 @@ class Backup:
     left_out: dict[str, str] = field(default_factory=dict)
     files: list[VmFile] = field(default_factory=list)
     """In the order in which they are in the archive beside the images."""
+    host: Host | None = None
+    """Where it was made; None in backups of old."""
+    origin: Origin | None = None
+    """Where it came from, None if it was made in this repository."""
+    objects: list[RemoteObject] = field(default_factory=list)
+    """Its files, in a remote; in a repository there are none."""
 
     @property
     def moment(self) -> datetime:

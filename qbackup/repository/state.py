@@ -6,6 +6,8 @@
     STATE/vm1/.watch                       held by the process that watches the VM
     STATE/vm1/.off                         as well, and while files change of a VM that is off
     STATE/vm1/control.sock                 where that process is asked for the monitor
+    STATE/vm1/push-NAME.json               what an unfinished push to a remote has put there
+    STATE/vm1/.push-NAME                   held by who pushes
 
 Bytes only: what a bitmap file says is the business of `formats.qbm`. What has been put there that
 is no regular file of a sensible size is never opened, and never followed.
@@ -235,6 +237,26 @@ class StateDirectory:
         """
         self.create()
         return ProcessLock(self.path / OFF_LOCK)
+
+    def unfinished_push(self, remote: str) -> Path:
+        """Return where a push to a remote remembers what it has put."""
+        return self.path / f"push-{remote}.json"
+
+    @contextmanager
+    def pushing(self, vm: str, remote: str) -> Iterator[None]:
+        """Be the only one who pushes the VM's backups to a remote for the duration of a block.
+
+        Raises:
+            LockedError: another process does.
+        """
+        self.create()
+        with ProcessLock(self.path / f".push-{remote}") as lock:
+            if not lock.take():
+                raise LockedError(
+                    f"{vm}: another qbackup is pushing its backups to {remote}",
+                    hint="wait for it to end",
+                )
+            yield
 
     def _disk_directories(self) -> list[Path]:
         with suppress(FileNotFoundError), os.scandir(self.path) as entries:

@@ -1,0 +1,217 @@
+"""Bring backups of a remote back into the repository: those that are missing, oldest first.
+
+They become the repository's own, and say where they came from. Each is there whole or not at all,
+as any backup, and after the backups that its images build on.
+"""
+
+import os
+import time
+from dataclasses import dataclass, field, replace
+
+from qbackup.catalog.choose import choose_backup
+from qbackup.catalog.history import History
+from qbackup.catalog.image_check import check_header
+from qbackup.errors import (
+    BackupNotFoundError,
+    ChainBrokenError,
+    ManifestDamagedError,
+    NoSpaceError,
+    QbackupError,
+    RemoteDamagedError,
+)
+from qbackup.formats.manifest import MANIFEST_FILE
+from qbackup.host.tasks import task_group
+from qbackup.model.backup import Backup, Origin
+from qbackup.model.progress import Reporter
+from qbackup.model.quantities import format_size
+from qbackup.remote.fetch import fetch_file
+from qbackup.remote.layout import StoredFile
+from qbackup.remote.mirror import Mirror
+from qbackup.repository.repository import PartialBackup, Repository
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullOptions:
+    """What the user asked for. `at` is an id, the beginning of one, or a time; None is all."""
+
+    at: str | None = None
+    lock_wait_s: float = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PulledBackup:
+    """A backup that was brought here, and how many bytes its files have."""
+
+    id: str
+    time: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullFailure:
+    """A backup that could not be brought here, and why."""
+
+    id: str
+    error: QbackupError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pulled:
+    """What a pull did; `present` is how many backups of the VM are here now."""
+
+    vm: str
+    remote: str
+    place: str
+    origin: str
+    pulled: tuple[PulledBackup, ...]
+    present: int
+    failures: tuple[PullFailure, ...]
+    seconds: float
+
+
+async def pull(
+    repository: Repository, mirror: Mirror, options: PullOptions, reporter: Reporter
+) -> Pulled:
+    """Bring what is missing of a VM into the repository.
+
+    A backup that is damaged there is told, and the others are brought all the same.
+
+    Raises:
+        LockedError: a backup or a prune of the VM is at work here.
+        BackupNotFoundError: there is no backup `at`.
+        NoSpaceError: there is not enough room.
+        RemoteError: the remote cannot be used.
+    """
+    started = time.monotonic()
+    run = _Pull(repository, mirror, reporter)
+    await repository.ensure_vm_directory(mirror.vm)
+    async with repository.lock(mirror.vm, wait_s=options.lock_wait_s):
+        for left in repository.partials(mirror.vm):
+            await repository.remove_partial(left)
+            reporter.notice(f"{mirror.vm}: removed {left.name}, left by an interrupted run")
+        await run.to_the_end(options.at)
+    return Pulled(
+        vm=mirror.vm,
+        remote=mirror.remote.name,
+        place=mirror.remote.place,
+        origin=mirror.repository_id,
+        pulled=tuple(run.pulled),
+        present=len(repository.backup_ids(mirror.vm)),
+        failures=tuple(PullFailure(id=i, error=err) for i, err in sorted(run.failures.items())),
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+@dataclass
+class _Pull:
+    """One pull of one VM."""
+
+    repository: Repository
+    mirror: Mirror
+    reporter: Reporter
+    pulled: list[PulledBackup] = field(default_factory=list)
+    failures: dict[str, QbackupError] = field(default_factory=dict)
+
+    async def to_the_end(self, at: str | None) -> None:
+        """Bring what is missing, oldest first."""
+        history = History(self.mirror.repository, self.mirror.vm)
+        there = set(self.repository.backup_ids(self.mirror.vm))
+        wanted = history.ids if at is None else self._chain(history, choose_backup(history, at))
+        missing: list[tuple[Backup, list[StoredFile]]] = []
+        for backup_id in wanted:
+            if backup_id in there:
+                continue
+            try:
+                backup = history.backup(backup_id)
+                missing.append((backup, self.mirror.files(backup)))
+            except (ManifestDamagedError, RemoteDamagedError, BackupNotFoundError) as err:
+                self._fail(backup_id, err)
+        self._require_room(missing)
+        for backup, files in missing:
+            try:
+                self._require_parents(backup, there)
+                await self._bring(backup, files)
+            except (RemoteDamagedError, ChainBrokenError) as err:
+                self._fail(backup.id, err)
+            else:
+                there.add(backup.id)
+
+    def _chain(self, history: History, backup: Backup) -> list[str]:
+        chains = [history.chain(backup, disk.name) for disk in backup.disks]
+        return sorted({backup.id, *(owner.id for chain in chains for owner, _ in chain)})
+
+    def _require_parents(self, backup: Backup, there: set[str]) -> None:
+        for disk in backup.disks:
+            if disk.parent is not None and disk.parent not in there:
+                raise ChainBrokenError(
+                    backup.id, disk.name, f"its parent {disk.parent} could not be brought here"
+                )
+
+    def _require_room(self, missing: list[tuple[Backup, list[StoredFile]]]) -> None:
+        needed = sum(file.size_bytes for _, files in missing for file in files if file.blake3)
+        free = self.repository.free_bytes()
+        if free < needed:
+            raise NoSpaceError(
+                f"{self.repository.path}: {format_size(free)} are too little for "
+                f"{len(missing)} backups, {format_size(needed)}",
+                hint="bring one with --at ID, or restore it with --remote",
+            )
+
+    async def _bring(self, backup: Backup, files: list[StoredFile]) -> None:
+        async with self.repository.partial(self.mirror.vm, backup.id) as partial:
+            async with task_group() as group:
+                for file in files:
+                    group.create_task(self._fetch(partial, backup, file))
+            for disk in backup.disks:
+                self._check_image(partial, backup, disk.name)
+            await partial.publish(self._own(backup))
+        size_bytes = sum(file.size_bytes for file in files if file.blake3)
+        self.pulled.append(PulledBackup(id=backup.id, time=backup.time, size_bytes=size_bytes))
+        self.reporter.notice(f"{backup.vm}: backup {backup.id} is here")
+
+    async def _fetch(self, partial: PartialBackup, backup: Backup, file: StoredFile) -> None:
+        done = 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            if file.name.endswith(".qcow2"):
+                self.reporter.progress(
+                    vm=backup.vm,
+                    disk=f"{file.name.removesuffix('.qcow2')} {backup.id}",
+                    done_bytes=done,
+                    total_bytes=file.size_bytes,
+                )
+
+        facts = self.mirror.check_listed(backup, file)
+        await fetch_file(
+            self.mirror.remote,
+            facts,
+            file,
+            partial.directory / file.name,
+            suffix=self.mirror.backups[backup.id].suffix,
+            on_bytes=on_bytes,
+        )
+
+    def _check_image(self, partial: PartialBackup, backup: Backup, name: str) -> None:
+        """Refuse an image that names another backing file than its manifest."""
+        disk = backup.disk(name)
+        if disk is None:
+            return
+        here = replace(disk, file=os.fspath(partial.image(name).relative_to(self.repository.path)))
+        if problem := check_header(self.repository.path, here):
+            raise RemoteDamagedError(self.mirror.where(backup.id, f"{name}.qcow2"), problem)
+
+    def _own(self, backup: Backup) -> Backup:
+        """Return the backup as one of this repository."""
+        origin = backup.origin
+        if self.mirror.repository_id != self.repository.id:
+            origin = Origin(repository=self.mirror.repository_id, host=backup.host)
+        return replace(backup, objects=[], origin=origin)
+
+    def _fail(self, backup_id: str, err: QbackupError) -> None:
+        if problem := self.mirror.problems.get(backup_id):
+            where = self.mirror.where(backup_id, MANIFEST_FILE)
+            err = RemoteDamagedError(where, problem.removeprefix(f"{where}: "))
+        self.failures[backup_id] = err
+        self.reporter.warning(f"{self.mirror.vm}: backup {backup_id}: {err.message}")

@@ -1,0 +1,84 @@
+"""`qbackup list --remote`: the hosts and VMs in a remote, or backups of those that are named."""
+
+import argparse
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from qbackup.actions.remote_fleet import FleetVm, remote_fleet
+from qbackup.cli.context import Context, is_fleet
+from qbackup.cli.list import answer_with
+from qbackup.cli.output import answer
+from qbackup.cli.remotes import Remotes
+from qbackup.model.backup import Backup
+from qbackup.model.quantities import format_age, format_size
+from qbackup.remote.hosts import SHOWN_ID
+from qbackup.ui.reporters import print_warning
+from qbackup.ui.tables import table
+
+
+async def list_remote(arguments: argparse.Namespace, context: Context) -> int:
+    """Print a remote's VMs, or the backups of those that are named."""
+    remotes = Remotes(context.configuration)
+    if not arguments.vms:
+        found = await remote_fleet(remotes.opened(remotes.named(arguments.remote)))
+        hosts = [one for one in found if arguments.host is None or one.is_of(arguments.host)]
+        answer(_document(hosts), text=_table(hosts), json_output=context.json_output)
+        return 0
+    backups: list[Backup] = []
+    protected: set[tuple[str, str]] = set()
+    for vm in await remotes.selected(arguments):
+        mirror = await remotes.mirror_of(arguments, vm)
+        for problem in mirror.problems.values():
+            print_warning(problem)
+        for backup_id in mirror.backups:
+            if backup_id in mirror.problems:
+                continue
+            backups.append(mirror.repository.backup(vm, backup_id))
+            if mirror.backups[backup_id].is_protected:
+                protected.add((vm, backup_id))
+    answer_with(backups, protected, context, with_vm=is_fleet(arguments))
+    return 0
+
+
+def _document(found: Sequence[FleetVm]) -> list[dict[str, Any]]:
+    """Return what `--json` prints (docs/interfaces.md)."""
+    now = datetime.now(UTC)
+    return [
+        {
+            "host": one.host.name if one.host else None,
+            "host_id": one.host.id if one.host else None,
+            "repository": one.repository_id,
+            "vm": one.vm,
+            "backups": one.backups,
+            "newest": {"id": one.newest.id, "time": one.newest.time} if one.newest else None,
+            "age_s": round((now - one.newest.moment).total_seconds()) if one.newest else None,
+            "size_bytes": one.size_bytes,
+            "problems": list(one.problems),
+        }
+        for one in found
+    ]
+
+
+def _table(found: Sequence[FleetVm]) -> str:
+    """Write one line for each VM, and what is wrong below."""
+    if not found:
+        return "no backups yet"
+    now = datetime.now(UTC)
+    rows = [
+        (
+            one.host.name if one.host else "-",
+            one.repository_id[:SHOWN_ID],
+            one.vm,
+            str(one.backups),
+            one.newest.id if one.newest else "-",
+            format_age((now - one.newest.moment).total_seconds()) if one.newest else "-",
+            format_size(one.size_bytes),
+            str(len(one.problems)) if one.problems else "",
+        )
+        for one in found
+    ]
+    head = ("HOST", "REPOSITORY", "VM", "BACKUPS", "NEWEST", "AGE", "SIZE", "PROBLEMS")
+    lines = [table(head, rows, right=(3, 6, 7))]
+    lines += [f"{one.vm}: {problem}" for one in found for problem in one.problems]
+    return "\n".join(lines)
