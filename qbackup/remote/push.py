@@ -8,7 +8,12 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from qbackup.errors import RemoteDamagedError, RepositoryError, VerificationError
+from qbackup.errors import (
+    ObjectMissingError,
+    RemoteDamagedError,
+    RepositoryError,
+    VerificationError,
+)
 from qbackup.formats.documents import DocumentError, NewerVersionError
 from qbackup.formats.manifest import MANIFEST_FILE, encode_manifest
 from qbackup.formats.repository_file import (
@@ -44,11 +49,11 @@ async def ensure_repository(store: Store, repository_id: str) -> None:
         RemoteDamagedError: something else is there.
         RepositoryError: a newer qbackup put it there.
     """
-    key = repository_key(repository_id)
-    if await store.head(key) is None:
-        await store.write(key, encode_repository_file(repository_id))
-    else:
+    try:
         await require_repository(store, repository_id)
+    except ObjectMissingError:
+        data = encode_repository_file(repository_id)
+        await store.write(repository_key(repository_id), data)
 
 
 async def require_repository(store: Store, repository_id: str) -> None:

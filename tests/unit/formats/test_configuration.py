@@ -12,11 +12,13 @@ from qbackup.formats.configuration import (
     Configuration,
     ConfiguredImage,
     HookCommands,
+    Remote,
     SnapshotSettings,
     Vm,
     example_configuration,
     parse_configuration,
 )
+from qbackup.formats.remote_url import Place
 from qbackup.model.retention import Rules
 
 PATH = Path("/etc/qbackup/config.toml")
@@ -452,3 +454,112 @@ def test_limits_that_make_no_sense_are_refused(top: str, table: str, where: str)
     with pytest.raises(ConfigurationError) as caught:
         parse(f"{top}\n{TABLE}{table}\n")
     assert f"{PATH}: {where}" in caught.value.message
+
+
+REMOTE = TOP + '[remote.offsite]\nurl = "s3://bucket/prefix"\n'
+
+
+def test_a_remote_is_read() -> None:
+    text = REMOTE + (
+        'endpoint = "https://s3.example.org"\nregion = "eu"\nprofile = "backup"\n'
+        'credentials = "keys"\nca = "/etc/ca.pem"\nparallel = 8\nlimit_rate = "20M"\n'
+        'timeout = "1m"\nrecipients = ["age1x"]\nrecipients_file = "r"\nidentity = "i"\n'
+        "[remote.offsite.keep]\ndaily = 30\n"
+    )
+    assert parse(text).remote() == Remote(
+        name="offsite",
+        place=Place(kind="s3", bucket="bucket", prefix="prefix"),
+        endpoint="https://s3.example.org",
+        region="eu",
+        profile="backup",
+        credentials=PATH.parent / "keys",
+        ca=Path("/etc/ca.pem"),
+        parallel=8,
+        limit_rate_bytes=20 * 2**20,
+        timeout_s=60.0,
+        keep=Rules(daily=30),
+        recipients=("age1x",),
+        recipients_file=PATH.parent / "r",
+        identity=PATH.parent / "i",
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('secret_access_key = "x"', "unknown key remote.offsite.secret_access_key"),
+        ("parallel = 0", "remote.offsite.parallel: 0 is not allowed"),
+        ("parallel = 65", "remote.offsite.parallel: 65 is not allowed"),
+        ('limit_rate = "1"', "remote.offsite.limit_rate: '1' is too little"),
+        ('limit_rate = "fast"', "remote.offsite.limit_rate: 'fast' is not a size"),
+        ("limit_rate = -1", "remote.offsite.limit_rate: '-1' is not a size"),
+        ("timeout = 0.5", "remote.offsite.timeout: 0.5 is less than a second"),
+        ('timeout = "soon"', "remote.offsite.timeout: 'soon' is not a duration"),
+        ('endpoint = "s3.example.org"', "remote.offsite.endpoint: 's3.example.org' is not an addr"),
+        ('recipients = "age1x"', "remote.offsite.recipients: 'age1x' is not allowed"),
+        ("[remote.offsite.keep]\ndaily = 0", "remote.offsite.keep.daily: 0 is not allowed"),
+    ],
+)
+def test_a_remote_that_makes_no_sense_is_refused(line: str, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        parse(REMOTE + line)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[remote.r]\nurl = "bucket"', "remote.r.url: 'bucket' is not a place"),
+        ("[remote.r]\nregion = 'x'", "the key remote.r.url is missing"),
+        ('[remote.".."]\nurl = "/x"', "cannot be used as a name"),
+        ('remote = "x"', "remote: 'x' is not allowed"),
+        ('[remote]\nr = "x"', "remote.r: expected a table"),
+        ('[remote.r]\nurl = "/x"\nregion = "eu"', "remote.r.region: this is for S3 only"),
+        ('push = "r"', "push: there is no remote 'r'"),
+        ('[defaults]\npush = "r"', "defaults.push: there is no remote 'r'"),
+        ('[vm.v]\nqmp = "q"\npush = "r"', "vm.v.push: there is no remote 'r'"),
+        ("[vm.v]\nqmp = 'q'\npush = true", "vm.v.push: True is not allowed"),
+        ('push = "a"\n[defaults]\npush = "a"\n[remote.a]\nurl = "/x"', "at the top and in"),
+    ],
+)
+def test_remotes_that_make_no_sense_are_refused(text: str, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        parse(TOP + text)
+
+
+@pytest.mark.parametrize(
+    ("top", "table", "found"),
+    [
+        ("", "", None),
+        ('push = "a"', "", "a"),
+        ('push = "a"', 'push = "b"', "b"),
+        ('push = "a"', "push = false", None),
+        ('[defaults]\npush = "b"', "", "b"),
+        ('[defaults]\npush = "b"', "push = false", None),
+    ],
+)
+def test_where_backups_go_is_said_for_all_vms_or_for_one(
+    top: str, table: str, found: str | None
+) -> None:
+    remotes = '[remote.a]\nurl = "/a"\n[remote.b]\nurl = "/b"\n'
+    configuration = parse(f'{TOP}{top}\n{remotes}[vm.v]\nqmp = "q"\n{table}\n')
+    assert configuration.push_target("v") == found
+    assert configuration.push_target("gone") == ("a" if '"a"' in top else "b" if top else None)
+
+
+def test_a_remote_is_chosen_by_name_or_is_the_only_one() -> None:
+    one = parse(REMOTE)
+    assert one.remote() is one.remote("offsite")
+    with pytest.raises(UsageError, match="remote 'other' is not in"):
+        one.remote("other")
+    with pytest.raises(UsageError, match="there is no remote"):
+        parse(TOP).remote()
+    with pytest.raises(UsageError, match="several remotes"):
+        parse(REMOTE + '[remote.nas]\nurl = "/mnt/nas"\n').remote()
+
+
+def test_the_example_remote_in_the_file_that_init_writes_is_one() -> None:
+    text = example_configuration(repository=Path("/r"), state=Path("/s"))
+    before, _, example = text.partition("# [remote.offsite]\n")
+    lines = [line.removeprefix("# ") for line in example.partition("\n\n")[0].splitlines()]
+    remote = parse("\n".join([before, "[remote.offsite]", *lines])).remote()
+    assert remote.keep == Rules(daily=30) and remote.is_encrypted

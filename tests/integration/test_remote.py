@@ -1,0 +1,319 @@
+"""Backups in a remote: pushed, lost here, and back from there with nothing but a configuration.
+
+No VM is needed: the repositories are made by hand, with the content of the disk beside them.
+"""
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.chains import VM, chain_backup, chain_id, write_image, write_manifest
+from support.remotes import PREFIX, Host, host, served
+from support.s3_fake import ACCESS_KEY, SECRET_KEY, Answer, Request, S3Fake
+from support.sweeps import EVERYTHING
+
+from qbackup.cli.main import run
+from qbackup.repository.repository import Repository
+
+COUNT = 3
+
+
+@pytest.fixture
+def fake() -> Iterator[S3Fake]:
+    """Serve a bucket."""
+    with served() as found:
+        yield found
+
+
+@pytest.fixture(params=["s3", "directory"])
+async def pushed(request: pytest.FixtureRequest, fake: S3Fake, tmp_path: Path) -> Host:
+    """Return a host whose backups are in its remote."""
+    if request.param == "s3":
+        made = host(tmp_path / "here", fake)
+    else:
+        (tmp_path / "nas").mkdir()
+        made = Host(folder=tmp_path / "here", url=str(tmp_path / "nas"))
+    await made.make_backups(COUNT)
+    done = (await made.qbackup.ok("--json", "push", VM)).last
+    assert [one["id"] for one in done["put"]] == made.chain.ids and done["failed"] == []
+    return made
+
+
+async def test_the_host_is_gone_and_everything_comes_back(pushed: Host, tmp_path: Path) -> None:
+    pushed.wipe()
+    new = Host(folder=tmp_path / "there", url=pushed.url, extra=pushed.extra)
+    assert await new.restored() == pushed.chain.content
+    fleet = (await new.qbackup.ok("--json", "list", "--remote", "r")).document
+    assert [(one["vm"], one["backups"], one["problems"]) for one in fleet] == [(VM, COUNT, [])]
+    assert fleet[0]["repository"] == pushed.repository_id
+    assert fleet[0]["newest"]["id"] == pushed.chain.ids[-1]
+    listed = (await new.qbackup.ok("--json", "list", VM, "--remote", "r")).document
+    assert [one["id"] for one in listed] == pushed.chain.ids
+    shown = (await new.qbackup.ok("--json", "show", VM, listed[1]["id"], "--remote", "r")).document
+    assert shown["parent"] == pushed.chain.ids[0]
+    verified = (await new.qbackup.ok("--json", "verify", "--remote", "r")).last
+    assert (verified["backups"], verified["files"], verified["problems"]) == (COUNT, COUNT, [])
+    assert not new.repository.exists()
+
+
+async def test_what_is_pulled_is_the_repositorys_own(pushed: Host, tmp_path: Path) -> None:
+    new = Host(folder=tmp_path / "there", url=pushed.url, extra=pushed.extra)
+    await new.qbackup.ok("init")
+    one = (await new.qbackup.ok("--json", "pull", VM, "--remote", "r", "--at",
+                                pushed.chain.ids[1])).last  # fmt: skip
+    assert [found["id"] for found in one["pulled"]] == pushed.chain.ids[:2]
+    rest = (await new.qbackup.ok("--json", "pull", "--all", "--remote", "r")).last
+    assert (rest["vms"][0]["pulled"], rest["vms"][0]["backups"]) == (1, COUNT)
+    repository = Repository.open(new.repository)
+    backup = repository.backup(VM, pushed.chain.ids[2])
+    assert backup.origin is not None and backup.origin.repository == pushed.repository_id
+    assert backup.objects == [] and repository.id != pushed.repository_id
+    await new.qbackup.ok("verify", VM)
+    await new.qbackup.ok("restore", VM, "--to", str(tmp_path / "out"))
+    assert (tmp_path / "out" / "data.raw").read_bytes() == pushed.chain.content
+    # It is pushed under its new repository's id, and meets nothing of the old one.
+    done = (await new.qbackup.ok("--json", "push", VM)).last
+    assert len(done["put"]) == COUNT
+    fleet = (await pushed.run("list", "--remote", "r")).document
+    assert {one["repository"] for one in fleet} == {pushed.repository_id, repository.id}
+
+
+async def test_two_hosts_have_a_vm_of_the_same_name(fake: S3Fake, tmp_path: Path) -> None:
+    first, second = host(tmp_path / "a", fake), host(tmp_path / "b", fake)
+    for one in (first, second):
+        await one.make_backups(2)
+        await one.qbackup.ok("push", VM)
+    second_content = second.chain.content
+    assert await first.restored() == first.chain.content
+    stranger = host(tmp_path / "c", fake)
+    result = await stranger.run("list", VM, "--remote", "r")
+    assert result.code == 2
+    for one in (first, second):
+        assert one.repository_id[:8] in result.last["message"]
+    assert "--host" in result.last["hint"]
+    assert await stranger.restored("--host", second.repository_id[:10]) == second_content
+    nobody = await stranger.run("list", VM, "--remote", "r", "--host", "nobody")
+    assert nobody.code == 2 and "no host 'nobody'" in nobody.last["message"]
+
+
+def add_full(one: Host, number: int) -> str:
+    """Add a full, on which nothing of the chain is needed; return its id."""
+    backup_id = chain_id(number)
+    folder = one.repository / VM / backup_id
+    folder.mkdir()
+    write_image(folder / "data.qcow2", {0: number}, parent=None)
+    backup = chain_backup(folder / "data.qcow2", backup_id, None, [])
+    write_manifest(folder, one.repository_id, backup)
+    return backup_id
+
+
+async def test_a_second_push_puts_only_what_is_new(fake: S3Fake, tmp_path: Path) -> None:
+    here = host(tmp_path / "here", fake)
+    await here.make_backups(COUNT)
+    await here.qbackup.ok("push", VM)
+    before = set(fake.objects)
+    full = add_full(here, COUNT)
+    fake.requests.clear()
+    done = (await here.qbackup.ok("--json", "push", "--all")).lines[-2]
+    assert [one["id"] for one in done["put"]] == [full] and done["backups"] == COUNT + 1
+    put = [request.key for request in fake.of_kind("put")]
+    folder = f"{PREFIX}/{here.repository_id}/{VM}/{full}"
+    assert put == [f"{folder}/data.qcow2", f"{folder}/manifest.json"]
+    assert set(fake.objects) == before | set(put)
+    # What a prune removes there is older than what it leaves, and is not needed: it stays away.
+    for key in [key for key in before if here.chain.ids[1] in key or here.chain.ids[2] in key]:
+        del fake.objects[key]
+    fake.requests.clear()
+    await here.qbackup.ok("push", VM)
+    assert not fake.of_kind("put")
+    # Unless it is asked for.
+    done = (await here.qbackup.ok("--json", "push", VM, "--at", here.chain.ids[2])).last
+    assert [one["id"] for one in done["put"]] == here.chain.ids[1:]
+    await here.qbackup.ok("verify", VM, "--remote", "r")
+
+
+async def test_a_parent_that_a_prune_removed_is_put_again_under_new_names(
+    fake: S3Fake, tmp_path: Path
+) -> None:
+    here = host(tmp_path / "here", fake)
+    await here.make_backups(COUNT)
+    ids = here.chain.ids
+    manifest = f"{PREFIX}/{here.repository_id}/{VM}/{{}}/manifest.json"
+
+    def prune(request: Request) -> None:
+        # A prune that began before this push removes the manifests of what nobody needs.
+        if request.kind == "put" and request.key == manifest.format(ids[2]):
+            fake.objects.pop(manifest.format(ids[1]))
+
+    fake.fault = prune
+    done = (await here.qbackup.ok("--json", "push", VM)).last
+    assert [one["id"] for one in done["put"]] == ids
+    stored = json.loads(fake.objects[manifest.format(ids[1])].content)["objects"][0]["object"]
+    assert stored.startswith("data.qcow2.~")
+    await here.qbackup.ok("verify", VM, "--remote", "r")
+
+
+async def test_an_image_that_is_damaged_here_does_not_get_there(
+    fake: S3Fake, tmp_path: Path
+) -> None:
+    here = host(tmp_path / "here", fake)
+    await here.make_backups(COUNT)
+    image = here.repository / VM / here.chain.ids[1] / "data.qcow2"
+    with image.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    result = await here.run("push", VM)
+    assert result.code == 13
+    assert [one["id"] for one in result.last["put"]] == here.chain.ids[:1]
+    failed = {one["id"]: one["message"] for one in result.last["failed"]}
+    assert set(failed) == set(here.chain.ids[1:])
+    assert "BLAKE3 differs" in failed[here.chain.ids[1]]
+    assert not [key for key in fake.objects if here.chain.ids[1] in key]
+    assert not fake.uploads
+
+
+async def test_a_server_that_fails_now_and_then_is_asked_again(
+    fake: S3Fake, tmp_path: Path
+) -> None:
+    here = host(tmp_path / "here", fake)
+    await here.make_backups(COUNT)
+    fake.fault = lambda r: Answer(status=503) if r.number % 3 == 1 else None
+    await here.qbackup.ok("push", VM)
+    assert await here.restored() == here.chain.content
+
+
+async def test_nothing_secret_is_told(fake: S3Fake, tmp_path: Path) -> None:
+    here = host(tmp_path / "here", fake)
+    await here.make_backups(1)
+    fake.fault = lambda _: Answer(
+        status=403,
+        body=f"<Error><Code>AccessDenied</Code>{ACCESS_KEY}{SECRET_KEY}</Error>".encode(),
+    )
+    result = await here.qbackup.run("-v", "push", VM)
+    assert result.code == 14 and "403 Forbidden AccessDenied" in result.stderr
+    told = result.stdout + result.stderr
+    assert ACCESS_KEY not in told and SECRET_KEY not in told
+    fake.fault = lambda _: None
+    await here.qbackup.ok("push", VM)
+    for path in here.folder.rglob("*"):
+        assert not path.is_file() or SECRET_KEY.encode() not in path.read_bytes()
+    assert all(SECRET_KEY.encode() not in one.content for one in fake.objects.values())
+
+
+# What an evil or broken remote does
+
+
+def change(fake: S3Fake, key: str, kind: str) -> None:
+    """Do something to an object."""
+    content = fake.objects[key].content
+    if kind == "cut":
+        fake.put(key, content[:-2])
+    elif kind == "longer":
+        fake.put(key, content + b"\0")
+    elif kind == "flipped":
+        fake.put(key, content[:-1] + bytes([content[-1] ^ 1]))
+    elif kind == "empty":
+        fake.put(key, b"")
+    elif kind == "gone":
+        del fake.objects[key]
+    else:
+        other = next(one for one in sorted(fake.objects) if one[-8:] == key[-8:] and one != key)
+        fake.put(key, fake.objects[other].content)
+
+
+def run_here(capsys: pytest.CaptureFixture[str], one: Host, *arguments: str) -> tuple[int, Any]:
+    """Run a command in this process; return its exit code and its last line."""
+    code = run(["-c", str(one.configuration), "--json", *arguments])
+    return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", ["cut", "longer", "flipped", "empty", "gone", "swapped"])
+@pytest.mark.parametrize("file", ["data.qcow2", "manifest.json"])
+def test_what_is_not_what_was_put_there_is_refused(
+    fake: S3Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, kind: str
+) -> None:
+    here = host(tmp_path / "here", fake)
+    asyncio.run(here.make_backups(2))
+    assert run_here(capsys, here, "push", VM)[0] == 0
+    change(fake, f"{PREFIX}/{here.repository_id}/{VM}/{here.chain.ids[0]}/{file}", kind)
+    code, told = run_here(capsys, here, "verify", VM, "--remote", "r")
+    assert code == 13 and here.chain.ids[0] in " ".join(told["problems"])
+    out = tmp_path / "out"
+    code, told = run_here(capsys, here, "restore", VM, "--to", str(out), "--remote", "r")
+    assert code in (1, 13) and "internal" not in told["message"]
+    assert not out.exists() and not list(tmp_path.glob(".qbackup-*"))
+    here.wipe()
+    asyncio.run(Repository.create(here.repository))
+    code, told = run_here(capsys, here, "pull", VM, "--remote", "r")
+    assert code in (1, 13) and told["pulled"] == []
+    assert not list(here.repository.glob(f"{VM}/*/data.qcow2"))
+    assert not list(here.repository.glob(f"{VM}/*.partial"))
+
+
+# Kills
+
+
+def kill_at(fake: S3Fake, number: int, *, served: bool) -> tuple[asyncio.Event, list[str]]:
+    """Stand still at a request, before it is served or after; return when, and which it is."""
+    loop, standing, which = asyncio.get_running_loop(), asyncio.Event(), []
+    first = len(fake.requests)
+
+    def fault(request: Request) -> Answer | None:
+        if request.number - first < number:
+            return None
+        if request.number - first == number:
+            if served:
+                fake.serve(request)
+            which.append(f"{request.kind} {request.key}")
+            loop.call_soon_threadsafe(standing.set)
+        return Answer(hang=True)
+
+    fake.fault = fault
+    return standing, which
+
+
+async def count_requests(folder: Path, fake: S3Fake) -> int:
+    """Return how many requests a push of all backups takes."""
+    here = host(folder, fake)
+    await here.make_backups(2)
+    await here.qbackup.ok("push", VM)
+    return len(fake.requests)
+
+
+@pytest.mark.parametrize("served_first", [False, True], ids=["before", "after"])
+async def test_a_push_that_is_killed_anywhere_is_finished_by_the_next(
+    fake: S3Fake, tmp_path: Path, served_first: bool
+) -> None:
+    total = await count_requests(tmp_path / "count", fake)
+    numbers = range(total) if EVERYTHING else range(int(served_first), total, 4)
+    here = host(tmp_path / "here", fake)
+    await here.make_backups(2)
+    for number in numbers:
+        fake.objects.clear()
+        standing, which = kill_at(fake, number, served=served_first)
+        process = await here.qbackup.start("push", VM)
+        stood = asyncio.create_task(standing.wait())
+        ended = asyncio.create_task(process.wait())
+        async with asyncio.timeout(60):
+            await asyncio.wait({stood, ended}, return_when=asyncio.FIRST_COMPLETED)
+        stood.cancel()
+        assert which, f"there is no request {number}"
+        process.kill()
+        await ended
+        fake.fault = lambda _: None
+        fake.released.set()
+        fake.released.clear()
+        # Whatever is there as a backup can be restored.
+        if any(key.endswith("manifest.json") for key in fake.objects):
+            await here.qbackup.ok("verify", VM, "--remote", "r")
+        keys = {key: one.content for key, one in fake.objects.items()}
+        done = (await here.qbackup.ok("--json", "push", VM)).last
+        assert done["backups"] == 2, which
+        assert all(fake.objects[key].content == content for key, content in keys.items()), which
+        verified = (await here.qbackup.ok("--json", "verify", VM, "--remote", "r")).last
+        assert verified["backups"] == 2, which
+    assert await here.restored() == here.chain.content
