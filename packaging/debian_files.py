@@ -60,7 +60,7 @@ def _stanza(one: Distribution, *, site: Path) -> str | None:
     return "\n".join(
         [
             f"Files: usr/lib/qbackup/site-packages/{folder.name}/*",
-            f"Comment: {name} {facts['Version']}, {facts['Summary']}",
+            ", ".join([f"Comment: {name} {facts['Version']}", *facts.get_all("Summary", ())]),
             "Copyright: its authors, as in",
             *where,
             f"License: {kinds[0].splitlines()[0] if kinds else 'as-in-the-file'}",

@@ -5,6 +5,7 @@ The tree, and the exit codes that other programs rely on:
     QbackupError                       1  failed
     ├── UsageError                     2  the command line makes no sense
     │   └── ConfigurationError         2  the configuration file makes no sense
+    │       └── NoKeyError             2  what is encrypted cannot be opened with the keys here
     ├── RefusedError                   4  --no-fallback, and a full backup would be needed
     ├── RepositoryError               10  no repository, or not one that we can use
     ├── LockedError                   11  another run holds the VM's lock
@@ -17,7 +18,8 @@ The tree, and the exit codes that other programs rely on:
     │   ├── RemoteDeniedError         14  it refuses: no credentials, or too few rights
     │   └── RemoteMissingError        14  there is no such bucket or directory
     ├── RemoteDamagedError            13  what is in a remote is not what was put there
-    │   └── ObjectMissingError        13  an object is not there
+    │   ├── ObjectMissingError        13  an object is not there
+    │   └── DecryptionError           13  what is stored encrypted was altered or cut
     ├── BootError                     13  a backup was booted, and did not do what was expected
     ├── InterruptedByUserError       130  Ctrl-C or SIGTERM
     ├── QmpCommandError                1  QEMU refused a command
@@ -79,6 +81,10 @@ class UsageError(QbackupError):
 
 class ConfigurationError(UsageError):
     """The configuration file cannot be read, or a key in it is wrong."""
+
+
+class NoKeyError(ConfigurationError):
+    """What is encrypted cannot be opened with the keys that this host has, or it has none."""
 
 
 class RefusedError(QbackupError):
@@ -173,6 +179,19 @@ class ObjectMissingError(RemoteDamagedError):
 
     def __init__(self, where: str) -> None:
         super().__init__(where, "there is no such object")
+
+
+class DecryptionError(RemoteDamagedError):
+    """An encrypted object was altered, cut, or never encrypted; `fact` says which."""
+
+    def __init__(self, name: str, fact: str) -> None:
+        super().__init__(
+            name,
+            f"cannot be decrypted: {fact}",
+            hint="somebody or something changed it where it is stored; with versioning the store "
+            "may still have what was put (docs/security.md)",
+        )
+        self.name, self.fact = name, fact
 
 
 class BootError(QbackupError):

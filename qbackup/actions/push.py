@@ -93,12 +93,15 @@ async def push(
         RemoteError: the remote cannot be used.
     """
     started = time.monotonic()
+    cipher = remote.writing
     with state.pushing(vm, remote.name):
         await ensure_repository(remote.store, repository.id)
         unfinished = Unfinished(
             state.unfinished_push(remote.name), place=remote.place, repository_id=repository.id
         )
-        target = Target(remote=remote, repository_id=repository.id, unfinished=unfinished)
+        target = Target(
+            remote=remote, cipher=cipher, repository_id=repository.id, unfinished=unfinished
+        )
         run = _Push(repository, vm, target, options, reporter)
         await run.to_the_end()
     return Pushed(

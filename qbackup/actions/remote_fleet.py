@@ -8,9 +8,10 @@ import asyncio
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from qbackup.errors import RemoteDamagedError, RepositoryError
+from qbackup.errors import NoKeyError, RemoteDamagedError, RepositoryError
 from qbackup.host.tasks import task_group
 from qbackup.model.backup import Backup, Host
+from qbackup.model.names import backup_time
 from qbackup.remote.hosts import is_named
 from qbackup.remote.layout import list_repository
 from qbackup.remote.listed import ListedVm
@@ -32,10 +33,18 @@ class FleetVm:
     host: Host | None
     vm: str
     backups: int
+    newest_id: str | None
     newest: Backup | None
     """None if there is none, or its manifest cannot be used."""
     size_bytes: int
     problems: tuple[str, ...]
+
+    @property
+    def time(self) -> datetime | None:
+        """When the newest backup was made, as its manifest says, or else its id."""
+        if self.newest is not None:
+            return self.newest.moment
+        return None if self.newest_id is None else backup_time(self.newest_id)
 
     def is_of(self, host: str) -> bool:
         """Tell whether `host` names its host, or the beginning of its repository's id."""
@@ -103,13 +112,14 @@ async def _fleet_vm(vm: ListedVm, problem: str | None, now: datetime) -> FleetVm
                 vm.remote, vm.repository_id, vm.vm, vm.backups[max(vm.backups)]
             )
             problems += _problems_of(vm, newest)
-        except RemoteDamagedError as err:
+        except (RemoteDamagedError, NoKeyError) as err:
             problems.append(err.message)
     return FleetVm(
         repository_id=vm.repository_id,
         host=newest.host if newest else None,
         vm=vm.vm,
         backups=len(vm.backups),
+        newest_id=max(vm.backups, default=None),
         newest=newest,
         size_bytes=sum(b.size_bytes for b in (*vm.backups.values(), *vm.begun.values())),
         problems=tuple(problems),

@@ -8,9 +8,10 @@ reads manifests; it changes nothing.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 from qbackup.bitmaps.size_guard import is_guarded
-from qbackup.catalog.chain_check import why_not_built_upon
+from qbackup.catalog.chain_check import why_not_built_upon, why_too_old
 from qbackup.catalog.digest_check import why_not_compared
 from qbackup.catalog.history import History
 from qbackup.formats.configuration import Vm
@@ -138,6 +139,17 @@ def assess(
         return verdict
     found = why_not_built_upon(history, verdict.base.backup, disk.name, max_chain=vm.max_chain)
     anew = found is not None and found[0] == "chain-full" and renews(verdict.base.disk, vm)
+    if vm.chain_age_s is not None and (found is None or anew):
+        too_old = why_too_old(
+            history,
+            verdict.base.backup,
+            disk.name,
+            chain_age_s=vm.chain_age_s,
+            now=datetime.now(UTC),
+        )
+        if too_old is not None:
+            # From the guest: a new image of a backup that was pushed begins no chain in a remote.
+            found, anew = ("chain-full", too_old), False
     if found is not None and not anew:
         if untrusted:
             return _not_compared(verdict, untrusted, found[1])

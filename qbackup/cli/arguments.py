@@ -116,6 +116,7 @@ def make_parser() -> Parser:
     _add_remote_commands(command)
     _add_watching_commands(command)
     _add_bitmap_command(command)
+    _add_key_command(command)
 
     _add_status_command(command)
     _add_units_command(command)
@@ -356,6 +357,18 @@ def _add_bitmap_command(command: Callable[..., Parser]) -> None:
     for name, text in (
         ("show", "show what a bitmap file says, and a heat map of the disk"),
         ("check", "exit with 0 if a bitmap file is intact and clean, else with 1"),
+    ):
+        action = actions.add_parser(name, help=text, description=text)
+        _add_common(action, defaults=False)
+        action.add_argument("file", metavar="FILE")
+
+
+def _add_key_command(command: Callable[..., Parser]) -> None:
+    key = command("key", "make or show a secret key for remotes that are encrypted")
+    actions = key.add_subparsers(dest="action", metavar="new|show")
+    for name, text in (
+        ("new", "make a key in a new file, and print its recipient for the configuration"),
+        ("show", "print the recipients that belong to the secret keys in a file"),
     ):
         action = actions.add_parser(name, help=text, description=text)
         _add_common(action, defaults=False)

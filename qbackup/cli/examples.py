@@ -91,6 +91,10 @@ EXAMPLES = {
         "qbackup bitmap show /var/lib/qbackup/vm1/data/*.qbm",
         "qbackup bitmap check FILE && echo clean",
     ),
+    "key": _examples(
+        "qbackup key new /etc/qbackup/remote.key",
+        "qbackup key show /etc/qbackup/remote.key",
+    ),
     "status": _examples(
         "qbackup status",
         "qbackup --json status vm1",

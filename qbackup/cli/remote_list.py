@@ -51,13 +51,19 @@ def _document(found: Sequence[FleetVm]) -> list[dict[str, Any]]:
             "repository": one.repository_id,
             "vm": one.vm,
             "backups": one.backups,
-            "newest": {"id": one.newest.id, "time": one.newest.time} if one.newest else None,
-            "age_s": round((now - one.newest.moment).total_seconds()) if one.newest else None,
+            "newest": _newest(one),
+            "age_s": round((now - one.time).total_seconds()) if one.time else None,
             "size_bytes": one.size_bytes,
             "problems": list(one.problems),
         }
         for one in found
     ]
+
+
+def _newest(one: FleetVm) -> dict[str, Any] | None:
+    if one.newest_id is None:
+        return None
+    return {"id": one.newest_id, "time": one.newest.time if one.newest else None}
 
 
 def _table(found: Sequence[FleetVm]) -> str:
@@ -71,8 +77,8 @@ def _table(found: Sequence[FleetVm]) -> str:
             one.repository_id[:SHOWN_ID],
             one.vm,
             str(one.backups),
-            one.newest.id if one.newest else "-",
-            format_age((now - one.newest.moment).total_seconds()) if one.newest else "-",
+            one.newest_id or "-",
+            format_age((now - one.time).total_seconds()) if one.time else "-",
             format_size(one.size_bytes),
             str(len(one.problems)) if one.problems else "",
         )

@@ -82,6 +82,8 @@ class Vm:
     keep: Rules | None = None
     """The VM's own rules of retention, in place of the global ones; None means these."""
     max_chain: int = DEFAULT_MAX_CHAIN
+    chain_age_s: int | None = None
+    """How old a chain's full may be for an incremental to build on it; None: as old as it is."""
     consolidate: When = DEFAULT_CONSOLIDATE
     """When backups may be merged; a chain that is full begins anew from its images, or never."""
     compare: bool = True
@@ -249,6 +251,7 @@ class _VmTable:
     granularity: str | int = "64K"
     engine: Literal["snapshot", "direct", "drive-backup", "blockdev-backup"] = "snapshot"
     max_chain: int | None = None
+    chain_age: str | None = None
     consolidate: When | None = None
     compare: bool = True
     warn_age: str | None = None
@@ -307,6 +310,7 @@ class _File:
     state: str
     trust_block_devices: bool | None = None
     max_chain: int | None = None
+    chain_age: str | None = None
     parallel: int = DEFAULT_PARALLEL
     scratch: str | None = None
     scratch_limit: str | int | None = None
@@ -334,6 +338,7 @@ class _Shared:
 
     defaults: Mapping[str, Any]
     max_chain: int
+    chain_age_s: int | None
     snapshot: SnapshotSettings
     hooks: HookCommands
     trust_block_devices: bool | None
@@ -353,6 +358,7 @@ _EXPECTED = {
     "trust_block_devices": "true or false",
     "compare": "true or false",
     "max_chain": f"a number of backups from 1 to {LARGEST_MAX_CHAIN}, such as max_chain = 100",
+    "chain_age": 'a time, such as chain_age = "14d"',
     "consolidate": '"always", "worthwhile" or "never"',
     "boot_accel": '"tcg" or "kvm"',
     "parallel": f"how many VMs at once, a number from 1 to {MAX_PARALLEL}",
@@ -451,14 +457,11 @@ def _document(text: str, *, path: Path) -> dict[str, Any]:
 
 def _shared(top: _File, *, path: Path) -> _Shared:
     """Return what all VMs have; [defaults] is checked here, whether a VM uses it or not."""
-    if top.max_chain is not None and "max_chain" in top.defaults:
-        raise ConfigurationError(
-            f"{path}: max_chain is at the top and in [defaults]", hint="leave one of them out"
-        )
-    if top.push is not None and "push" in top.defaults:
-        raise ConfigurationError(
-            f"{path}: push is at the top and in [defaults]", hint="leave one of them out"
-        )
+    for key in ("max_chain", "chain_age", "push"):
+        if getattr(top, key) is not None and key in top.defaults:
+            raise ConfigurationError(
+                f"{path}: {key} is at the top and in [defaults]", hint="leave one of them out"
+            )
     remotes = _remotes(top.remote, path=path)
     if top.push is not None:
         _known_remote(top.push, remotes, where=f"{path}: push")
@@ -469,6 +472,7 @@ def _shared(top: _File, *, path: Path) -> _Shared:
             if top.max_chain is None
             else _max_chain(top.max_chain, where=f"{path}: max_chain")
         ),
+        chain_age_s=_chain_age_s(top.chain_age, where=f"{path}: chain_age"),
         snapshot=_snapshot(top, path=path, folder=path.absolute().parent),
         hooks=_hooks(top.hooks or {}, path=path, where="hooks"),
         trust_block_devices=top.trust_block_devices,
@@ -561,6 +565,11 @@ def _vm(name: str, table: _VmTable, *, path: Path, where: str, shared: _Shared) 
             shared.max_chain
             if table.max_chain is None
             else _max_chain(table.max_chain, where=f"{place}.max_chain")
+        ),
+        chain_age_s=(
+            shared.chain_age_s
+            if table.chain_age is None
+            else _chain_age_s(table.chain_age, where=f"{place}.chain_age")
         ),
         consolidate=table.consolidate or DEFAULT_CONSOLIDATE,
         warn_age_s=warn_age_s,
@@ -882,6 +891,10 @@ def _max_chain(value: int, *, where: str) -> int:
     return value
 
 
+def _chain_age_s(text: str | None, *, where: str) -> int | None:
+    return None if text is None else _read(_age_s, text, where=where, key="chain_age")
+
+
 def example_configuration(*, repository: Path, state: Path) -> str:
     """Return the commented file that `qbackup init` writes."""
     granularity = f"{DEFAULT_GRANULARITY_BYTES // 1024}K"
@@ -892,6 +905,8 @@ repository = {_quoted(repository)}
 state = {_quoted(state)}
 # trust_block_devices = true          # see docs/how-to-lose-a-backup.md; must be before any table
 # max_chain = {DEFAULT_MAX_CHAIN}                     # backups in a chain; before any table
+# chain_age = "14d"                   # a disk gets a full backup when its chain is so old; for a
+#                                     # remote whose objects are locked: see docs/security.md
 # scratch = "/var/tmp/qbackup"        # local disk for what the guest overwrites during a backup;
 #                                     # default: the state directory
 # scratch_limit = "20G"               # a backup that would need more is given up; default: none
@@ -956,7 +971,7 @@ state = {_quoted(state)}
 #                                     # false: keep no digests, and back up in full
 # engine = "snapshot"                 # or "direct": QEMU writes the backup itself, and a slow
 #                                     # repository slows the guest; "drive-backup" is like it
-# max_chain = {DEFAULT_MAX_CHAIN}                     # for this VM alone
+# max_chain = {DEFAULT_MAX_CHAIN}                     # for this VM alone; so chain_age
 # consolidate = "worthwhile"          # merge backups that no rule keeps into those that need them:
 #                                     # "always", "worthwhile" (copy no full for little), "never"
 # warn_age = "26h"                    # for qbackup status --check: how old the newest backup may be

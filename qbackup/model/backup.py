@@ -64,7 +64,7 @@ REASON_TEXT: dict[Reason, str] = {
     "new-disk": "the disk is in no earlier backup",
     "requested": "a full backup was asked for",
     "no-parent": "there is no intact earlier backup to build on",
-    "chain-full": "the chain is as long as it may be; a new one begins",
+    "chain-full": "the chain is as long, or as old, as it may be; a new one begins",
 }
 """Each reason, said to people."""
 

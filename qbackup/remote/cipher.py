@@ -1,9 +1,11 @@
-"""What may stand between a file and its object: the interface of encryption."""
+"""What may stand between a file and its object: the interface of encryption.
 
-from collections.abc import AsyncIterator
+The generators that a cipher returns are to be closed (`aclosing`).
+"""
+
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Protocol
 
-from qbackup.errors import ConfigurationError
 from qbackup.formats.configuration import Remote
 
 
@@ -14,14 +16,17 @@ class Cipher(Protocol):
     def suffix(self) -> str:
         """What the names of encrypted objects end in, such as `.age`."""
 
-    def encrypt(self, plain: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    def encrypt(self, plain: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
         """Yield the object of a file."""
 
-    def decrypt(self, stored: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Yield the file of an object; nothing that is not authentic.
+    def decrypt(
+        self, encrypted: AsyncIterator[bytes], *, name: str = ...
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the file of an object; only its end without an error says that all was right.
 
         Raises:
-            RemoteDamagedError: the object was cut or altered, or is for another key.
+            DecryptionError: the object was cut or altered.
+            NoKeyError: it is for another key, or there is none.
         """
 
     def size_bounds(self, plain_bytes: int) -> tuple[int, int]:
@@ -46,4 +51,11 @@ def cipher_for(remote: Remote) -> Cipher | None:
     """
     if not remote.is_encrypted and remote.identity is None:
         return None
-    raise ConfigurationError(f"remote {remote.name}: this version cannot encrypt")
+    from qbackup.remote.encryption import AgeCipher  # noqa: PLC0415 - only where it is used
+
+    return AgeCipher.from_files(
+        recipients=remote.recipients,
+        recipients_file=remote.recipients_file,
+        identity=remote.identity,
+        where=f"[remote.{remote.name}] recipients",
+    )

@@ -6,45 +6,27 @@ No more is read than a file has, and whoever gets the last byte knows that all w
 import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from pathlib import Path
 
 from blake3 import blake3
 
 from qbackup.errors import RemoteDamagedError
 from qbackup.host import durable
-from qbackup.remote.cipher import Cipher
 from qbackup.remote.layout import StoredFile
 from qbackup.remote.opened import OpenedRemote
 from qbackup.remote.store import ObjectFacts
 
 
-def reading_cipher(remote: OpenedRemote, suffix: str) -> Cipher | None:
-    """Return what decrypts objects whose names end so.
-
-    Raises:
-        RemoteDamagedError: they are encrypted, and there is no key.
-    """
-    if not suffix:
-        return None
-    if remote.cipher is None:
-        raise RemoteDamagedError(
-            remote.place,
-            "what is there is encrypted, and there is no key to read it",
-            hint=f"set identity in [remote.{remote.name}]",
-        )
-    return remote.cipher
-
-
 async def decrypted_small(
-    remote: OpenedRemote, suffix: str, stored: bytes, *, limit_bytes: int
+    remote: OpenedRemote, suffix: str, stored: bytes, *, name: str, limit_bytes: int
 ) -> bytes:
     """Return the content of a small object.
 
     Raises:
         RemoteDamagedError: it is not authentic, or larger than anything that belongs there.
     """
-    cipher = reading_cipher(remote, suffix)
+    cipher = remote.reading(suffix)
     if cipher is None:
         return stored
 
@@ -52,10 +34,11 @@ async def decrypted_small(
         yield stored
 
     data = b""
-    async for piece in cipher.decrypt(pieces()):
-        data += piece
-        if len(data) > limit_bytes:
-            raise RemoteDamagedError(remote.place, f"a manifest has more than {limit_bytes} bytes")
+    async with aclosing(cipher.decrypt(pieces(), name=name)) as plain:
+        async for piece in plain:
+            data += piece
+            if len(data) > limit_bytes:
+                raise RemoteDamagedError(name, f"more than {limit_bytes} bytes")
     return data
 
 
@@ -73,15 +56,12 @@ async def content(
     done = 0
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(remote.store.turn())
-        pieces: AsyncIterator[bytes]
         pieces = remote.store.stream(facts.key, size_bytes=facts.size_bytes)
         stack.push_async_callback(pieces.aclose)
-        cipher = reading_cipher(remote, suffix)
+        cipher = remote.reading(suffix)
         if cipher is not None:
-            pieces = cipher.decrypt(pieces)
-            close = getattr(pieces, "aclose", None)
-            if close is not None:
-                stack.push_async_callback(close)
+            pieces = cipher.decrypt(pieces, name=where)
+            stack.push_async_callback(pieces.aclose)
         async for piece in pieces:
             done += len(piece)
             if done > file.size_bytes:

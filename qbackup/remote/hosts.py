@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qbackup.errors import BackupNotFoundError, RemoteDamagedError, UsageError
+from qbackup.errors import BackupNotFoundError, NoKeyError, RemoteDamagedError, UsageError
 from qbackup.host.tasks import task_group
 from qbackup.model.backup import Backup, Host
 from qbackup.model.names import is_safe_name
@@ -100,7 +100,7 @@ async def newest_usable(
     """Return the newest backup if its manifest can be used, None if not."""
     try:
         return (await fetch_manifest(remote, repository_id, vm, existing[-1]))[0]
-    except RemoteDamagedError:
+    except (RemoteDamagedError, NoKeyError):
         return None
 
 

@@ -59,7 +59,7 @@ class ListedVm:
         facts = listed.objects.get(file.object)
         if facts is None:
             raise RemoteDamagedError(where, "there is no such object")
-        cipher = self.remote.cipher if listed.suffix else None
+        cipher = self.remote.cipher if listed.suffix else None  # also without a key to read
         least, most = stored_size_bounds(cipher, file.size_bytes)
         if file.blake3 is None:
             least = 0

@@ -27,7 +27,7 @@ from qbackup.host.files import read_bounded
 from qbackup.host.tasks import task_group
 from qbackup.model.backup import Backup
 from qbackup.remote.cipher import stored_size_bounds
-from qbackup.remote.fetch import decrypted_small, reading_cipher
+from qbackup.remote.fetch import decrypted_small
 from qbackup.remote.layout import (
     ListedBackup,
     ListedRepository,
@@ -98,9 +98,15 @@ async def fetch_manifest(
     facts = listed.manifest
     if facts is None:
         raise BackupNotFoundError(f"{vm}: there is no backup {listed.id}")
-    _, most = stored_size_bounds(reading_cipher(remote, listed.suffix), MAX_MANIFEST_BYTES)
+    _, most = stored_size_bounds(remote.reading(listed.suffix), MAX_MANIFEST_BYTES)
     stored = await remote.store.read(facts.key, limit_bytes=most)
-    data = await decrypted_small(remote, listed.suffix, stored, limit_bytes=MAX_MANIFEST_BYTES)
+    data = await decrypted_small(
+        remote,
+        listed.suffix,
+        stored,
+        name=remote.store.where(facts.key),
+        limit_bytes=MAX_MANIFEST_BYTES,
+    )
     try:
         backup = decode_manifest(data, repository_id=repository_id, vm=vm, backup_id=listed.id)
         files_of(backup, suffix=listed.suffix)

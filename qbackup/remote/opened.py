@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from qbackup.errors import ConfigurationError, NoKeyError
 from qbackup.formats.configuration import Remote
 from qbackup.remote.cipher import Cipher, cipher_for
 from qbackup.remote.store import Store
@@ -18,6 +19,38 @@ class OpenedRemote:
     def name(self) -> str:
         """What the configuration calls it."""
         return self.store.remote.name
+
+    def reading(self, suffix: str) -> Cipher | None:
+        """Return what decrypts objects whose names end in `suffix`, None if nothing has to.
+
+        Raises:
+            NoKeyError: they are encrypted, and there is no key.
+        """
+        if not suffix:
+            return None
+        if self.store.remote.identity is None or self.cipher is None:
+            raise NoKeyError(
+                f"{self.place}: what is there is encrypted, and this host has no key to read it",
+                hint=f'set identity = "FILE" in [remote.{self.name}], FILE being a copy of the '
+                "secret key; a host that only pushes needs none, and had better have none",
+            )
+        return self.cipher
+
+    @property
+    def writing(self) -> Cipher | None:
+        """What encrypts new objects, None if nothing does.
+
+        Raises:
+            ConfigurationError: there is a key to decrypt with, and none to encrypt to.
+        """
+        remote = self.store.remote
+        if remote.identity is not None and not remote.is_encrypted:
+            raise ConfigurationError(
+                f"remote {remote.name}: there is an identity, and there are no recipients",
+                hint="backups would be put there unencrypted: set recipients, or leave out "
+                "identity",
+            )
+        return self.cipher
 
     @property
     def place(self) -> str:

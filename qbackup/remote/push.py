@@ -82,6 +82,7 @@ class Target:
     """Where a VM's backups go, and what is known of it."""
 
     remote: OpenedRemote
+    cipher: Cipher | None
     repository_id: str
     unfinished: Unfinished
 
@@ -126,7 +127,10 @@ async def put_files(
             stored[source.name] = before
             return
         try:
-            stored[source.name] = await _put_file(target, backup, source, reporter, fresh=fresh)
+            plain = f"{source.name}{suffix_of(target.cipher)}"
+            new = fresh_name(source.name, suffix=suffix_of(target.cipher))
+            name = new if fresh or plain in taken else plain
+            stored[source.name] = await _put_file(target, backup, source, reporter, name=name)
         except VerificationError as err:
             if not source.optional:
                 raise
@@ -155,20 +159,18 @@ def _is_whole(
 ) -> bool:
     """Tell whether an object that this host has put is still there, and of the file."""
     facts = there.objects.get(before.object) if there is not None else None
-    least, most = stored_size_bounds(target.remote.cipher, source.size_bytes)
+    least, most = stored_size_bounds(target.cipher, source.size_bytes)
     return (
         facts is not None
-        and before.object.endswith(ENCRYPTED_SUFFIX) == (target.remote.cipher is not None)
+        and before.object.endswith(ENCRYPTED_SUFFIX) == (target.cipher is not None)
         and (before.size_bytes, before.blake3) == (source.size_bytes, source.blake3)
         and least <= facts.size_bytes <= most
     )
 
 
 async def _put_file(
-    target: Target, backup: Backup, source: SourceFile, reporter: Reporter, *, fresh: bool
+    target: Target, backup: Backup, source: SourceFile, reporter: Reporter, *, name: str
 ) -> RemoteObject:
-    suffix = suffix_of(target.remote.cipher)
-    name = fresh_name(source.name, suffix=suffix) if fresh else f"{source.name}{suffix}"
     done = 0
 
     def on_bytes(count: int) -> None:
@@ -182,9 +184,9 @@ async def _put_file(
                 total_bytes=source.size_bytes,
             )
 
-    _, most = stored_size_bounds(target.remote.cipher, source.size_bytes)
+    _, most = stored_size_bounds(target.cipher, source.size_bytes)
     async with target.remote.store.turn(), aclosing(hashed(source, on_bytes)) as plain:
-        pieces = plain if target.remote.cipher is None else target.remote.cipher.encrypt(plain)
+        pieces = plain if target.cipher is None else target.cipher.encrypt(plain)
         await target.remote.store.write_stream(
             target.key(backup, name), pieces, size_limit_bytes=most
         )
@@ -198,8 +200,8 @@ async def commit(target: Target, backup: Backup, *, protected: bool) -> None:
     if protected:
         await put_protection(target, backup)
     data = encode_manifest(backup, repository_id=target.repository_id)
-    key = target.key(backup, f"{MANIFEST_FILE}{suffix_of(target.remote.cipher)}")
-    await target.remote.store.write(key, await _encrypted(target.remote.cipher, data))
+    key = target.key(backup, f"{MANIFEST_FILE}{suffix_of(target.cipher)}")
+    await target.remote.store.write(key, await _encrypted(target.cipher, data))
 
 
 async def put_protection(target: Target, backup: Backup) -> None:
@@ -214,4 +216,5 @@ async def _encrypted(cipher: Cipher | None, data: bytes) -> bytes:
     async def plain() -> AsyncIterator[bytes]:
         yield data
 
-    return b"".join([piece async for piece in cipher.encrypt(plain())])
+    async with aclosing(cipher.encrypt(plain())) as pieces:
+        return b"".join([piece async for piece in pieces])

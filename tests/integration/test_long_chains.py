@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,38 @@ async def test_a_full_chain_begins_anew_from_its_images_and_the_guest_is_not_rea
         assert "its chain stays full" in result.stderr and "restore or verify" in result.stderr
         await it.qbackup.ok("verify")
         await it.check_restores()
+
+
+async def test_a_chain_that_is_too_old_is_foretold_told_and_followed_by_a_full(
+    tmp_path: Path,
+) -> None:
+    async with lab(tmp_path, disk_specs(tmp_path, "a", "b"), extra='chain_age = "14d"\n') as it:
+        full = await it.back_up("full")
+        await it.write("a", 0, 4096, 1)
+        await it.incremental()
+        assert await next_reasons(it.qbackup) == [None, None]
+        made_days_ago(it.repository, full["id"], days=15)
+        assert await next_reasons(it.qbackup) == ["chain-full", "chain-full"]
+        check = await it.qbackup.run("status", VM, "--check", "--warn-free", "1")
+        assert (check.code, "chain" in check.stdout.split("|")[0]) == (0, False)
+        await it.write("b", 65536, 4096, 2)
+        result = await it.qbackup.ok("incremental", VM)
+        assert f"its chain began with {full['id']}, 15 d ago" in result.stderr
+        anew = (await it.qbackup.ok("--json", "list", VM)).document[-1]
+        assert reasons(anew) == ["chain-full", "chain-full"]
+        assert [disk["kind"] for disk in anew["disks"]] == ["full", "full"]
+        await it.write("b", 0, 4096, 3)
+        summary = await it.qbackup.summary("incremental", VM)
+        assert [disk["parent"] for disk in summary["disks"]] == [anew["id"]] * 2
+        await it.qbackup.ok("verify")
+
+
+def made_days_ago(repository: Path, backup_id: str, *, days: int) -> None:
+    """Have a backup's manifest say that it was made some days earlier."""
+    opened = Repository.open(repository)
+    backup = opened.backup(VM, backup_id)
+    time = (backup.moment - timedelta(days=days)).isoformat()
+    write_manifest(repository / VM / backup_id, opened.id, replace(backup, time=time))
 
 
 @pytest.mark.timeout(1500)

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 from support.chains import VM, chain_backup, chain_id, write_image, write_manifest
-from support.remotes import PREFIX, Host, host, served
-from support.s3_fake import ACCESS_KEY, SECRET_KEY, Answer, Request, S3Fake
+from support.remotes import PREFIX, Host, host, s3_settings, served
+from support.s3_fake import ACCESS_KEY, BUCKET, SECRET_KEY, Answer, Request, S3Fake
 from support.sweeps import EVERYTHING
 
 from qbackup.cli.main import run
+from qbackup.remote.keys import write_new_key
 from qbackup.repository.repository import Repository
 
 COUNT = 3
@@ -29,11 +30,20 @@ def fake() -> Iterator[S3Fake]:
         yield found
 
 
-@pytest.fixture(params=["s3", "directory"])
+@pytest.fixture(params=["s3", "directory", "encrypted"])
 async def pushed(request: pytest.FixtureRequest, fake: S3Fake, tmp_path: Path) -> Host:
     """Return a host whose backups are in its remote."""
     if request.param == "s3":
         made = host(tmp_path / "here", fake)
+    elif request.param == "encrypted":
+        key = tmp_path / "secret.key"
+        recipient = await write_new_key(key)
+        made = host(tmp_path / "here", fake)
+        made = Host(
+            folder=made.folder,
+            url=made.url,
+            extra=f'{made.extra}recipients = ["{recipient}"]\nidentity = "{key}"\n',
+        )
     else:
         (tmp_path / "nas").mkdir()
         made = Host(folder=tmp_path / "here", url=str(tmp_path / "nas"))
@@ -80,6 +90,24 @@ async def test_what_is_pulled_is_the_repositorys_own(pushed: Host, tmp_path: Pat
     assert len(done["put"]) == COUNT
     fleet = (await pushed.run("list", "--remote", "r")).document
     assert {one["repository"] for one in fleet} == {pushed.repository_id, repository.id}
+
+
+async def test_a_host_without_the_key_can_put_and_not_read(fake: S3Fake, tmp_path: Path) -> None:
+    recipient = await write_new_key(tmp_path / "secret.key")
+    settings = f'{s3_settings(fake)}recipients = ["{recipient}"]\n'
+    here = Host(folder=tmp_path / "here", url=f"s3://{BUCKET}/{PREFIX}", extra=settings)
+    await here.make_backups(COUNT)
+    await here.qbackup.ok("push", VM)
+    names = {key.rpartition("/")[2] for key in fake.objects}
+    assert names == {"qbackup.json", "data.qcow2.age", "manifest.json.age"}
+    done = (await here.qbackup.ok("--json", "push", VM)).last
+    assert (done["put"], done["backups"]) == ([], COUNT)
+    for command in (["list", VM], ["verify"], ["restore", VM, "--to", str(tmp_path / "out")]):
+        result = await here.run(*command, "--remote", "r")
+        assert (result.code, result.last["class"]) == (2, "NoKeyError"), command
+    (one,) = (await here.qbackup.ok("--json", "list", "--remote", "r")).document
+    assert (one["backups"], one["newest"]["id"]) == (COUNT, here.chain.ids[-1])
+    assert "no key to read it" in one["problems"][0]
 
 
 async def test_two_hosts_have_a_vm_of_the_same_name(fake: S3Fake, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,28 @@ async def test_a_chain_that_is_full_can_begin_anew_from_its_newest_backup(
     assert reasons(plan_for(inventory, "full", vm={"max_chain": 2})) == {"system": "requested"}
     lost = make_inventory(make_disk("system"))
     assert reasons(plan_for(lost, vm={"max_chain": 2})) == {"system": "missing"}
+
+
+async def test_a_chain_that_is_too_old_is_followed_by_a_full_from_the_guest(
+    publish: Publish, plan_for: Callable[..., Plan], reporter: RecordingReporter
+) -> None:
+    began = datetime.now(UTC) - timedelta(days=15)
+    await publish(replace(make_backup(ID1), time=began.isoformat()))
+    await publish(make_backup(ID2, parent=ID1))
+    inventory = make_inventory(make_disk("system", make_bitmap(ID2)))
+    day_s = 86400
+    for younger in (None, 16 * day_s):
+        assert reasons(plan_for(inventory, vm={"chain_age_s": younger})) == {"system": None}
+    old: dict[str, Any] = {"chain_age_s": 14 * day_s}
+    # Also where its images could be merged: in a remote they are as they were pushed.
+    for vm in (old, old | {"max_chain": 2}, old | {"consolidate": "never"}):
+        plan = plan_for(inventory, vm=vm)
+        assert reasons(plan) == {"system": "chain-full"}
+        assert [(v.kind, v.parent, v.renews) for v in plan.verdicts] == [("full", None, False)]
+        assert f"its chain began with {ID1}, 15 d ago" in reporter.notices[-1]
+    assert reporter.warnings == []
+    with pytest.raises(RefusedError):
+        plan_for(inventory, vm=old, fallback=False)
 
 
 def digests_of(repository: Repository, backup_id: str) -> Digests:

@@ -2,19 +2,22 @@
 
 import os
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from support.chains import DISK, MadeChain, make_chain
 from support.chains import VM as CHAIN_VM
 
-from qbackup.catalog.chain_check import too_long, why_not_built_upon
+from qbackup.catalog.chain_check import too_long, why_not_built_upon, why_too_old
 from qbackup.catalog.history import History
 from qbackup.errors import ManifestDamagedError
-from qbackup.model.backup import Backup
+from qbackup.model.backup import Backup, Merged
+from qbackup.model.names import backup_time
 from qbackup.repository.repository import Repository
 
-from ..values import ID1, ID2, ID3, VM, make_backup
+from ..values import ID1, ID2, ID3, UNKNOWN_ID, VM, make_backup, make_disk_backup
 
 Publish = Callable[[Backup], Awaitable[None]]
 
@@ -87,3 +90,50 @@ async def test_a_manifest_is_read_once_even_if_it_is_damaged(
     with pytest.raises(ManifestDamagedError):
         history.chain_length(history.backup(ID2), "system")
     assert History(repository, VM).chain_length(history.backup(ID2), "system") == 2
+
+
+DAY_S = 86400.0
+
+
+@pytest.mark.parametrize(
+    ("age_s", "told"),
+    [
+        (0, None),
+        (14 * DAY_S - 1, None),
+        (14 * DAY_S, f"its chain began with {ID1}, 14 d ago, and chain_age allows no more"),
+        (900 * DAY_S, "2 y ago"),
+        (-59, None),  # a clock that was put right
+        (-DAY_S, "in the future"),
+    ],
+)
+async def test_a_chain_is_as_old_as_the_full_that_it_began_with(
+    repository: Repository, publish: Publish, age_s: float, told: str | None
+) -> None:
+    await publish(make_backup(ID1))
+    await publish(make_backup(ID2, parent=ID1))
+    await publish(make_backup(ID3, parent=ID2))
+    history = History(repository, VM)
+    now = history.backup(ID1).moment + timedelta(seconds=age_s)
+    found = why_too_old(history, history.backup(ID3), "system", chain_age_s=14 * DAY_S, now=now)
+    assert found == told or (found and told and told in found)
+
+
+@pytest.mark.parametrize("there", [True, False])
+async def test_a_full_that_took_in_others_is_as_old_as_the_first_of_them(
+    repository: Repository, publish: Publish, there: bool
+) -> None:
+    merged = Merged(kind="incremental", parent=UNKNOWN_ID, count=3, oldest=UNKNOWN_ID)
+    if there:  # its manifest tells the time better than its id
+        await publish(replace(make_backup(UNKNOWN_ID), time="2026-11-22T00:00:00.000Z"))
+    await publish(make_backup(ID1, disks=[make_disk_backup(merged=merged)]))
+    await publish(make_backup(ID2, parent=ID1))
+    history = History(repository, VM)
+    found = why_too_old(
+        history,
+        history.backup(ID2),
+        "system",
+        chain_age_s=3 * DAY_S,
+        now=backup_time(ID2) + timedelta(hours=1),
+    )
+    assert (found is None) == there
+    assert there or (found is not None and UNKNOWN_ID in found)

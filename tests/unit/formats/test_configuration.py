@@ -240,6 +240,11 @@ MISTAKES = {
         ["at the top and in [defaults]"],
         ["leave one"],
     ),
+    "aged twice for all": (
+        f'chain_age = "1d"\n{TABLE}[defaults]\nchain_age = "2d"',
+        ["chain_age is at the top and in [defaults]"],
+        ["leave one"],
+    ),
     "hook no list": (f'{TABLE}[hooks]\nbefore = "sync"', ["hooks.before"], ["before = ["]),
     "hook no program": (f"{TABLE}[hooks]\nafter = []", ["hooks.after"], ["after = ["]),
     "hook with a NUL": (f'{TABLE}[hooks]\nafter = ["a", "\\u0000"]', ["hooks.after"], ["after ="]),
@@ -392,6 +397,32 @@ def test_max_chain_is_for_all_vms_or_for_one(top: str, table: str, found: int) -
     text = f'repository = "r"\nstate = "s"\n{top}\n[vm.a]\nqmp = "q"\n{table}\n'
     configuration = parse_configuration(text, path=Path("/etc/c.toml"))
     assert configuration.vm("a").max_chain == found
+
+
+@pytest.mark.parametrize(
+    ("top", "table", "found"),
+    [
+        ("", "", None),
+        ('chain_age = "14d"', "", 14 * 86400),
+        ('[defaults]\nchain_age = "14d"', "", 14 * 86400),
+        ('chain_age = "14d"', 'chain_age = "36h"', 36 * 3600),
+        ('[defaults]\nchain_age = "14d"', 'chain_age = "36h"', 36 * 3600),
+    ],
+)
+def test_chain_age_is_for_all_vms_or_for_one(top: str, table: str, found: int | None) -> None:
+    text = f'repository = "r"\nstate = "s"\n{top}\n[vm.a]\nqmp = "q"\n{table}\n'
+    assert parse(text).vm("a").chain_age_s == found
+
+
+@pytest.mark.parametrize("value", ["14", '""', '"0d"', '"-1d"', '"ages"', "true", '"14 weeks"'])
+@pytest.mark.parametrize("where", ["chain_age", "vm.a.chain_age", "defaults.chain_age"])
+def test_a_chain_age_that_is_no_time_is_refused_with_an_example(value: str, where: str) -> None:
+    line = f"chain_age = {value}"
+    top = {"chain_age": line, "defaults.chain_age": f"[defaults]\n{line}"}.get(where, "")
+    table = line if where.startswith("vm") else ""
+    with pytest.raises(ConfigurationError, match=f": {re.escape(where)}: ") as caught:
+        parse(f'repository = "r"\nstate = "s"\n{top}\n[vm.a]\nqmp = "q"\n{table}\n')
+    assert caught.value.hint is not None and 'chain_age = "14d"' in caught.value.hint
 
 
 @pytest.mark.parametrize(
