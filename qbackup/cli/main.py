@@ -33,8 +33,9 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    if _is_held():
-        # A thread hangs on a file system that does not answer; Python would wait for it.
+    if _is_held() or "obstore" in sys.modules:
+        # A thread hangs on a file system that does not answer, and Python would wait for it; or
+        # the client of object stores has threads that abort where Python takes itself apart.
         os._exit(code)
     sys.exit(code)
 
