@@ -108,7 +108,7 @@ async def put_files(
         VerificationError: a file is not what the manifest says; nothing of it can be seen.
         RemoteError: the store fails.
     """
-    taken = set(there.objects) if there is not None else set()
+    taken = set(there.objects) - {PROTECTED_FILE} if there is not None else set()
     known = {
         name: found
         for name in (source.name for source in sources)
@@ -117,7 +117,6 @@ async def put_files(
     remembered = {one.object for one in known.values()}
     fresh = fresh or not taken <= remembered
     stored: dict[str, RemoteObject] = {}
-    missing: set[str] = set()
 
     async def one(source: SourceFile) -> None:
         if not source.blake3:
@@ -135,7 +134,6 @@ async def put_files(
             if not source.optional:
                 raise
             reporter.warning(f"{err.problems[0]}; it is left out")
-            missing.add(source.name)
             return
         await target.unfinished.remember(backup.id, stored[source.name])
 
