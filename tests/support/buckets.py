@@ -50,6 +50,12 @@ class Bucket:
         found = self._all("list_object_versions", "Versions")
         return [(version["Key"], version["VersionId"]) for version in found]
 
+    @property
+    def markers(self) -> list[tuple[str, str]]:
+        """The marks of deleted objects: without them, their newest versions are seen again."""
+        found = self._all("list_object_versions", "DeleteMarkers")
+        return [(marker["Key"], marker["VersionId"]) for marker in found]
+
     def get(self, key: str, version: str | None = None) -> bytes:
         """Return an object."""
         chosen = {} if version is None else {"VersionId": version}
