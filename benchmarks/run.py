@@ -17,6 +17,7 @@ from pathlib import Path
 
 import backups
 import bitmaps
+import remote
 from fingerprint import fingerprint
 from guest_latency import guest_latency
 from measure import TMPFS, TOP, Failed, Row, print_table
@@ -45,6 +46,8 @@ def all_benchmarks(rounds: int, disk: Path) -> dict[str, Benchmark]:
         "bitmap-save": lambda: bitmaps.save(rounds),
         "bitmap-load": lambda: bitmaps.load(rounds),
         "run-overhead": lambda: run_overhead(rounds),
+        "remote-upload": lambda: remote.upload(rounds),
+        "remote-list": lambda: remote.listing(rounds),
         "fingerprint": lambda: fingerprint(rounds),
     }
 

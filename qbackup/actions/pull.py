@@ -4,13 +4,12 @@ They become the repository's own, and say where they came from. Each is there wh
 as any backup, and after the backups that its images build on.
 """
 
-import os
 import time
 from dataclasses import dataclass, field, replace
 
+from qbackup.actions.remote_chain import check_fetched
 from qbackup.catalog.choose import choose_backup
 from qbackup.catalog.history import History
-from qbackup.catalog.image_check import check_header
 from qbackup.errors import (
     BackupNotFoundError,
     ChainBrokenError,
@@ -20,7 +19,7 @@ from qbackup.errors import (
     RemoteDamagedError,
 )
 from qbackup.formats.manifest import MANIFEST_FILE
-from qbackup.host.tasks import task_group
+from qbackup.host.tasks import in_thread, task_group
 from qbackup.model.backup import Backup, Origin
 from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_size
@@ -162,8 +161,6 @@ class _Pull:
             async with task_group() as group:
                 for file in files:
                     group.create_task(self._fetch(partial, backup, file))
-            for disk in backup.disks:
-                self._check_image(partial, backup, disk.name)
             await partial.publish(self._own(backup))
         size_bytes = sum(file.size_bytes for file in files if file.blake3)
         self.pulled.append(PulledBackup(id=backup.id, time=backup.time, size_bytes=size_bytes))
@@ -184,23 +181,16 @@ class _Pull:
                 )
 
         facts = self.mirror.check_listed(backup, file)
+        path = partial.directory / file.name
         await fetch_file(
             self.mirror.remote,
             facts,
             file,
-            partial.directory / file.name,
+            path,
             suffix=self.mirror.backups[backup.id].suffix,
             on_bytes=on_bytes,
         )
-
-    def _check_image(self, partial: PartialBackup, backup: Backup, name: str) -> None:
-        """Refuse an image that names another backing file than its manifest."""
-        disk = backup.disk(name)
-        if disk is None:
-            return
-        here = replace(disk, file=os.fspath(partial.image(name).relative_to(self.repository.path)))
-        if problem := check_header(self.repository.path, here):
-            raise RemoteDamagedError(self.mirror.where(backup.id, f"{name}.qcow2"), problem)
+        await in_thread(check_fetched, self.mirror, backup, file, path)
 
     def _own(self, backup: Backup) -> Backup:
         """Return the backup as one of this repository."""

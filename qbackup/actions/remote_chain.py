@@ -14,11 +14,15 @@ from pathlib import Path
 from qbackup.catalog.choose import choose_backup
 from qbackup.catalog.disk_images import choose_disks
 from qbackup.catalog.history import History
-from qbackup.errors import RestoreError
+from qbackup.catalog.image_check import check_first_cluster
+from qbackup.errors import RemoteDamagedError, RestoreError
+from qbackup.formats.documents import DocumentError
 from qbackup.formats.manifest import MANIFEST_FILE, encode_manifest
+from qbackup.formats.qcow2 import CLUSTER_BYTES
 from qbackup.formats.repository_file import encode_repository_file
-from qbackup.formats.vm_files import ARCHIVE_FILE
+from qbackup.formats.vm_files import ARCHIVE_FILE, read_archive
 from qbackup.host import durable
+from qbackup.host.files import open_regular
 from qbackup.host.tasks import in_thread, task_group
 from qbackup.model.backup import Backup
 from qbackup.model.progress import Reporter
@@ -108,6 +112,32 @@ async def _fetch(
         suffix=mirror.backups[backup.id].suffix,
         on_bytes=on_bytes,
     )
+    await in_thread(check_fetched, mirror, backup, file, path)
+
+
+def check_fetched(mirror: Mirror, backup: Backup, file: StoredFile, path: Path) -> None:
+    """Refuse a file that is the one of its manifest, and still none that qbackup would write.
+
+    Whoever writes to a remote makes manifests as he likes: an image that names another backing
+    file, an archive with other members.
+
+    Raises:
+        RemoteDamagedError: it is such a file.
+        OSError: it cannot be read.
+    """
+    disk = backup.disk(file.name.removesuffix(".qcow2"))
+    problem = None
+    with open_regular(path) as opened:
+        if disk is not None and file.name.endswith(".qcow2"):
+            problem = check_first_cluster(opened.read(CLUSTER_BYTES), disk)
+        elif file.name == ARCHIVE_FILE:
+            try:
+                for _ in read_archive(opened, backup.files):
+                    pass
+            except DocumentError as err:
+                problem = str(err)
+    if problem is not None:
+        raise RemoteDamagedError(mirror.where(backup.id, file.object), problem)
 
 
 def _write_manifest(repository: Repository, backup: Backup) -> None:

@@ -23,7 +23,10 @@ async def restore_from_remote(arguments: argparse.Namespace, context: Context) -
     to = Path(arguments.to)
     beside = context.configuration.state / vm if to.is_block_device() else to
     disks = tuple(arguments.disk)
-    with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
+    with (
+        make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter,
+        mirror.telling(),
+    ):
         check_targets(mirror.repository, vm, options_of(arguments, at))
         async with fetched(mirror, at, disks, beside, reporter) as (repository, backup_id):
             options = options_of(arguments, backup_id)

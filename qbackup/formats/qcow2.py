@@ -39,6 +39,7 @@ _VERSION_2_HEADER_BYTES = 72
 _INCOMPATIBLE_DIRTY = 1 << 0
 _INCOMPATIBLE_CORRUPT = 1 << 1
 _INCOMPATIBLE_DATA_FILE = 1 << 2
+_INCOMPATIBLE_KNOWN = 0b11111  # also: the compression type, extended L2 entries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +117,8 @@ def read_header(data: bytes) -> Qcow2Header:
     features = fields[13]
     if version != 3:
         raise Qcow2Error(f"qcow2 version {version}; backups are version 3")
+    if features & ~_INCOMPATIBLE_KNOWN:
+        raise Qcow2Error(f"unknown incompatible features {features & ~_INCOMPATIBLE_KNOWN:#x}")
     return Qcow2Header(
         version=version,
         virtual_size_bytes=size,

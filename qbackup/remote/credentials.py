@@ -5,7 +5,7 @@
 
 import os
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ from typing import Any
 from qbackup.errors import RemoteDeniedError
 from qbackup.formats.configuration import Remote
 from qbackup.host.files import open_regular
-from qbackup.host.tasks import in_thread
 
-Provider = Callable[[], Awaitable[dict[str, Any]]]
+Provider = Callable[[], dict[str, Any]]
 """What the client asks for a key id, a secret key, a token and when they expire."""
 
 _OF_THE_CLIENT = (
@@ -91,9 +90,10 @@ def _of_session(remote: Remote, profile: str | None) -> Provider:
 
 
 def _provider(credentials: Any) -> Provider:
-    async def provide() -> dict[str, Any]:
-        # May ask a server for new ones.
-        frozen = await in_thread(credentials.get_frozen_credentials)
+    # No coroutine: the client asks from threads of its own, too, while parts of an upload are on
+    # their way, and could not await one there.
+    def provide() -> dict[str, Any]:
+        frozen = credentials.get_frozen_credentials()  # may ask a server for new ones
         return {
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,

@@ -8,7 +8,8 @@ Nothing gets there that does not decode as the manifest that it has to be.
 import asyncio
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import msgspec
 
 from qbackup.errors import (
     BackupNotFoundError,
+    ManifestDamagedError,
     RemoteDamagedError,
     RemoteError,
 )
@@ -79,6 +81,23 @@ class Mirror(ListedVm):
     repository: Repository
     problems: dict[str, str] = field(default_factory=dict)
     """Why the manifest of a backup cannot be used, by id."""
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Let an error about a manifest be about the object, and not about its copy here.
+
+        Raises:
+            RemoteDamagedError: in place of `ManifestDamagedError`.
+        """
+        try:
+            yield
+        except ManifestDamagedError as err:
+            backup_id = Path(err.path).parent.name
+            where = self.where(backup_id, MANIFEST_FILE)
+            fact = self.problems.get(backup_id, err.fact).removeprefix(f"{where}: ")
+            raise RemoteDamagedError(
+                where, fact, hint=f"see what is right: qbackup verify --remote {self.remote.name}"
+            ) from err
 
 
 async def repositories(remote: OpenedRemote) -> list[str]:

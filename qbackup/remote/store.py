@@ -50,8 +50,10 @@ Client = AzureStore | GCSStore | LocalStore | S3Store
 
 MAX_OBJECT_BYTES = 5 * 1024**4
 """What S3 takes as one object."""
-MAX_LISTED = 5_000_000
+MAX_LISTED = 1_000_000
 MAX_FOLDERS = 10_000
+MAX_STRANGERS = 10_000
+"""Objects beside the folders: a prefix of one's own has none."""
 PIECE_BYTES = 1024 * 1024
 """What a stream yields at least, but for its end."""
 
@@ -61,6 +63,8 @@ _MOST_PARTS = 9_000
 _PARTS_AT_ONCE = 4
 _LARGE_PARTS_AT_ONCE = 2
 _PAGE = 1000
+_PAGES_AS_LONG = 10
+"""A whole list may take so many times what a page may: whoever invents keys has no end of them."""
 _MAX_CA_BYTES = 4 * 1024 * 1024
 _CONNECT_S = 20
 _ABORT_S = 10.0
@@ -303,7 +307,11 @@ class Store:
         """
         stream = obstore.list(self._quick, folder or None, offset=after, chunk_size=_PAGE)
         count = 0
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.remote.timeout_s * _PAGES_AS_LONG
         while True:
+            if loop.time() > deadline:
+                raise RemoteError(f"{self.where(folder)}: after {count} objects the list goes on")
             with self._told(folder):
                 try:
                     async with asyncio.timeout(self.remote.timeout_s):
@@ -335,6 +343,7 @@ class Store:
             return sorted(name.removeprefix(prefix) for name in found["common_prefixes"])
         names: dict[str, None] = {}
         after: str | None = None
+        strangers = 0
         # The client's own way would take a list without an end into memory. This one looks at a
         # page, and goes on after the last folder in it.
         while True:
@@ -355,8 +364,13 @@ class Store:
                     after = f"{prefix}{name}0"  # what comes after `/`
                 else:
                     after = key
-            if len(names) > MAX_FOLDERS:
-                raise RemoteError(f"{self.where(folder)}: more than {MAX_FOLDERS} folders")
+                    strangers += 1
+            if len(names) > MAX_FOLDERS or strangers > MAX_STRANGERS:
+                raise RemoteError(
+                    f"{self.where(folder)}: more than {MAX_FOLDERS} folders, or "
+                    f"{MAX_STRANGERS} objects beside them",
+                    hint="give the remote a prefix of its own",
+                )
 
     async def delete(self, keys: Sequence[str]) -> None:
         """Remove objects, in no order; those that are not there are removed.

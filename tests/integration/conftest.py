@@ -1,8 +1,10 @@
-"""Which variants of the tests with a real QEMU are run."""
+"""Which variants of the tests with a real QEMU are run; the Ceph that tests share."""
 
+import os
 from collections import defaultdict
 
 import pytest
+from support.ceph import Ceph, shared_ceph
 from support.sweeps import EVERYTHING, sampled
 
 
@@ -22,3 +24,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out |= set(same) - set(sampled(name, same))
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
+
+
+@pytest.fixture(scope="session")
+def ceph(tmp_path_factory: pytest.TempPathFactory) -> Ceph:
+    """Return the Ceph of this test run, which all its processes share; it ends with the run."""
+    folder, pid = tmp_path_factory.getbasetemp(), os.getpid()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder, pid = folder.parent, os.getppid()
+    return shared_ceph(folder / "ceph", until_pid=pid)

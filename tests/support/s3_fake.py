@@ -19,6 +19,7 @@ from xml.sax.saxutils import escape
 BUCKET = "bucket"
 ACCESS_KEY = "AKIATESTTESTTESTTEST"
 SECRET_KEY = "no+value/that/may/be/seen/anywhere/"  # noqa: S105 - of nothing
+_SLOW_BYTES = 256 * 1024
 _TIME = "%Y-%m-%dT%H:%M:%S.000Z"
 
 
@@ -51,13 +52,18 @@ class Request:
 
 @dataclass
 class Answer:
-    """What is answered. `cut` bytes of the body are sent before the connection ends."""
+    """What is answered. `cut` bytes of the body are sent before the connection ends.
+
+    `raw` is sent in place of it all; between pieces of the body are pauses of `pause_s`.
+    """
 
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None
     hang: bool = False
+    raw: bytes | None = None
+    pause_s: float = 0.0
 
 
 @dataclass
@@ -250,6 +256,7 @@ def error(status: int, code: str) -> Answer:
 def _handler(fake: S3Fake) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # or each answer takes 40 ms
 
         def log_message(self, *_: Any) -> None:
             """Say nothing."""
@@ -278,14 +285,22 @@ def _handler(fake: S3Fake) -> type[BaseHTTPRequestHandler]:
                 fake.released.wait()
                 self.close_connection = True
                 return
+            if answer.raw is not None:
+                self.wfile.write(answer.raw)
+                self.close_connection = True
+                return
             self.send_response(answer.status)
             for name, value in answer.headers.items():
                 self.send_header(name, value)
             if "Content-Length" not in answer.headers:
                 self.send_header("Content-Length", str(len(answer.body)))
             self.end_headers()
+            body = memoryview(answer.body)[: answer.cut]
             if self.command != "HEAD":
-                self.wfile.write(answer.body[: answer.cut])
+                step = _SLOW_BYTES if answer.pause_s else len(body) or 1
+                for start in range(0, len(body), step):
+                    self.wfile.write(body[start : start + step])
+                    time.sleep(answer.pause_s)
             if answer.cut is not None:
                 self.close_connection = True
 

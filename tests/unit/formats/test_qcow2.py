@@ -266,6 +266,12 @@ def test_the_feature_bits_that_matter_are_told(
     assert (header.corrupt, header.has_data_file) == (corrupt, has_data_file)
 
 
+@pytest.mark.parametrize("bit", [5, 40, 63])
+def test_an_image_with_features_that_nobody_knows_is_refused(bit: int) -> None:
+    with pytest.raises(Qcow2Error, match="unknown incompatible features"):
+        read_header(patched(72, ">Q", 1 << bit))
+
+
 def test_of_two_backing_formats_the_last_one_counts_as_in_qemu() -> None:
     # QEMU's qcow2_read_extensions() lets a later extension replace an earlier one.
     extension = struct.pack(">II8s", 0xE2792ACA, 3, b"raw")

@@ -37,7 +37,7 @@ def key_file(tmp_path: Path, text: str = KEYS, mode: int = 0o600) -> Path:
 async def provided(found: Remote) -> tuple[str, str, str]:
     provider = provider_for(found)
     assert provider is not None
-    keys = await provider()
+    keys = provider()
     return keys["access_key_id"], keys["secret_access_key"], keys["token"]
 
 

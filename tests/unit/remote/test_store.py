@@ -101,6 +101,47 @@ async def test_lists_are_read_page_by_page(fake: S3Fake) -> None:
     assert len(fake.of_kind("list")) == 4
 
 
+async def test_a_list_that_always_gets_further_is_given_up_all_the_same(fake: S3Fake) -> None:
+    number = iter(range(10**9))
+
+    def endless(_request: Request) -> Answer:
+        time.sleep(0.02)
+        fake.objects.clear()
+        for _ in range(1001):
+            fake.put(f"pre/fix/r/{next(number):012}", b"")
+        return fake.serve(_request)
+
+    fake.fault = endless
+    with pytest.raises(RemoteError, match="the list goes on"):
+        async for _ in s3(fake, timeout_s=0.2).objects("r"):
+            pass
+
+
+async def test_objects_beside_the_folders_are_not_counted_for_ever(
+    fake: S3Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_STRANGERS", 2500)
+    for number in range(3000):
+        fake.put(f"pre/fix/{number:06}", b"")
+    with pytest.raises(RemoteError, match="2500 objects beside them"):
+        await s3(fake).folders()
+
+
+async def test_a_key_out_of_a_file_is_enough_for_an_upload_of_several_parts(
+    fake: S3Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    keys = tmp_path / "keys"
+    keys.touch(mode=0o600)
+    keys.write_text(f"[default]\naws_access_key_id={ACCESS_KEY}\naws_secret_access_key=no\n")
+    store = s3(fake, credentials=keys)
+    large = bytes(2 * PART + 1)
+    await store.write_stream(
+        "r/v/large", pieces(large[:PART], large[PART:]), size_limit_bytes=2**30
+    )
+    assert fake.objects["pre/fix/r/v/large"].content == large
+
+
 async def test_a_list_that_never_ends_is_given_up(
     fake: S3Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
