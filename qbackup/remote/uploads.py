@@ -49,9 +49,8 @@ async def end_uploads(
         return await in_thread(lambda: _remove_staged(place, before, dry_run=dry_run))
     if remote.store.remote.place.kind != "s3":
         return 0
-    client_facts = await _client_facts(remote)
     return await in_thread(
-        lambda: _end_uploads(remote, client_facts, folder, before, dry_run=dry_run)
+        lambda: _end_uploads(remote, _client_facts(remote), folder, before, dry_run=dry_run)
     )
 
 
@@ -86,12 +85,12 @@ def _content_of(folder: Path) -> Sequence[Path]:
         return []
 
 
-async def _client_facts(remote: OpenedRemote) -> dict[str, Any]:
+def _client_facts(remote: OpenedRemote) -> dict[str, Any]:
     """Return what the client of `botocore` needs; the credentials are those of `store`."""
     provider = provider_for(remote.store.remote)
     found: dict[str, Any] = {}
     if provider is not None:
-        credentials = await provider()
+        credentials = provider()  # may ask a server
         found = {
             "aws_access_key_id": credentials["access_key_id"],
             "aws_secret_access_key": credentials["secret_access_key"],
