@@ -12,7 +12,7 @@ from qbackup.errors import NoKeyError, RemoteDamagedError, RepositoryError
 from qbackup.host.tasks import task_group
 from qbackup.model.backup import Backup, Host
 from qbackup.model.names import backup_time
-from qbackup.remote.hosts import is_named
+from qbackup.remote.hosts import is_named, vms_of
 from qbackup.remote.layout import list_repository
 from qbackup.remote.listed import ListedVm
 from qbackup.remote.mirror import fetch_manifest, repositories
@@ -22,7 +22,7 @@ from qbackup.remote.push import require_repository
 _LEFT_AFTER = timedelta(days=1)
 """Files without a manifest are what a push is putting, or has left if they are older."""
 _REPOSITORIES_AT_ONCE = 8
-_MANIFESTS_AT_ONCE = 16
+_VMS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,26 +60,29 @@ async def remote_fleet(remote: OpenedRemote, *, now: datetime | None = None) -> 
     moment = now or datetime.now(UTC)
     found: list[FleetVm] = []
     places = asyncio.Semaphore(_REPOSITORIES_AT_ONCE)
-    manifests = asyncio.Semaphore(_MANIFESTS_AT_ONCE)
+    lists = asyncio.Semaphore(_VMS_AT_ONCE)
 
     async def look(repository_id: str) -> None:
         async with places:
             problem = await _problem_of(remote, repository_id)
-            listed = await list_repository(remote.store, repository_id)
+            names = await vms_of(remote, repository_id)
         async with task_group() as group:
-            for name in listed.vms:
-                backups = listed.backups(name)
-                vm = ListedVm(
-                    remote=remote,
-                    repository_id=repository_id,
-                    vm=name,
-                    backups={one.id: one for one in backups if one.manifest is not None},
-                    begun={one.id: one for one in backups if one.manifest is None},
-                )
-                group.create_task(one(vm, problem))
+            for name in names:
+                group.create_task(one(repository_id, name, problem))
 
-    async def one(vm: ListedVm, problem: str | None) -> None:
-        async with manifests:
+    async def one(repository_id: str, name: str, problem: str | None) -> None:
+        async with lists:
+            listed = await list_repository(remote.store, repository_id, name)
+            backups = listed.backups(name)
+            if not backups:  # other people's objects
+                return
+            vm = ListedVm(
+                remote=remote,
+                repository_id=repository_id,
+                vm=name,
+                backups={one.id: one for one in backups if one.manifest is not None},
+                begun={one.id: one for one in backups if one.manifest is None},
+            )
             found.append(await _fleet_vm(vm, problem, moment))
 
     async with task_group() as group:

@@ -52,8 +52,7 @@ MAX_OBJECT_BYTES = 5 * 1024**4
 """What S3 takes as one object."""
 MAX_LISTED = 1_000_000
 MAX_FOLDERS = 10_000
-MAX_STRANGERS = 10_000
-"""Objects beside the folders: a prefix of one's own has none."""
+"""Of repositories, or of VMs in one; and of objects beside them, of which there should be none."""
 PIECE_BYTES = 1024 * 1024
 """What a stream yields at least, but for its end."""
 
@@ -333,44 +332,19 @@ class Store:
         Raises:
             RemoteError: there are more than anybody has.
         """
-        prefix = f"{folder}/" if folder else ""
-        if self.remote.place.directory is not None:
+        try:
             with self._told(folder):
-                try:
+                async with asyncio.timeout(self.remote.timeout_s):
                     found = await obstore.list_with_delimiter_async(self._quick, folder or None)
-                except FileNotFoundError:
-                    return []
-            return sorted(name.removeprefix(prefix) for name in found["common_prefixes"])
-        names: dict[str, None] = {}
-        after: str | None = None
-        strangers = 0
-        # The client's own way would take a list without an end into memory. This one looks at a
-        # page, and goes on after the last folder in it.
-        while True:
-            page: list[str] = []
-            async with aclosing(self.objects(folder, after=after)) as objects:
-                async for facts in objects:
-                    page.append(facts.key)
-                    if len(page) == _PAGE:
-                        break
-            if not page:
-                return sorted(names)
-            if after is not None and max(page) <= after:
-                raise RemoteError(f"{self.where(folder)}: the list does not get further")
-            for key in page:
-                name, separator, _ = key.removeprefix(prefix).partition("/")
-                if separator:
-                    names[name] = None
-                    after = f"{prefix}{name}0"  # what comes after `/`
-                else:
-                    after = key
-                    strangers += 1
-            if len(names) > MAX_FOLDERS or strangers > MAX_STRANGERS:
-                raise RemoteError(
-                    f"{self.where(folder)}: more than {MAX_FOLDERS} folders, or "
-                    f"{MAX_STRANGERS} objects beside them",
-                    hint="give the remote a prefix of its own",
-                )
+        except ObjectMissingError:  # a directory that is not there
+            return []
+        if max(len(found["common_prefixes"]), len(found["objects"])) > MAX_FOLDERS:
+            raise RemoteError(
+                f"{self.where(folder)}: more than {MAX_FOLDERS} folders or other objects",
+                hint="give the remote a prefix of its own",
+            )
+        prefix = f"{folder}/" if folder else ""
+        return sorted(name.removeprefix(prefix) for name in found["common_prefixes"])
 
     async def delete(self, keys: Sequence[str]) -> None:
         """Remove objects, in no order; those that are not there are removed.

@@ -362,10 +362,13 @@ def _listed(
 ) -> Change:
     """List these keys and sizes, as far as they are asked for (`prefix`: only below the prefix).
 
-    With `more`, whatever is asked: the same page, and always a next one.
+    With `more`, whatever is asked: the same page, and always a next one. Folders are told as they
+    are.
     """
 
-    def answer(scene: Scene, request: Request) -> Answer:
+    def answer(scene: Scene, request: Request) -> Answer | None:
+        if request.query.get("delimiter") and prefix and not more:
+            return None
         after = request.query.get("start-after", "")
         below = request.query.get("prefix", "") if prefix else ""
         found = "".join(
@@ -615,11 +618,12 @@ TABLE = (
             apply=_listed(_strangers, more="on")),
     Hostile(name="list-endless-nothing", **_unusable(),
             apply=_listed(lambda _: iter(()), more="again")),
-    Hostile(name="list-empty", **_nothing_there(), apply=_listed(lambda _: iter(()))),
+    Hostile(name="list-empty", **_nothing_there(),
+            apply=_listed(lambda _: iter(()), prefix=False)),
     Hostile(name="list-sizes-zero", apply=_listed(_sizes(0))),
     Hostile(name="list-sizes-vast", apply=_listed(_sizes(HUGE))),
     Hostile(name="list-sizes-negative", **_unusable(), apply=_listed(_sizes(-1))),
-    Hostile(name="list-outside-prefix", **_unusable(push=0),
+    Hostile(name="list-outside-prefix", **_nothing_there(),
             apply=_listed(_outside, prefix=False)),
     Hostile(name="list-twice", apply=_listed(_twice)),
     Hostile(name="list-is-a-login-page", **_nothing_there(), apply=_always("list", _login_page)),

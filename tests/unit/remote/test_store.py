@@ -7,7 +7,17 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from support.s3_fake import ACCESS_KEY, BUCKET, SECRET_KEY, Answer, Request, S3Fake, error, s3_fake
+from support.s3_fake import (
+    ACCESS_KEY,
+    BUCKET,
+    SECRET_KEY,
+    Answer,
+    Request,
+    S3Fake,
+    error,
+    s3_fake,
+    xml,
+)
 
 from qbackup.errors import (
     ObjectMissingError,
@@ -101,11 +111,13 @@ async def test_lists_are_read_page_by_page(fake: S3Fake) -> None:
     assert len(fake.of_kind("list")) == 4
 
 
-async def test_a_list_that_always_gets_further_is_given_up_all_the_same(fake: S3Fake) -> None:
+async def test_a_list_that_always_gets_further_is_given_up_all_the_same(
+    fake: S3Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PAGES_AS_LONG", 0.1)
     number = iter(range(10**9))
 
     def endless(_request: Request) -> Answer:
-        time.sleep(0.02)
         fake.objects.clear()
         for _ in range(1001):
             fake.put(f"pre/fix/r/{next(number):012}", b"")
@@ -113,18 +125,35 @@ async def test_a_list_that_always_gets_further_is_given_up_all_the_same(fake: S3
 
     fake.fault = endless
     with pytest.raises(RemoteError, match="the list goes on"):
-        async for _ in s3(fake, timeout_s=0.2).objects("r"):
+        async for _ in s3(fake).objects("r"):
             pass
 
 
-async def test_objects_beside_the_folders_are_not_counted_for_ever(
-    fake: S3Fake, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("suffix", ["", "/x"], ids=["objects", "folders"])
+async def test_more_folders_than_anybody_has_are_refused(
+    fake: S3Fake, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    monkeypatch.setattr(module, "MAX_STRANGERS", 2500)
-    for number in range(3000):
-        fake.put(f"pre/fix/{number:06}", b"")
-    with pytest.raises(RemoteError, match="2500 objects beside them"):
+    monkeypatch.setattr(module, "MAX_FOLDERS", 2500)
+    for number in range(2501):
+        fake.put(f"pre/fix/{number:06}{suffix}", b"")
+    with pytest.raises(RemoteError, match="more than 2500 folders or other objects"):
         await s3(fake).folders()
+
+
+async def test_folders_without_an_end_are_given_up(fake: S3Fake) -> None:
+    fake.fault = lambda _: xml(
+        "<ListBucketResult><IsTruncated>true</IsTruncated>"
+        "<NextContinuationToken>on</NextContinuationToken>"
+        "<CommonPrefixes><Prefix>pre/fix/a/</Prefix></CommonPrefixes></ListBucketResult>"
+    )
+    with pytest.raises(RemoteUnreachableError):
+        await s3(fake, timeout_s=0.5).folders()
+
+
+async def test_what_is_in_the_folders_does_not_keep_them_from_being_found(fake: S3Fake) -> None:
+    for key in ("pre/fix/a/../x", "pre/fix/b//x", "pre/fix/c/\x01"):
+        fake.put(key, b"")
+    assert await s3(fake).folders() == ["a", "b", "c"]
 
 
 async def test_a_key_out_of_a_file_is_enough_for_an_upload_of_several_parts(
