@@ -210,6 +210,9 @@ class _Run:
 
     async def _finish(self, mirror: Mirror, lock: PruneLock) -> tuple[Mirror, list[str]]:
         """Put back what an interrupted prune took away, if somebody needs it or it is protected."""
+        # It was put back already, or had not been taken away yet.
+        there = [one.removed.key for one in mirror.backups.values() if one.removed is not None]
+        await remove(mirror.remote.store, there)
         taken = {
             one.id: as_before(mirror, one)
             for one in mirror.begun.values()
