@@ -57,6 +57,7 @@ _REPLACEMENTS: list[tuple[str, str]] = [
     (r"^(  stored +).*$", r"\1SIZE"),
     (r'("(?:stored_bytes|freed_bytes|seconds)": )[\d.]+', r"\1N"),
     (r"[\d.]+ \w+ ((?:would be )?freed)\b", r"SIZE \1"),
+    (r"^(host +).*$", r"\1HOST"),
     (r"^(QEMU +).*$", r"\1VERSION"),
     (r"^(machine +pc-q35)-[\d.]+$", r"\1-VERSION"),
     (r"^(command line +).*$", r"\1QEMU ARGUMENTS"),

@@ -152,10 +152,7 @@ class Lab(LabVm):
             while len(await self._exports()) < len(names):
                 assert process.returncode is None, (await process.communicate())[1].decode()
                 # It may have been stopped before it said that the directory is there.
-                os.kill(writer, signal.SIGCONT)
-                await asyncio.sleep(0.005)
-                os.kill(writer, signal.SIGSTOP)
-                await asyncio.sleep(0.1)
+                await _let_run(writer)
         return Backup(process=process, instants=instants, first={}, writer=writer)
 
     async def _exports(self) -> list[str]:
@@ -360,6 +357,18 @@ async def lab(
         yield made
     finally:
         await made.stop()
+
+
+async def _let_run(pid: int) -> None:
+    """Let a process that stands still have a few milliseconds of a processor, if it wants them."""
+    accounts = Path(f"/proc/{pid}/schedstat")
+    before = int(accounts.read_text().split()[0])
+    os.kill(pid, signal.SIGCONT)
+    for _ in range(20):
+        await asyncio.sleep(0.002)  # there is no event for time that was used
+        if int(accounts.read_text().split()[0]) - before > 4_000_000:
+            break
+    os.kill(pid, signal.SIGSTOP)
 
 
 async def _writer_of(process: Process) -> int:
