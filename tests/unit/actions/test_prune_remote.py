@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyrage
 import pytest
 from support.chains import VM, chain_id
 from support.remotes import PREFIX, Host, add_backup, served, visible
@@ -620,3 +621,43 @@ async def test_links_in_a_directory_lead_to_nobodys_files(
         await case.prune()
     after = sorted(path for path in case.host.repository.rglob("*") if ".lock" not in path.name)
     assert after == before
+
+
+async def test_what_is_encrypted_is_removed_and_put_back_as_it_was(
+    fake: S3Fake, tmp_path: Path, reporter: RecordingReporter
+) -> None:
+    key = pyrage.x25519.Identity.generate()
+    path = tmp_path / "key"
+    path.write_text(f"{key}\n")
+    path.chmod(0o600)
+    secret = {"recipients": (str(key.to_public()),), "identity": path}
+    made = Host(folder=tmp_path / "here", url=URL)
+    repository = await Repository.create(made.repository)
+    for number, parent in enumerate((None, 0, None, 2)):
+        add_backup(made, number, parent=parent)
+    place = parse_remote_url(URL)
+    remote = open_remote(
+        Remote(name="r", place=place, endpoint=fake.url, timeout_s=20.0, **secret)  # type: ignore[arg-type]
+    )
+    case = Case(host=made, remote=remote, repository=repository, reporter=reporter)
+    await case.push()
+    before = {key: one.content for key, one in fake.objects.items()}
+    assert f"{PREFIX}/{case.key(A, 'manifest.json.age')}" in before
+
+    async def protect() -> None:
+        await remote.store.write(case.key(B, "protected"), b"")
+
+    at = next_delete(fake, f"{B}/manifest.json.age", protect)
+    done = await case.prune()
+    fake.fault = lambda _: None
+    assert at and done.put_back == (A, B)
+    await remote.store.delete([case.key(B, "protected")])
+    assert {key: one.content for key, one in fake.objects.items()} == before
+    # An image tells what it needs if its manifest cannot.
+    await remote.store.write(case.key(B, "manifest.json.age"), b"no age file")
+    assert reasons(await case.prune())[:2] == [(A, f"needed by {B}"), (B, "damaged")]
+    fake.objects[f"{PREFIX}/{case.key(B, 'manifest.json.age')}"].content = before[
+        f"{PREFIX}/{case.key(B, 'manifest.json.age')}"
+    ]
+    await case.prune()
+    assert set(fake.objects) == {key for key in before if A not in key and B not in key}
