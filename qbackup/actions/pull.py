@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field, replace
 
 from qbackup.actions.remote_chain import check_fetched
+from qbackup.actions.transfer import TransferFailure, TransferOptions, TransferredBackup
 from qbackup.catalog.choose import choose_backup
 from qbackup.catalog.history import History
 from qbackup.errors import (
@@ -30,31 +31,6 @@ from qbackup.repository.repository import PartialBackup, Repository
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PullOptions:
-    """What the user asked for. `at` is an id, the beginning of one, or a time; None is all."""
-
-    at: str | None = None
-    lock_wait_s: float = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PulledBackup:
-    """A backup that was brought here, and how many bytes its files have."""
-
-    id: str
-    time: str
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PullFailure:
-    """A backup that could not be brought here, and why."""
-
-    id: str
-    error: QbackupError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Pulled:
     """What a pull did; `present` is how many backups of the VM are here now."""
 
@@ -62,14 +38,14 @@ class Pulled:
     remote: str
     place: str
     origin: str
-    pulled: tuple[PulledBackup, ...]
+    pulled: tuple[TransferredBackup, ...]
     present: int
-    failures: tuple[PullFailure, ...]
+    failures: tuple[TransferFailure, ...]
     seconds: float
 
 
 async def pull(
-    repository: Repository, mirror: Mirror, options: PullOptions, reporter: Reporter
+    repository: Repository, mirror: Mirror, options: TransferOptions, reporter: Reporter
 ) -> Pulled:
     """Bring what is missing of a VM into the repository.
 
@@ -96,7 +72,7 @@ async def pull(
         origin=mirror.repository_id,
         pulled=tuple(run.pulled),
         present=len(repository.backup_ids(mirror.vm)),
-        failures=tuple(PullFailure(id=i, error=err) for i, err in sorted(run.failures.items())),
+        failures=tuple(TransferFailure(id=i, error=err) for i, err in sorted(run.failures.items())),
         seconds=round(time.monotonic() - started, 3),
     )
 
@@ -108,7 +84,7 @@ class _Pull:
     repository: Repository
     mirror: Mirror
     reporter: Reporter
-    pulled: list[PulledBackup] = field(default_factory=list)
+    pulled: list[TransferredBackup] = field(default_factory=list)
     failures: dict[str, QbackupError] = field(default_factory=dict)
 
     async def to_the_end(self, at: str | None) -> None:
@@ -163,7 +139,7 @@ class _Pull:
                     group.create_task(self._fetch(partial, backup, file))
             await partial.publish(self._own(backup))
         size_bytes = sum(file.size_bytes for file in files if file.blake3)
-        self.pulled.append(PulledBackup(id=backup.id, time=backup.time, size_bytes=size_bytes))
+        self.pulled.append(TransferredBackup(id=backup.id, time=backup.time, size_bytes=size_bytes))
         self.reporter.notice(f"{backup.vm}: backup {backup.id} is here")
 
     async def _fetch(self, partial: PartialBackup, backup: Backup, file: StoredFile) -> None:

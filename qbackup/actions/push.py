@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
+from qbackup.actions.transfer import TransferFailure, TransferOptions, TransferredBackup
 from qbackup.catalog.choose import choose_backup
 from qbackup.catalog.history import History
 from qbackup.errors import (
@@ -41,31 +42,6 @@ _MOST_ROUNDS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PushOptions:
-    """What the user asked for. `at` is an id, the beginning of one, or a time; None is all."""
-
-    at: str | None = None
-    lock_wait_s: float = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PutBackup:
-    """A backup that was put, and how many bytes its files have."""
-
-    id: str
-    time: str
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """A backup that could not be put, and why."""
-
-    id: str
-    error: QbackupError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Pushed:
     """What a push did; `present` is how many backups of the VM are there now."""
 
@@ -73,9 +49,9 @@ class Pushed:
     remote: str
     place: str
     repository_id: str
-    put: tuple[PutBackup, ...]
+    put: tuple[TransferredBackup, ...]
     present: int
-    failures: tuple[Failure, ...]
+    failures: tuple[TransferFailure, ...]
     seconds: float
 
 
@@ -83,7 +59,7 @@ async def push(
     repository: Repository,
     vm: str,
     remote: OpenedRemote,
-    options: PushOptions,
+    options: TransferOptions,
     reporter: Reporter,
     *,
     state: StateDirectory,
@@ -121,7 +97,7 @@ async def push(
         repository_id=repository.id,
         put=tuple(run.put[backup_id] for backup_id in sorted(run.put)),
         present=len(run.there),
-        failures=tuple(Failure(id=i, error=run.failures[i]) for i in sorted(run.failures)),
+        failures=tuple(TransferFailure(id=i, error=run.failures[i]) for i in sorted(run.failures)),
         seconds=round(time.monotonic() - started, 3),
     )
 
@@ -153,9 +129,9 @@ class _Push:
     repository: Repository
     vm: str
     target: Target
-    options: PushOptions
+    options: TransferOptions
     reporter: Reporter
-    put: dict[str, PutBackup] = field(default_factory=dict)
+    put: dict[str, TransferredBackup] = field(default_factory=dict)
     failures: dict[str, QbackupError] = field(default_factory=dict)
     there: dict[str, ListedBackup] = field(default_factory=dict)
     """The backups that exist in the remote, by id."""
@@ -251,7 +227,9 @@ class _Push:
         await commit(target, ready, protected=protected)
         self.there[backup_id] = ListedBackup(id=backup_id)
         size_bytes = sum(one.size_bytes for one in ready.objects)
-        self.put[backup_id] = PutBackup(id=backup_id, time=ready.time, size_bytes=size_bytes)
+        self.put[backup_id] = TransferredBackup(
+            id=backup_id, time=ready.time, size_bytes=size_bytes
+        )
         self.reporter.notice(f"{self.vm}: backup {backup_id} is in {target.remote.name}")
         await target.unfinished.forget(backup_id)
 

@@ -354,25 +354,26 @@ def _parse_rate(text: str) -> int:
 
 
 def _add_bitmap_command(command: Callable[..., Parser]) -> None:
-    bitmap = command("bitmap", "look at a bitmap file")
-    actions = bitmap.add_subparsers(dest="action", metavar="show|check")
-    for name, text in (
-        ("show", "show what a bitmap file says, and a heat map of the disk"),
-        ("check", "exit with 0 if a bitmap file is intact and clean, else with 1"),
-    ):
-        action = actions.add_parser(name, help=text, description=text)
-        _add_common(action, defaults=False)
-        action.add_argument("file", metavar="FILE")
+    _add_file_actions(
+        command("bitmap", "look at a bitmap file"),
+        show="show what a bitmap file says, and a heat map of the disk",
+        check="exit with 0 if a bitmap file is intact and clean, else with 1",
+    )
 
 
 def _add_key_command(command: Callable[..., Parser]) -> None:
-    key = command("key", "make or show a secret key for remotes that are encrypted")
-    actions = key.add_subparsers(dest="action", metavar="new|show")
-    for name, text in (
-        ("new", "make a key in a new file, and print its recipient for the configuration"),
-        ("show", "print the recipients that belong to the secret keys in a file"),
-    ):
-        action = actions.add_parser(name, help=text, description=text)
+    _add_file_actions(
+        command("key", "make or show a secret key for remotes that are encrypted"),
+        new="make a key in a new file, and print its recipient for the configuration",
+        show="print the recipients that belong to the secret keys in a file",
+    )
+
+
+def _add_file_actions(parser: argparse.ArgumentParser, **actions: str) -> None:
+    """Add what can be done with a file, by name, each with its help."""
+    added = parser.add_subparsers(dest="action", metavar="|".join(actions))
+    for name, text in actions.items():
+        action = added.add_parser(name, help=text, description=text)
         _add_common(action, defaults=False)
         action.add_argument("file", metavar="FILE")
 

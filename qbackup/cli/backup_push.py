@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from qbackup.actions.metrics import recorded_otherwise, update_metrics
-from qbackup.actions.push import Pushed, PushOptions, push
+from qbackup.actions.push import Pushed, push
+from qbackup.actions.transfer import TransferOptions
 from qbackup.cli.context import Context
 from qbackup.cli.fleet import Done
 from qbackup.cli.remotes import Remotes
@@ -32,7 +33,7 @@ class Pusher:
     def __init__(self, context: Context, repository: Repository, *, lock_wait_s: float) -> None:
         self._context, self._repository = context, repository
         self._remotes = Remotes(context.configuration)
-        self._options = PushOptions(lock_wait_s=lock_wait_s)
+        self._options = TransferOptions(lock_wait_s=lock_wait_s)
 
     async def push_new(self, vm: str, done: Done, reporter: Reporter) -> Done:
         """Push after a backup; return what is told of both. A failure makes it degraded."""

@@ -2,11 +2,12 @@
 
 import argparse
 
-from qbackup.actions.pull import Pulled, PullOptions, pull
+from qbackup.actions.pull import Pulled, pull
+from qbackup.actions.transfer import TransferOptions
 from qbackup.cli.context import is_fleet, make_context
 from qbackup.cli.fleet import Done, report_alone, run_fleet
-from qbackup.cli.push import why
 from qbackup.cli.remotes import Remotes
+from qbackup.cli.transfers import failed, transferred
 from qbackup.errors import UsageError, worst_exit_code
 from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_duration, format_size
@@ -20,7 +21,7 @@ async def run(arguments: argparse.Namespace) -> int:
     if arguments.at is not None and is_fleet(arguments):
         raise UsageError("--at needs a VM", hint="qbackup pull VM --at ID")
     remotes = Remotes(context.configuration, limit_rate_bytes=arguments.limit_rate)
-    options = PullOptions(at=arguments.at, lock_wait_s=arguments.lock_wait)
+    options = TransferOptions(at=arguments.at, lock_wait_s=arguments.lock_wait)
     vms = await remotes.selected(arguments)
 
     async def one(vm: str, reporter: Reporter) -> Done:
@@ -44,15 +45,10 @@ def _done(pulled: Pulled) -> Done:
             "remote": pulled.remote,
             "place": pulled.place,
             "origin": pulled.origin,
-            "pulled": [
-                {"id": one.id, "time": one.time, "bytes": one.size_bytes} for one in pulled.pulled
-            ],
+            "pulled": [transferred(one) for one in pulled.pulled],
             "backups": pulled.present,
             "bytes": size_bytes,
-            "failed": [
-                {"id": one.id, "class": type(one.error).__name__, "message": why(one.error)}
-                for one in pulled.failures
-            ],
+            "failed": [failed(one) for one in pulled.failures],
             "seconds": pulled.seconds,
         },
         text=lambda: text,

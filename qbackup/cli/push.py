@@ -2,10 +2,12 @@
 
 import argparse
 
-from qbackup.actions.push import Pushed, PushOptions, push
+from qbackup.actions.push import Pushed, push
+from qbackup.actions.transfer import TransferOptions
 from qbackup.cli.context import is_fleet, make_context
 from qbackup.cli.fleet import Done, report_alone, run_fleet
 from qbackup.cli.remotes import Remotes
+from qbackup.cli.transfers import failed, transferred
 from qbackup.errors import UsageError, worst_exit_code
 from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_duration, format_size
@@ -20,7 +22,7 @@ async def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--at needs a VM", hint="qbackup push VM --at ID")
     vms = context.selected_names(repository, arguments)
     remotes = Remotes(context.configuration, limit_rate_bytes=arguments.limit_rate)
-    options = PushOptions(at=arguments.at, lock_wait_s=arguments.lock_wait)
+    options = TransferOptions(at=arguments.at, lock_wait_s=arguments.lock_wait)
     # A remote that makes no sense is told before anything is done.
     chosen = {vm: remotes.for_push(vm, arguments.remote) for vm in vms}
 
@@ -46,15 +48,10 @@ def _done(pushed: Pushed) -> Done:
             "remote": pushed.remote,
             "place": pushed.place,
             "repository": pushed.repository_id,
-            "put": [
-                {"id": one.id, "time": one.time, "bytes": one.size_bytes} for one in pushed.put
-            ],
+            "put": [transferred(one) for one in pushed.put],
             "backups": pushed.present,
             "bytes": size_bytes,
-            "failed": [
-                {"id": one.id, "class": type(one.error).__name__, "message": why(one.error)}
-                for one in pushed.failures
-            ],
+            "failed": [failed(one) for one in pushed.failures],
             "seconds": pushed.seconds,
         },
         text=lambda: text,
@@ -75,9 +72,3 @@ def _text(pushed: Pushed, size_bytes: int) -> str:
     if failed:
         what += f"; {failed} could not be put"
     return f"{pushed.vm}: {what}; {pushed.present} there"
-
-
-def why(err: Exception) -> str:
-    """Return what is told of a backup that failed."""
-    problems = getattr(err, "problems", ())
-    return "; ".join(problems) if problems else str(err)

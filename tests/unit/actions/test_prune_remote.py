@@ -19,7 +19,8 @@ from support.sweeps import EVERYTHING
 
 from qbackup.actions.prune import PruneOptions
 from qbackup.actions.prune_remote import RemotePruned, RemoteVm, prune_remote
-from qbackup.actions.push import Pushed, PushOptions, push
+from qbackup.actions.push import Pushed, push
+from qbackup.actions.transfer import TransferOptions
 from qbackup.errors import (
     LockedError,
     RemoteDamagedError,
@@ -79,7 +80,7 @@ class Case:
     async def push(self) -> Pushed:
         state = StateDirectory(self.host.folder / "state", VM)
         return await push(
-            self.repository, VM, self.remote, PushOptions(), self.reporter, state=state
+            self.repository, VM, self.remote, TransferOptions(), self.reporter, state=state
         )
 
     async def visible(self) -> list[str]:

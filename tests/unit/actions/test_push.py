@@ -9,7 +9,8 @@ from support.chains import VM, chain_id
 from support.remotes import Host, add_backup, visible
 
 from qbackup.actions import push as module
-from qbackup.actions.push import Pushed, PushOptions, push
+from qbackup.actions.push import Pushed, push
+from qbackup.actions.transfer import TransferOptions
 from qbackup.errors import AlreadyPushingError, RemoteDamagedError, RemoteMissingError
 from qbackup.formats.configuration import Remote
 from qbackup.formats.remote_url import parse_remote_url
@@ -57,7 +58,7 @@ def state(here: Host) -> StateDirectory:
 
 async def pushed(here: Host, reporter: RecordingReporter) -> Pushed:
     repository = Repository.open(here.repository)
-    return await push(repository, VM, opened(here), PushOptions(), reporter, state=state(here))
+    return await push(repository, VM, opened(here), TransferOptions(), reporter, state=state(here))
 
 
 async def test_what_is_backed_up_meanwhile_is_put_too(here: Host) -> None:
