@@ -6,7 +6,7 @@ problem does not hide the others. Nothing is changed.
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qbackup.catalog.chain_check import too_long
 from qbackup.catalog.history import History
@@ -30,6 +30,29 @@ class Verified:
     problems: tuple[str, ...]
 
 
+@dataclass(slots=True, kw_only=True)
+class Findings:
+    """What is known while it is being looked; a problem that several backups have counts once."""
+
+    backups: int = 0
+    files: int = 0
+    bytes_read: int = 0
+    _problems: dict[str, None] = field(default_factory=dict)
+
+    def add(self, problem: str) -> None:
+        """Add something that is wrong."""
+        self._problems.setdefault(problem)
+
+    def verified(self) -> Verified:
+        """Return what is known by now."""
+        return Verified(
+            backups=self.backups,
+            files=self.files,
+            bytes_read=self.bytes_read,
+            problems=tuple(self._problems),
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scope:
     """Backups of one VM to verify."""
@@ -43,9 +66,8 @@ class Verifier:
 
     def __init__(self, repository: Repository, reporter: Reporter) -> None:
         self._repository, self._reporter = repository, reporter
-        self._problems: dict[str, None] = {}
+        self._found = Findings()
         """In the order in which they were found; the same gap, seen by many backups, is one."""
-        self._backups = self._files = self._bytes = 0
 
     async def verify(self, scopes: Sequence[Scope]) -> Verified:
         """Verify all backups in `scopes`; return what is known by now, earlier calls included.
@@ -56,44 +78,36 @@ class Verifier:
             history = History(self._repository, scope.vm)
             readable: list[Backup] = []
             for backup_id in scope.ids:
-                self._backups += 1
+                self._found.backups += 1
                 try:
                     readable.append(history.backup(backup_id))
                 except ManifestDamagedError as err:
-                    self._add(err.message)
+                    self._found.add(err.message)
             for backup in readable:
                 for disk in backup.disks:
                     self._check_chain(history, backup, disk)
                     await self._check_file(backup, disk)
                     await self._check_digests(disk)
                 if backup.files:
-                    self._files += 1
+                    self._found.files += 1
                     await self._check_archive(backup)
-        return Verified(
-            backups=self._backups,
-            files=self._files,
-            bytes_read=self._bytes,
-            problems=tuple(self._problems),
-        )
-
-    def _add(self, problem: str) -> None:
-        self._problems.setdefault(problem)
+        return self._found.verified()
 
     def _check_chain(self, history: History, backup: Backup, disk: DiskBackup) -> None:
         try:
             length = history.chain_length(backup, disk.name)
         except ChainBrokenError as err:
-            self._add(err.message)
+            self._found.add(err.message)
         except ManifestDamagedError as err:
-            self._add(f"backup {backup.id}, disk {disk.name}: needs {err.message}")
+            self._found.add(f"backup {backup.id}, disk {disk.name}: needs {err.message}")
         else:
             if problem := too_long(self._repository, disk, length):
-                self._add(f"backup {backup.id}, disk {disk.name}: {problem}")
+                self._found.add(f"backup {backup.id}, disk {disk.name}: {problem}")
 
     async def _check_file(self, backup: Backup, disk: DiskBackup) -> None:
-        self._files += 1
+        self._found.files += 1
         if problem := check_header(self._repository.path, disk):
-            self._add(problem)
+            self._found.add(problem)
             return
         path = self._repository.path / disk.file
         done = 0
@@ -101,7 +115,7 @@ class Verifier:
         def on_bytes(length: int) -> None:
             nonlocal done
             done += length
-            self._bytes += length
+            self._found.bytes_read += length
             self._reporter.progress(
                 vm=backup.vm,
                 disk=f"{disk.name} {backup.id}",
@@ -112,10 +126,10 @@ class Verifier:
         try:
             digest = await hash_file(path, on_bytes=on_bytes)
         except OSError as err:
-            self._add(f"{path}: {err.strerror}")
+            self._found.add(f"{path}: {err.strerror}")
             return
         if digest != disk.blake3:
-            self._add(content_differs(path))
+            self._found.add(content_differs(path))
 
     async def _check_digests(self, disk: DiskBackup) -> None:
         """Compare a file of digests with the manifest; a backup can be restored without it."""
@@ -127,10 +141,10 @@ class Verifier:
             size = size_of_regular(path)
             right = size == digests.file_size_bytes and await hash_file(path) == digests.blake3
         except OSError as err:
-            self._add(f"{path}: {err.strerror}")
+            self._found.add(f"{path}: {err.strerror}")
             return
         if not right:
-            self._add(
+            self._found.add(
                 f"{path}: the digests are not what was written; the backup can be restored, but no "
                 "disk be compared with it"
             )
@@ -138,9 +152,9 @@ class Verifier:
     async def _check_archive(self, backup: Backup) -> None:
         try:
             for file, _ in await asyncio.to_thread(stored_files, self._repository, backup):
-                self._bytes += file.size_bytes
+                self._found.bytes_read += file.size_bytes
         except ManifestDamagedError as err:
-            self._add(err.message)
+            self._found.add(err.message)
 
 
 def scope_of_chain(history: History, backup: Backup) -> Scope:

@@ -9,7 +9,7 @@ import io
 from collections.abc import Sequence
 from contextlib import aclosing
 
-from qbackup.actions.verify import Verified
+from qbackup.actions.verify import Findings, Verified
 from qbackup.catalog.history import History
 from qbackup.catalog.image_check import check_first_cluster
 from qbackup.errors import (
@@ -34,8 +34,7 @@ class RemoteVerifier:
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
-        self._problems: dict[str, None] = {}
-        self._backups = self._files = self._bytes = 0
+        self._found = Findings()
 
     async def verify(self, mirror: Mirror, ids: Sequence[str]) -> Verified:
         """Verify backups of a VM; return what is known by now, earlier calls included.
@@ -45,64 +44,56 @@ class RemoteVerifier:
         """
         history = History(mirror.repository, mirror.vm)
         for backup_id in ids:
-            self._backups += 1
+            self._found.backups += 1
             if problem := mirror.problems.get(backup_id):
-                self._add(problem)
+                self._found.add(problem)
                 continue
             try:
                 backup = history.backup(backup_id)
                 files = mirror.files(backup)
             except (BackupNotFoundError, ManifestDamagedError, RemoteDamagedError) as err:
-                self._add(err.message)
+                self._found.add(err.message)
                 continue
             self._check_chains(history, mirror, backup)
             async with task_group() as group:
                 for file in files:
-                    self._files += 1
+                    self._found.files += 1
                     group.create_task(self._check_file(mirror, backup, file))
         return self.verified
 
     @property
     def verified(self) -> Verified:
         """What is known by now."""
-        return Verified(
-            backups=self._backups,
-            files=self._files,
-            bytes_read=self._bytes,
-            problems=tuple(self._problems),
-        )
-
-    def _add(self, problem: str) -> None:
-        self._problems.setdefault(problem)
+        return self._found.verified()
 
     def _check_chains(self, history: History, mirror: Mirror, backup: Backup) -> None:
         for disk in backup.disks:
             try:
                 history.chain_length(backup, disk.name)
             except ChainBrokenError as err:
-                self._add(err.message)
+                self._found.add(err.message)
             except ManifestDamagedError as err:
                 known = next(
                     (p for i, p in mirror.problems.items() if f"/{i}/" in err.path), err.message
                 )
-                self._add(f"backup {backup.id}, disk {disk.name}: needs {known}")
+                self._found.add(f"backup {backup.id}, disk {disk.name}: needs {known}")
 
     async def _check_file(self, mirror: Mirror, backup: Backup, file: StoredFile) -> None:
         try:
             start = await self._read(mirror, backup, file)
         except RemoteDamagedError as err:
-            self._add(err.message)
+            self._found.add(err.message)
             return
         disk = backup.disk(file.name.removesuffix(".qcow2"))
         where = mirror.remote.store.where(mirror.key(backup.id, file.object))
         if disk is not None and file.name.endswith(".qcow2"):
             if problem := check_first_cluster(start, disk):
-                self._add(f"{where}: {problem}")
+                self._found.add(f"{where}: {problem}")
         elif file.name == ARCHIVE_FILE:
             try:
                 await in_thread(_check_archive, start, backup)
             except DocumentError as err:
-                self._add(f"{where}: {err}")
+                self._found.add(f"{where}: {err}")
 
     async def _read(self, mirror: Mirror, backup: Backup, file: StoredFile) -> bytes:
         """Read and compare an object; return its first cluster, all of an archive."""
@@ -113,7 +104,7 @@ class RemoteVerifier:
             async for piece in pieces:
                 start += piece[: max(0, kept - done)]
                 done += len(piece)
-                self._bytes += len(piece)
+                self._found.bytes_read += len(piece)
                 if file.name.endswith(".qcow2"):
                     self._reporter.progress(
                         vm=backup.vm,
