@@ -25,6 +25,7 @@ from support.lab_vm import WAIT_S, LabVm
 from support.model import CLUSTER_BYTES, DiskModel, Instant, patchwork
 from support.qcow2_clusters import stored_clusters
 from support.qemu import DiskSpec, is_guard, raw_bytes
+from support.steps import Running, Step, stepping
 from support.storage import fill_image
 from support.summaries import difference, kinds, methods, reasons
 
@@ -60,6 +61,7 @@ class Lab(LabVm):
     bases: dict[str, str] = field(default_factory=dict)
     _qbackup: Qbackup | None = None
     _processes: list[Process] = field(default_factory=list)
+    _contexts: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
 
     @property
     def qbackup(self) -> Qbackup:
@@ -88,6 +90,7 @@ class Lab(LabVm):
             if process.returncode is None:
                 process.kill()
                 await process.communicate()
+        await self._contexts.aclose()
         await super().stop()
 
     async def remove_disk(self, name: str) -> DiskModel:
@@ -145,15 +148,25 @@ class Lab(LabVm):
         """
         names = _names_in(arguments, list(self.models))
         instants = {name: self.models[name].checkpoint() for name in names}
-        process = await self.qbackup.start("--json", command, VM, *arguments)
+        held: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def hold(step: Step, running: Running) -> None:
+            if running.writer is not None and step.makes_image and not held.done():
+                os.kill(running.writer, signal.SIGSTOP)
+                held.set_result(running.writer)
+
+        steps = await self._contexts.enter_async_context(stepping(self.folder))
+        process = await steps.start(self.qbackup, "--json", command, VM, *arguments, on_step=hold)
         self._processes.append(process)
+        end = asyncio.create_task(process.wait())
         async with asyncio.timeout(WAIT_S):
-            writer = await _writer_of(process)
+            await asyncio.wait([held, end], return_when=asyncio.FIRST_COMPLETED)
+            if not held.done():
+                raise AssertionError(await process.communicate())
+            end.cancel()
             while len(await self._exports()) < len(names):
-                assert process.returncode is None, (await process.communicate())[1].decode()
-                # It may have been stopped before it said that the directory is there.
-                await _let_run(writer)
-        return Backup(process=process, instants=instants, first={}, writer=writer)
+                assert process.returncode is None, await process.communicate()
+        return Backup(process=process, instants=instants, first={}, writer=held.result())
 
     async def _exports(self) -> list[str]:
         exports = await self.qemu.qmp("query-block-exports")
@@ -357,30 +370,6 @@ async def lab(
         yield made
     finally:
         await made.stop()
-
-
-async def _let_run(pid: int) -> None:
-    """Let a process that stands still have a few milliseconds of a processor, if it wants them."""
-    accounts = Path(f"/proc/{pid}/schedstat")
-    before = int(accounts.read_text().split()[0])
-    os.kill(pid, signal.SIGCONT)
-    for _ in range(20):
-        await asyncio.sleep(0.002)  # there is no event for time that was used
-        if int(accounts.read_text().split()[0]) - before > 4_000_000:
-            break
-    os.kill(pid, signal.SIGSTOP)
-
-
-async def _writer_of(process: Process) -> int:
-    """Return a backup's writer process as soon as it is there."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while True:
-        assert process.returncode is None, (await process.communicate())[1].decode()
-        for pid in map(int, children.read_text().split()):
-            with contextlib.suppress(OSError):
-                if b"qbackup.writer" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    return pid
-        await asyncio.sleep(0.002)  # there is no event for "a process is there"
 
 
 async def ended(process: Process) -> Result:

@@ -7,6 +7,7 @@
 """
 
 import asyncio
+import itertools
 import json
 import os
 from asyncio.subprocess import Process
@@ -20,6 +21,7 @@ from support.cli import Qbackup, Result
 
 HOOK = Path(__file__).with_name("step_hook")
 RUN_S = 120.0
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,11 @@ class Step:
         """
         actions = set(self.what.removeprefix("qmp transaction").split())
         return "blockdev-backup" in actions or "block-dirty-bitmap-disable" in actions
+
+    @property
+    def makes_image(self) -> bool:
+        """Whether the writer is about to make an image: it has read nothing of the disk yet."""
+        return self.who == "writer" and self.what.startswith("create ") and ".qcow2" in self.what
 
     def __str__(self) -> str:
         return f"{self.who}: {self.what} ({self.number})"
@@ -84,11 +91,26 @@ class Steps:
     _counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     _failure: BaseException | None = None
     _processes: int = 0
+    _started: asyncio.Event = field(default_factory=asyncio.Event)
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self, qbackup: Qbackup, *arguments: str, on_step: OnStep) -> Result:
         """Run a command to its end, and its writer's, and call `on_step` before each step."""
+        process = await self.start(qbackup, *arguments, on_step=on_step)
+        async with asyncio.timeout(RUN_S):
+            stdout, stderr = await process.communicate()
+            # What its writer goes on to do is part of the run, too.
+            await self._ended.wait()
+        if self._failure is not None:
+            raise self._failure
+        code = process.returncode
+        assert code is not None
+        return Result(code=code, stdout=stdout.decode(), stderr=stderr.decode())
+
+    async def start(self, qbackup: Qbackup, *arguments: str, on_step: OnStep) -> Process:
+        """Start a command, and call `on_step` before each step of it and its writer."""
         self._on_step, self._writer = on_step, None
+        self._started.clear()
         self._counts.clear()
         environment = {
             "PYTHONPATH": os.pathsep.join(filter(None, [str(HOOK), os.environ.get("PYTHONPATH")])),
@@ -97,15 +119,8 @@ class Steps:
         }
         wrapper = ["env", *(f"{name}={value}" for name, value in environment.items())]
         self._command = await qbackup.start(*arguments, wrapper=wrapper)
-        async with asyncio.timeout(RUN_S):
-            stdout, stderr = await self._command.communicate()
-            # What its writer goes on to do is part of the run, too.
-            await self._ended.wait()
-        if self._failure is not None:
-            raise self._failure
-        code = self._command.returncode
-        assert code is not None
-        return Result(code=code, stdout=stdout.decode(), stderr=stderr.decode())
+        self._started.set()
+        return self._command
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Take the announcements of one process, until it ends."""
@@ -130,6 +145,7 @@ class Steps:
     async def _stand_before(self, who: str, what: str) -> None:
         self._counts[who, what] += 1
         step = Step(who=who, what=what, number=self._counts[who, what])
+        await self._started.wait()
         assert self._on_step is not None and self._command is not None
         try:
             await self._on_step(step, Running(command=self._command, writer=self._writer))
@@ -140,7 +156,7 @@ class Steps:
 @asynccontextmanager
 async def stepping(root: Path) -> AsyncIterator[Steps]:
     """Be ready to run commands step by step whose files are below `root`."""
-    address = f"qbackup-steps-{os.getpid()}-{root.name}"
+    address = f"qbackup-steps-{os.getpid()}-{next(_numbers)}"
     steps = Steps(_address=address, _root=root)
     server = await asyncio.start_unix_server(steps.serve, f"\0{address}")
     try:
