@@ -48,15 +48,16 @@ class Process:
         self._threads: list[threading.Thread] = []
         self._reported: dict[str, tuple[int, int, int]] = {}
         self._begun = self._publishing = False
-        self._ending = threading.Event()
+        self._ended = os.eventfd(0)
+        """Readable when nothing is left to do. The parent waits for this process to be gone."""
 
     def run(self, parent: int) -> None:
         """Serve the parent until it is gone, or has published or discarded the backup."""
         self._tell({"is": "ready"})
         _end_with_parent(parent)
         while True:
-            readable, _, _ = select.select([self._link], [], [], PROGRESS_S)
-            if self._ending.is_set():
+            readable, _, _ = select.select([self._link, self._ended], [], [], PROGRESS_S)
+            if self._ended in readable:
                 return
             if readable:
                 data, fds, flags, _ = socket.recv_fds(self._link, channel.MAX_MESSAGE_BYTES, 3)
@@ -188,12 +189,12 @@ class Process:
                 self._publishing = False
             return
         self._tell({"is": "published"})
-        self._ending.set()
+        os.eventfd_write(self._ended, 1)
 
     def _discard(self) -> None:
         self._remove()
         self._tell({"is": "discarded"})
-        self._ending.set()
+        os.eventfd_write(self._ended, 1)
 
     def _remove(self) -> None:
         """Remove the directory when nothing is written into it any more."""
