@@ -55,11 +55,12 @@ class Process:
         """Serve the parent until it is gone, or has published or discarded the backup."""
         self._tell({"is": "ready"})
         _end_with_parent(parent)
+        link = self._link.fileno()
         while True:
-            readable, _, _ = select.select([self._link, self._ended], [], [], PROGRESS_S)
+            readable, _, _ = select.select([link, self._ended], [], [], PROGRESS_S)
             if self._ended in readable:
                 return
-            if readable:
+            if link in readable:
                 data, fds, flags, _ = socket.recv_fds(self._link, channel.MAX_MESSAGE_BYTES, 3)
                 if not data or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                     break
