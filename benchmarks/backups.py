@@ -1,11 +1,11 @@
 """Whole commands as a user runs them: backups, restores, listings."""
 
+import dataclasses
 import os
 import shlex
 import shutil
 import sys
 import tempfile
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from measure import (
     tool,
     vm_with,
 )
+from msgspec.structs import replace
 from support.cli import Qbackup
 from support.many import make_many
 from support.qemu import Qemu, create_image
@@ -251,7 +252,11 @@ async def listing(rounds: int) -> list[Row]:
         _multiply_backups(qbackup, 1000)
         medians = await alternate(rounds, {"qbackup": command(qbackup, "list", "vm1")})
         peak = await peak_mib(QBACKUP, "-c", str(qbackup.configuration), "list", "vm1")
-    return [replace(row_within("list of 1,000 backups", medians["qbackup"], 0.5), peak_mib=peak)]
+    return [
+        dataclasses.replace(
+            row_within("list of 1,000 backups", medians["qbackup"], 0.5), peak_mib=peak
+        )
+    ]
 
 
 def _multiply_backups(qbackup: Qbackup, count: int) -> None:

@@ -3,10 +3,10 @@
 import os
 import shutil
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from measure import GIB, MIB, Row, alternate, tool
+from msgspec.structs import replace
 from support.chains import VM, chain_id, disk_backup, made_backup, write_manifest
 from support.merging import QUIET
 from support.qemu import run_tool

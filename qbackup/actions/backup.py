@@ -10,7 +10,9 @@ it, the backup exists and only QEMU's old bitmaps remain to be removed.
 """
 
 import time
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from qbackup.actions.backup_stopped import back_up_stopped
 from qbackup.actions.consolidate import begin_chains_anew
@@ -53,8 +55,7 @@ from qbackup.repository.state import StateDirectory
 from qbackup.watching.control import vm_monitor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """A backup that exists. `degraded` says what is not as it was asked for.
 
     `unchanged`: it existed before, and none was made: the VM is off, and holds what it held then.

@@ -8,8 +8,9 @@ Nobody is kept from starting the VM meanwhile: the backup yields, and fails with
 """
 
 import asyncio
-from dataclasses import dataclass
 from functools import partial
+
+import msgspec
 
 from qbackup.backup import reconcile
 from qbackup.backup.engines import Run
@@ -43,8 +44,7 @@ _UNKNOWN = VmConfiguration(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoppedOutcome:
+class StoppedOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """A backup of a VM that is off; `made` now, or nothing has changed since."""
 
     backup: Backup

@@ -11,9 +11,10 @@ import platform
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+import msgspec
 
 from qbackup.actions.point import Point, PointOptions, held_point
 from qbackup.errors import ProgramError, UsageError
@@ -35,8 +36,7 @@ _LEAST_MEMORY_BYTES = 1024 * 1024
 _MIB = 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BootOptions:
+class BootOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the user wants otherwise than the manifest says, and how it is to run.
 
     `scratch` is the directory whose file system takes what the guest writes.
@@ -53,8 +53,7 @@ class BootOptions:
     append: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Console:
+class Console(msgspec.Struct, frozen=True, kw_only=True):
     """What the guest's first serial port and its screen are.
 
     `serial` is a QEMU character device; `display` a value of `-display`; with a socket for
@@ -67,8 +66,7 @@ class Console:
     agent: Path | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Booted:
+class Booted(msgspec.Struct, frozen=True, kw_only=True):
     """A throw-away VM that runs."""
 
     backup: Backup

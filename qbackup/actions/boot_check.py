@@ -8,9 +8,10 @@ comes from the guest is anybody's: little of it is kept, and it is shown with ca
 import asyncio
 import re
 from collections.abc import Coroutine
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import msgspec
 
 from qbackup.actions.boot import Booted, BootOptions, Console, booted, has_agent
 from qbackup.errors import BootError
@@ -28,16 +29,14 @@ _RETRY_S = 0.2
 _ESCAPES = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|[()][A-Za-z0-9]|[=>78cDEHMNO])")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Expectation:
+class Expectation(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be seen, and in how many seconds. Without a pattern: the agent, if it had one."""
 
     pattern: re.Pattern[str] | None
     timeout_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """What was seen of a backup that booted; `text` is what matched."""
 
     backup_id: str

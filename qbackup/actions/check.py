@@ -6,9 +6,10 @@ Looks at what `status` looks at, and at the room that is left. Changes nothing.
 import asyncio
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+import msgspec
 
 from qbackup.actions.status import DiskStatus, PushStatus, VmStatus, query_status
 from qbackup.backup.judge import Base, renews
@@ -33,8 +34,7 @@ _EVERY_TIME: frozenset[Reason] = frozenset({"shared", "throw-away"})
 """Reasons for a full backup that no bitmap changes: a warning would never end."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckOptions:
+class CheckOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the command line says instead of the configuration; None: it says nothing."""
 
     warn_age_s: float | None = None

@@ -11,9 +11,10 @@ backup as it was; killed anywhere, the next run finishes or removes what is left
 import asyncio
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+import msgspec
 
 from qbackup.catalog.history import History
 from qbackup.catalog.image_check import check_header, content_differs
@@ -43,8 +44,7 @@ _ROOM_BYTES = 1024 * 1024
 """What manifests and directories take at most, besides the images."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """What merging a group writes, and by how much the repository is smaller afterwards."""
 
     group: Group

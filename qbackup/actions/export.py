@@ -6,8 +6,9 @@ everything; `verify` does it.
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from qbackup.actions.point import Point
 from qbackup.host.children import Child
@@ -15,8 +16,7 @@ from qbackup.images.export import Export, exported, nbd_uri
 from qbackup.model.backup import Backup
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportedDisk:
+class ExportedDisk(msgspec.Struct, frozen=True, kw_only=True):
     """One served disk."""
 
     name: str
@@ -24,8 +24,7 @@ class ExportedDisk:
     virtual_size_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exported:
+class Exported(msgspec.Struct, frozen=True, kw_only=True):
     """A backup that is being served, and by what."""
 
     backup: Backup

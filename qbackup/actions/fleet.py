@@ -7,8 +7,10 @@ begun do not begin. What is done with a VM is not known here.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
+
+import msgspec
+from msgspec.structs import replace
 
 from qbackup.errors import QbackupError, as_reported
 from qbackup.host.tasks import task_group
@@ -16,8 +18,7 @@ from qbackup.host.tasks import task_group
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended(Generic[T]):
+class Ended(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
     """What became of one VM: a result or an error, after so many seconds."""
 
     vm: str

@@ -1,9 +1,10 @@
 """Put systemd units where systemd finds them, and never over something that somebody changed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from qbackup.errors import UnitChangedError
 from qbackup.formats.units import is_unchanged
@@ -16,8 +17,7 @@ _DIRECTORY_MODE = 0o755
 Found = Literal["absent", "same", "older", "changed"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnitFile:
+class UnitFile(msgspec.Struct, frozen=True, kw_only=True):
     """A unit that is to be, and what is there."""
 
     path: Path

@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,7 @@ _TIMEOUT_S = 60.0
 _INTERRUPTED = 130
 
 
-@dataclass(slots=True)
-class Run:
+class Run(msgspec.Struct):
     """A run that goes on; its command says how it ends, unless with an error."""
 
     exit_code: int = 0

@@ -10,8 +10,9 @@ import shutil
 import stat
 from collections.abc import AsyncIterator, Collection
 from contextlib import ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from qbackup.actions.export import Exported, exported_point
 from qbackup.actions.point import PointOptions, held_point
@@ -28,8 +29,7 @@ _MOUNT_POLL_S = 0.05
 _MOUNT_POINT_MODE = 0o400
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mounted:
+class Mounted(msgspec.Struct, frozen=True, kw_only=True):
     """What is shown, where; `program` is what shows it, and its end is the end of it."""
 
     backup: Backup

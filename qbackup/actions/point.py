@@ -2,7 +2,8 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+
+import msgspec
 
 from qbackup.catalog.choose import choose_backup
 from qbackup.catalog.disk_images import DiskImages, choose_disks, find_images
@@ -11,8 +12,7 @@ from qbackup.model.backup import Backup
 from qbackup.repository.repository import Repository
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PointOptions:
+class PointOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Which backup, and which of its disks. `at` is as for `choose_backup`; no disks: all."""
 
     at: str | None = None
@@ -20,8 +20,7 @@ class PointOptions:
     lock_wait_s: float = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
+class Point(msgspec.Struct, frozen=True, kw_only=True):
     """A backup that stays as long as the block lasts, and the images of some of its disks."""
 
     backup: Backup

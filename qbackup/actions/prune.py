@@ -10,9 +10,11 @@ cannot be restored. Killed anywhere, the next prune or backup deletes what was t
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+
+import msgspec
+from msgspec.structs import replace
 
 from qbackup.actions.consolidate import Estimate, merge_into, worthwhile
 from qbackup.catalog.survey import Survey, survey
@@ -27,8 +29,7 @@ from qbackup.repository.removal import delete, finish, take_away
 from qbackup.repository.repository import Repository
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PruneOptions:
+class PruneOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the user asked for. `max_chain` is how many backups a chain may have."""
 
     rules: Rules
@@ -38,8 +39,7 @@ class PruneOptions:
     lock_wait_s: float = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pruned:
+class Pruned(msgspec.Struct, frozen=True, kw_only=True):
     """What became of each backup, the newest first, or would with `dry_run`.
 
     `backups` are the manifests as they were before, `sizes` what each took, `problems` what is

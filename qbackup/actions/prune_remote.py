@@ -12,9 +12,11 @@ it when it looks again, or the push, which looks after its commit, sees that the
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
+
+import msgspec
+from msgspec.structs import replace
 
 from qbackup.actions.prune import Pruned, PruneOptions, tell_of_damage
 from qbackup.catalog.survey import Survey, parent_of_image, survey
@@ -51,8 +53,7 @@ _AT_ONCE = 16
 _REPAIR_S = 60.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RemoteVm:
+class RemoteVm(msgspec.Struct, frozen=True, kw_only=True):
     """Whose backups are pruned: a VM's of a repository in a remote; `state` is this host's."""
 
     remote: OpenedRemote
@@ -61,8 +62,7 @@ class RemoteVm:
     state: Path
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RemotePruned:
+class RemotePruned(msgspec.Struct, frozen=True, kw_only=True):
     """What a prune of a remote did, or would do.
 
     `put_back` were taken away by it, or by an interrupted one, and are needed. `left_objects` and

@@ -5,7 +5,9 @@ as any backup, and after the backups that its images build on.
 """
 
 import time
-from dataclasses import dataclass, field, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from qbackup.actions.remote_chain import check_fetched
 from qbackup.actions.transfer import TransferFailure, TransferOptions, TransferredBackup
@@ -30,8 +32,7 @@ from qbackup.remote.mirror import Mirror
 from qbackup.repository.repository import PartialBackup, Repository
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pulled:
+class Pulled(msgspec.Struct, frozen=True, kw_only=True):
     """What a pull did; `present` is how many backups of the VM are here now."""
 
     vm: str
@@ -77,15 +78,14 @@ async def pull(
     )
 
 
-@dataclass
-class _Pull:
+class _Pull(msgspec.Struct):
     """One pull of one VM."""
 
     repository: Repository
     mirror: Mirror
     reporter: Reporter
-    pulled: list[TransferredBackup] = field(default_factory=list)
-    failures: dict[str, QbackupError] = field(default_factory=dict)
+    pulled: list[TransferredBackup] = msgspec.field(default_factory=list)
+    failures: dict[str, QbackupError] = msgspec.field(default_factory=dict)
 
     async def to_the_end(self, at: str | None) -> None:
         """Bring what is missing, oldest first."""

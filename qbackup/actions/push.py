@@ -12,7 +12,8 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+
+import msgspec
 
 from qbackup.actions.transfer import TransferFailure, TransferOptions, TransferredBackup
 from qbackup.catalog.choose import choose_backup
@@ -41,8 +42,7 @@ _MOST_ROUNDS = 4
 """How often a backup is put: a prune may remove what a new backup needs."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pushed:
+class Pushed(msgspec.Struct, frozen=True, kw_only=True):
     """What a push did; `present` is how many backups of the VM are there now."""
 
     vm: str
@@ -122,8 +122,7 @@ async def _remember(state: StateDirectory, remote: str, newest: str, reporter: R
         reporter.warning(f"{err.filename or state.path}: cannot be written: {err.strerror}")
 
 
-@dataclass
-class _Push:
+class _Push(msgspec.Struct):
     """One push of one VM."""
 
     repository: Repository
@@ -131,9 +130,9 @@ class _Push:
     target: Target
     options: TransferOptions
     reporter: Reporter
-    put: dict[str, TransferredBackup] = field(default_factory=dict)
-    failures: dict[str, QbackupError] = field(default_factory=dict)
-    there: dict[str, ListedBackup] = field(default_factory=dict)
+    put: dict[str, TransferredBackup] = msgspec.field(default_factory=dict)
+    failures: dict[str, QbackupError] = msgspec.field(default_factory=dict)
+    there: dict[str, ListedBackup] = msgspec.field(default_factory=dict)
     """The backups that exist in the remote, by id."""
 
     async def to_the_end(self) -> None:

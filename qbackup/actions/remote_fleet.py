@@ -5,8 +5,9 @@ many backups there are. Whether every byte is right is the business of `verify -
 """
 
 import asyncio
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+
+import msgspec
 
 from qbackup.errors import NoKeyError, RemoteDamagedError, RepositoryError
 from qbackup.host.tasks import task_group
@@ -25,8 +26,7 @@ _REPOSITORIES_AT_ONCE = 8
 _VMS_AT_ONCE = 16
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FleetVm:
+class FleetVm(msgspec.Struct, frozen=True, kw_only=True):
     """One VM of one host in a remote."""
 
     repository_id: str

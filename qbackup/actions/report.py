@@ -6,8 +6,9 @@ is read of the images has a limit.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
+
+import msgspec
 
 from qbackup.catalog.survey import Survey, survey
 from qbackup.formats.qcow2 import Qcow2Error
@@ -26,24 +27,21 @@ _TABLES_OF_AN_IMAGE = 64
 """L2 tables read for the whole report, and of one image: 128 MiB, 4 MiB."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Changes:
+class Changes(msgspec.Struct, frozen=True, kw_only=True):
     """How much of each part of a disk one incremental holds, from 0 to 1."""
 
     backup: Backup
     densities: Sequence[float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiskReport:
+class DiskReport(msgspec.Struct, frozen=True, kw_only=True):
     """Where a disk changed, the newest incremental first."""
 
     disk: DiskBackup
     changes: Sequence[Changes]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VmReport:
+class VmReport(msgspec.Struct, frozen=True, kw_only=True):
     """All backups of a VM; `disks` is empty for a VM that is not shown in detail."""
 
     vm: str
@@ -51,8 +49,7 @@ class VmReport:
     disks: Sequence[DiskReport]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that a report shows, at one time."""
 
     repository: str

@@ -8,8 +8,9 @@ import asyncio
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 from qbackup.actions.restore_vm import vm_to_restore
 from qbackup.catalog.choose import choose_backup
@@ -29,8 +30,7 @@ from qbackup.model.quantities import format_size
 from qbackup.repository.repository import Repository
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RestoreOptions:
+class RestoreOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the user asked for. `at` is an id, the beginning of one, or a time; None is newest."""
 
     to: Path
@@ -43,8 +43,7 @@ class RestoreOptions:
     lock_wait_s: float = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RestoredDisk:
+class RestoredDisk(msgspec.Struct, frozen=True, kw_only=True):
     """One restored disk and where it is."""
 
     name: str
@@ -53,13 +52,12 @@ class RestoredDisk:
     virtual_size_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Restored:
+class Restored(msgspec.Struct, frozen=True, kw_only=True):
     """A finished restore."""
 
     backup: Backup
     disks: tuple[RestoredDisk, ...]
-    files: dict[str, Path] = field(default_factory=dict)
+    files: dict[str, Path] = msgspec.field(default_factory=dict)
     """Where each of the VM's small files is now, by its path on the host that it was on."""
     script: Path | None = None
 

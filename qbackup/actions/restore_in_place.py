@@ -13,9 +13,10 @@ import errno
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import msgspec
 
 from qbackup.actions.point import Point, PointOptions, held_point
 from qbackup.actions.restore import Restored, RestoredDisk, check_content, progress_to
@@ -41,8 +42,7 @@ _ELSEWHERE = "restore into a directory instead: --to DIR"
 _SECTOR_BYTES = 512
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Target:
+class _Target(msgspec.Struct, frozen=True, kw_only=True):
     """An image of the VM's that is to be written over."""
 
     path: Path

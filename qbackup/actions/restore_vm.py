@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from qbackup.backup.plan import LEFT_OUT_UNWRITTEN
 from qbackup.catalog.vm_files import stored_files
@@ -19,8 +20,7 @@ SCRIPT_FILE = "start.sh"
 _SCRIPT_MODE = 0o700
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VmToRestore:
+class VmToRestore(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be written, and where, by the path that it had; nothing is written yet."""
 
     backup: Backup

@@ -4,8 +4,10 @@ Asks QEMU and the repository, and changes nothing in either.
 """
 
 import asyncio
-from dataclasses import dataclass, field, replace
 from typing import Literal
+
+import msgspec
+from msgspec.structs import replace
 
 from qbackup.backup.judge import (
     Verdict,
@@ -37,8 +39,7 @@ from qbackup.watching.control import vm_looker
 BitmapPlace = Literal["qemu", "file", "none"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BitmapStatus:
+class BitmapStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the next incremental of a disk can be incremental, and how large it would be."""
 
     trusted: bool
@@ -50,8 +51,7 @@ class BitmapStatus:
     where: BitmapPlace
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiskStatus:
+class DiskStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One disk."""
 
     name: str
@@ -62,8 +62,7 @@ class DiskStatus:
     bitmap: BitmapStatus
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PushStatus:
+class PushStatus(msgspec.Struct, frozen=True, kw_only=True):
     """How far a VM's backups have got into the remote that is configured for it.
 
     `newest` is the newest one that is there, `waiting` those here that are newer, oldest first.
@@ -74,8 +73,7 @@ class PushStatus:
     waiting: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VmStatus:
+class VmStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One VM. `state` is QEMU's run state, or one of these, with the reason.
 
     `off`: nobody listens where its monitor would be, and its bitmaps are saved. `crashed`: nobody
@@ -92,7 +90,7 @@ class VmStatus:
     push: PushStatus | None = None
     """None if no remote is configured for it."""
     disks: tuple[DiskStatus, ...] = ()
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = msgspec.field(default_factory=dict)
     leftovers: tuple[str, ...] = ()
 
 

@@ -6,7 +6,8 @@ problem does not hide the others. Nothing is changed.
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 from qbackup.catalog.chain_check import too_long
 from qbackup.catalog.history import History
@@ -20,8 +21,7 @@ from qbackup.model.progress import Reporter
 from qbackup.repository.repository import Repository
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verified:
+class Verified(msgspec.Struct, frozen=True, kw_only=True):
     """What was looked at, and everything that is wrong."""
 
     backups: int
@@ -30,14 +30,13 @@ class Verified:
     problems: tuple[str, ...]
 
 
-@dataclass(slots=True, kw_only=True)
-class Findings:
+class Findings(msgspec.Struct, kw_only=True):
     """What is known while it is being looked; a problem that several backups have counts once."""
 
     backups: int = 0
     files: int = 0
     bytes_read: int = 0
-    _problems: dict[str, None] = field(default_factory=dict)
+    _problems: dict[str, None] = msgspec.field(default_factory=dict)
 
     def add(self, problem: str) -> None:
         """Add something that is wrong."""
@@ -53,8 +52,7 @@ class Findings:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scope:
+class Scope(msgspec.Struct, frozen=True, kw_only=True):
     """Backups of one VM to verify."""
 
     vm: str

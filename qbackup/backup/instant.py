@@ -6,9 +6,11 @@ whose instant is another one. Knows nothing of how the bytes are copied.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+
+import msgspec
+from msgspec.structs import replace
 
 from qbackup.backup.freeze import frozen
 from qbackup.backup.judge import Verdict
@@ -29,8 +31,7 @@ FROZEN_TIMEOUT_S = 10.0
 """Longer than this no guest stands still for us."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Instant:
+class Instant(msgspec.Struct, frozen=True, kw_only=True):
     """A moment that was taken. `dirty_bytes` is what each incremental disk's bitmap holds.
 
     `time` is what the clock said just after it: nothing in the images is newer.

@@ -7,8 +7,10 @@ reads manifests; it changes nothing.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+
+import msgspec
+from msgspec.structs import replace
 
 from qbackup.bitmaps.size_guard import is_guarded
 from qbackup.catalog.chain_check import (
@@ -34,16 +36,14 @@ from qbackup.qmp.disks import Bitmap, Disk
 from qbackup.qmp.vm import Migration
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Base:
+class Base(msgspec.Struct, frozen=True, kw_only=True):
     """The newest backup that holds a disk."""
 
     backup: Backup
     disk: DiskBackup
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """What a disk's next backup is based on; `reason` says why it cannot go by the bitmap.
 
     `bitmap` is the base's bitmap in QEMU where there is one, trusted or not.

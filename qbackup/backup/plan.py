@@ -4,7 +4,9 @@ Nothing is changed here, neither in QEMU nor in the repository.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from qbackup.backup.judge import Base, Verdict, assess, checkpoints
 from qbackup.catalog.history import History
@@ -34,8 +36,7 @@ LEFT_OUT_UNWRITTEN = frozenset({EMPTY, READ_ONLY})
 """Why a drive is in no backup that the guest cannot write to."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BackupOptions:
+class BackupOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the user asked for. `speed_limit_bytes_per_s` 0 means none, for all disks together.
 
     `compare`: a disk whose bitmap is not trusted may be compared with its last backup.
@@ -54,8 +55,7 @@ class BackupOptions:
     compress: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What will be done.
 
     `checkpoints` are the newest committed ones of all the VM's disks; the new backup's id

@@ -6,8 +6,10 @@ image that is not certainly the disk's is not touched. Changes nothing, so `stat
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+import msgspec
+from msgspec.structs import replace
 
 from qbackup.backup.judge import Base
 from qbackup.backup.plan import LEFT_OUT_BY_CHOICE
@@ -28,8 +30,7 @@ from qbackup.repository.state import StateDirectory
 _NOT_A_FILE_OF_OURS = ("/dev/fd/", "/dev/fdset/", "/proc/")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoppedVm:
+class StoppedVm(msgspec.Struct, frozen=True, kw_only=True):
     """A VM without a QEMU: its disks, and why the images of some are not known."""
 
     disks: tuple[StoppedDisk, ...]

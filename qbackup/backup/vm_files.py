@@ -8,8 +8,9 @@ instant. What cannot be read is told, and stops no backup.
 import asyncio
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from qbackup.formats.vm_files import (
     MAX_ALL_BYTES,
@@ -26,8 +27,7 @@ READ_TIMEOUT_S = 60.0
 _ATTEMPTS = 5
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Collected:
+class Collected(msgspec.Struct, frozen=True, kw_only=True):
     """The files with their archive (None if there are none), and what could not be read."""
 
     files: tuple[VmFile, ...] = ()

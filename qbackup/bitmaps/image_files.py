@@ -8,8 +8,9 @@ not see what is written through another, so of such a disk there is no image of 
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from qbackup.host.closing import Closing
 from qbackup.host.process_files import (
@@ -27,7 +28,6 @@ from qbackup.qmp.graph import NodeFile
 from qbackup.qmp.monitor import Looker
 
 
-@dataclass(slots=True, kw_only=True)
 class ImageFiles(Closing):
     """The files that hold a disk, by paths that stay good when QEMU has ended.
 
@@ -35,8 +35,9 @@ class ImageFiles(Closing):
     our own, until the block ends or `close` is called.
     """
 
-    paths: tuple[Path, ...]
-    _descriptors: list[int] = field(default_factory=list)
+    def __init__(self, paths: tuple[Path, ...], descriptors: list[int]) -> None:
+        self.paths = paths
+        self._descriptors = descriptors
 
     def close(self) -> None:
         """Let go of files that are kept open."""
@@ -59,7 +60,7 @@ def open_images(disk: Disk, pid: int | None) -> ImageFiles | None:
         for fd in descriptors:
             os.close(fd)
         return None
-    return ImageFiles(paths=paths, _descriptors=descriptors)
+    return ImageFiles(paths, descriptors)
 
 
 def no_bitmap_reason(inventory: Inventory, disk: Disk) -> Reason | None:

@@ -6,9 +6,10 @@ The order is what makes the clean flag mean something.
 """
 
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import msgspec
 
 from qbackup.bitmaps.files import (
     NotTrustedError,
@@ -36,8 +37,7 @@ from qbackup.repository.state import StateDirectory
 _RECORDER_PREFIX = ANY_OWNER.named("loading-")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Candidate:
+class _Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """A saved bitmap that is all right in itself."""
 
     disk: Disk

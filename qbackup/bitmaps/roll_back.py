@@ -8,8 +8,9 @@ watcher that saves what is there at shutdown.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from enum import Enum, auto
+
+from msgspec.structs import replace
 
 from qbackup.model.names import Owner, split_bitmap_name
 from qbackup.qmp import commands

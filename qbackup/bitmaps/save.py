@@ -9,8 +9,9 @@ newest one is asked by the backup that wants to use it.
 import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from qbackup.bitmaps.files import our_bitmaps, owner_in, read_header, remember, sidecar_path
 from qbackup.bitmaps.image_files import (
@@ -49,8 +50,7 @@ UNKNOWN_CHAIN = "unknown"
 """In a file of a bitmap whose backup is in a repository that we do not see."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SavedVm:
+class SavedVm(msgspec.Struct, frozen=True, kw_only=True):
     """What was saved of a VM: the files, and which disks it had when it was."""
 
     files: tuple["Saved", ...] = ()
@@ -62,8 +62,7 @@ class SavedVm:
             one.images.close()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Saved:
+class Saved(msgspec.Struct, frozen=True, kw_only=True):
     """A bitmap file that is written but not yet clean, and the image files it depends on."""
 
     disk: str

@@ -13,9 +13,10 @@ counts is told by the repository, as it is for bitmaps in QEMU.
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import msgspec
 
 from qbackup.bitmaps.files import NotTrustedError, read_saved, remember
 from qbackup.bitmaps.trust import require_local, require_same
@@ -38,8 +39,7 @@ _TIDY_WAIT_S = 0.2
 _LOCK_POLL_S = 0.02
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoppedDisk:
+class StoppedDisk(msgspec.Struct, frozen=True, kw_only=True):
     """A disk of a VM that is off. `disk` shows its trusted bitmaps as QEMU would.
 
     `refused` says why others are not trusted, by their names. `layers` is None if it is not known

@@ -5,8 +5,9 @@ whoever opens these images, by whatever program, reads what was backed up.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from qbackup.catalog.history import History
 from qbackup.catalog.image_check import check_header
@@ -14,8 +15,7 @@ from qbackup.errors import ChainBrokenError, DiskError
 from qbackup.model.backup import Backup, DiskBackup
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiskImages:
+class DiskImages(msgspec.Struct, frozen=True, kw_only=True):
     """A disk in the repository: all images that reading it needs, the full first."""
 
     vm: str

@@ -10,10 +10,11 @@ mirror of a remote has only the manifests (`qbackup.actions.prune_remote`).
 
 import os
 import re
-from dataclasses import dataclass
 from datetime import UTC
 from pathlib import Path
 from typing import Protocol
+
+import msgspec
 
 from qbackup.catalog.image_check import check_size
 from qbackup.formats.qcow2 import CLUSTER_BYTES, Qcow2Error, read_header
@@ -26,8 +27,7 @@ _BACKING_FILE = re.compile(r"\.\./([^/]+)/([^/]+)\.qcow2\Z")
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Survey:
+class Survey(msgspec.Struct, frozen=True, kw_only=True):
     """What there is: candidates, oldest first, and the manifests of those that have one."""
 
     candidates: list[Candidate]

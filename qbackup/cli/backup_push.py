@@ -4,8 +4,9 @@ Nothing of the VM is held by then, and the backup is complete, whatever becomes 
 """
 
 import asyncio
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from qbackup.actions.metrics import recorded_otherwise, update_metrics
 from qbackup.actions.push import Pushed, push

@@ -7,10 +7,12 @@ whether the image is still the one that was closed shows when the VM starts.
 import argparse
 import asyncio
 import os
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import msgspec
+from msgspec.structs import asdict
 
 from qbackup.cli.output import answer
 from qbackup.errors import QbackupError
@@ -27,8 +29,7 @@ from qbackup.ui.terminal import style_of_stdout
 JSON_HEAT_MAP_CELLS = 1024
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Finding:
+class _Finding(msgspec.Struct, frozen=True, kw_only=True):
     """What a file alone proves. `file` None: it says nothing that can be believed."""
 
     path: str

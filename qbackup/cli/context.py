@@ -3,8 +3,9 @@
 import argparse
 import os
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from qbackup.errors import ConfigurationError, UsageError
 from qbackup.formats.configuration import (
@@ -24,8 +25,7 @@ _INCLUDED = "conf.d"
 _MOST_INCLUDED = 10_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Context:
+class Context(msgspec.Struct, frozen=True, kw_only=True):
     """One invocation: how to speak, and what to work on."""
 
     json_output: bool

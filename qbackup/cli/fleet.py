@@ -6,8 +6,9 @@ For people: a line for each VM on stderr when it ends, and a table on stdout. Wi
 
 import argparse
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from qbackup.actions.fleet import Ended, for_each_vm
 from qbackup.cli.context import Context
@@ -30,8 +31,7 @@ _RESULTS = {
 """The result of a VM in one word; every other exit code is `failed`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
+class Done(msgspec.Struct, frozen=True, kw_only=True):
     """What a command did with one VM.
 
     `document` is its summary, and `text` the same for people. Of several VMs, `line` is told when

@@ -2,9 +2,10 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
+
+from msgspec.structs import asdict
 
 from qbackup.actions.metrics import metrics_after, recorded
 from qbackup.actions.prune import Pruned, PruneOptions, prune

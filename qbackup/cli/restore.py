@@ -1,8 +1,9 @@
 """`qbackup restore`: disks out of the repository."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from qbackup.actions.restore import Restored, RestoreOptions, restore
 from qbackup.actions.restore_in_place import restore_in_place

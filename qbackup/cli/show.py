@@ -2,7 +2,8 @@
 
 import argparse
 import shlex
-from dataclasses import asdict
+
+import msgspec
 
 from qbackup.cli.context import make_context
 from qbackup.cli.output import answer
@@ -30,7 +31,7 @@ async def run(arguments: argparse.Namespace) -> int:
     backup = without_secrets(repository.backup(vm, repository.resolve(vm, arguments.id)))
     protected = repository.is_protected(vm, backup.id)
     answer(
-        {**backup.summary(), "protected": protected, "manifest": asdict(backup)},
+        {**backup.summary(), "protected": protected, "manifest": msgspec.to_builtins(backup)},
         text=_text(backup, place, protected=protected),
         json_output=context.json_output,
     )

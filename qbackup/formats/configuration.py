@@ -8,9 +8,11 @@ import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+import msgspec
+from msgspec.structs import fields, replace
 
 from qbackup.errors import ConfigurationError, UsageError
 from qbackup.formats.documents import DocumentError, convert
@@ -57,16 +59,14 @@ MAX_KEEP = 999_999_999
 KEEP_PERIODS = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HookCommands:
+class HookCommands(msgspec.Struct, frozen=True, kw_only=True):
     """What runs before and after a backup: a program and its arguments; empty means nothing."""
 
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Vm:
+class Vm(msgspec.Struct, frozen=True, kw_only=True):
     """One `[vm.NAME]` table.
 
     `qmp` is a path or (host, port); `disks` None means every writable disk.
@@ -90,21 +90,20 @@ class Vm:
     """Whether digests are kept, and a disk whose bitmap is not trusted is compared by them."""
     trust_block_devices: bool | None = None
     """As `Configuration.trust_block_devices`."""
-    images: Mapping[str, "ConfiguredImage"] = field(default_factory=dict)
+    images: Mapping[str, "ConfiguredImage"] = msgspec.field(default_factory=dict)
     """Where disks are while the VM is off, by their names; others where the last backup says."""
     warn_age_s: int | None = None
     critical_age_s: int | None = None
     """For `status --check`; None means the default: see `model.health`."""
     files: tuple[Path, ...] = ()
     """Files, and directories with files, that are backed up beside the disks."""
-    hooks: HookCommands = field(default_factory=HookCommands)
+    hooks: HookCommands = msgspec.field(default_factory=HookCommands)
     hook_timeout_s: float = DEFAULT_HOOK_TIMEOUT_S
     push: str | None = None
     """The remote to which each backup is pushed, None: to none."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Remote:
+class Remote(msgspec.Struct, frozen=True, kw_only=True):
     """One `[remote.NAME]` table: a second home for backups, and how to get there.
 
     Secrets are never in the file: they are in the environment, in AWS's own files (`profile`) or in
@@ -139,16 +138,14 @@ class Remote:
         return bool(self.recipients) or self.recipients_file is not None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConfiguredImage:
+class ConfiguredImage(msgspec.Struct, frozen=True, kw_only=True):
     """One `[vm.NAME.images.DISK]` table."""
 
     file: Path
     format: Literal["raw", "qcow2"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SnapshotSettings:
+class SnapshotSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Where and how long the guest's overwritten data may be kept, and how long nothing may move.
 
     `scratch` None means the VM's state directory; `scratch_limit_bytes` None means no limit.
@@ -159,8 +156,7 @@ class SnapshotSettings:
     stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Configuration:
+class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     """The whole file."""
 
     path: Path
@@ -180,7 +176,7 @@ class Configuration:
     """Where the metrics for Prometheus go, None: nowhere."""
     warn_free: FreeLimit = DEFAULT_WARN_FREE
     critical_free: FreeLimit = DEFAULT_CRITICAL_FREE
-    remotes: Mapping[str, Remote] = field(default_factory=dict)
+    remotes: Mapping[str, Remote] = msgspec.field(default_factory=dict)
     push: str | None = None
     """The remote of VMs that are not in the file (any more)."""
 
@@ -243,8 +239,7 @@ class Configuration:
         return self.vms[name]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _VmTable:
+class _VmTable(msgspec.Struct, frozen=True, kw_only=True):
     qmp: str
     agent: str | None = None
     disks: list[str] | None = None
@@ -264,8 +259,7 @@ class _VmTable:
     push: str | Literal[False] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _RemoteTable:
+class _RemoteTable(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     endpoint: str | None = None
     region: str | None = None
@@ -281,20 +275,17 @@ class _RemoteTable:
     identity: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _HooksTable:
+class _HooksTable(msgspec.Struct, frozen=True, kw_only=True):
     before: list[str] | None = None
     after: list[str] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ImageTable:
+class _ImageTable(msgspec.Struct, frozen=True, kw_only=True):
     file: str
     format: Literal["raw", "qcow2"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _KeepTable:
+class _KeepTable(msgspec.Struct, frozen=True, kw_only=True):
     within: str | None = None
     last: int | None = None
     hourly: int | None = None
@@ -304,8 +295,7 @@ class _KeepTable:
     yearly: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _File:
+class _File(msgspec.Struct, frozen=True, kw_only=True):
     repository: str
     state: str
     trust_block_devices: bool | None = None
@@ -322,18 +312,16 @@ class _File:
     push: str | None = None
     keep: dict[str, Any] | None = None
     hooks: dict[str, Any] | None = None
-    remote: dict[str, Any] = field(default_factory=dict)
-    defaults: dict[str, Any] = field(default_factory=dict)
-    vm: dict[str, Any] = field(default_factory=dict)
+    remote: dict[str, Any] = msgspec.field(default_factory=dict)
+    defaults: dict[str, Any] = msgspec.field(default_factory=dict)
+    vm: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _IncludedFile:
-    vm: dict[str, Any] = field(default_factory=dict)
+class _IncludedFile(msgspec.Struct, frozen=True, kw_only=True):
+    vm: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Shared:
+class _Shared(msgspec.Struct, frozen=True, kw_only=True):
     """What a VM has unless its own table says otherwise."""
 
     defaults: Mapping[str, Any]
@@ -807,7 +795,7 @@ def _check(
     where: str,
     without: frozenset[str] = frozenset(),
 ) -> None:
-    """Check a table's keys and types against the dataclass `target`, but for the keys `without`."""
+    """Check a table's keys and types against the struct `target`, but for the keys `without`."""
     allowed = [entry.name for entry in fields(target) if entry.name not in without]
     prefix = f"{where}." if where else ""
     for key in document:
@@ -837,8 +825,7 @@ def _place_of(key: str, allowed: Sequence[str], target: type[Any]) -> str:
 
 def _require(document: dict[str, Any], target: type[Any], *, path: Path, where: str) -> None:
     for entry in fields(target):
-        required = entry.default is MISSING and entry.default_factory is MISSING
-        if required and entry.name not in document:
+        if entry.required and entry.name not in document:
             raise ConfigurationError(
                 f"{path}: the key {where}{'.' if where else ''}{entry.name} is missing",
                 hint=f"expected {_EXPECTED[entry.name]}",

@@ -11,9 +11,10 @@ Sources: qemu(1); QEMU, util/keyval.c (`,,`); hw/core/machine.c.
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
+
+import msgspec
 
 from qbackup.model.backup import DiskBackup, VmConfiguration
 
@@ -65,8 +66,7 @@ _REPLACED = frozenset(
 DeviceOptions = dict[str, str | int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """A machine in words that are safe to give to QEMU. None is QEMU's own choice.
 
     `disks` has the device of each disk, without `drive`; `controllers` come before them.
@@ -85,7 +85,7 @@ class Machine:
     secure_flash: bool = False
     random_numbers: bool = False
     controllers: tuple[DeviceOptions, ...] = ()
-    disks: dict[str, DeviceOptions] = field(default_factory=dict)
+    disks: dict[str, DeviceOptions] = msgspec.field(default_factory=dict)
     bios: str | None = None
     pflash: tuple[str, ...] = ()
     kernel: str | None = None

@@ -6,9 +6,11 @@ files are damaged and forged.
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from datetime import MAXYEAR, MINYEAR, datetime
 from typing import Any
+
+import msgspec
+from msgspec.structs import replace
 
 from qbackup.formats.digests import max_file_size_bytes
 from qbackup.formats.documents import DocumentError, convert, decode_document, encode_document
@@ -34,7 +36,10 @@ _MAX_HOST_NAME = 255
 
 def encode_manifest(backup: Backup, *, repository_id: str) -> bytes:
     """Write a backup's manifest; wherever its values come from, the VM's secrets stay out."""
-    content: dict[str, Any] = {"repository": repository_id, **asdict(without_secrets(backup))}
+    content: dict[str, Any] = {
+        "repository": repository_id,
+        **msgspec.to_builtins(without_secrets(backup)),
+    }
     for key in _SELDOM_OF_BACKUP:
         if not content[key]:
             del content[key]

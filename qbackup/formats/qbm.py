@@ -16,10 +16,11 @@ no repository and no clock.
 import io
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import BinaryIO, Final, Literal
 
+import msgspec
 from blake3 import blake3
+from msgspec.structs import replace
 
 from qbackup.model.bitmap import (
     CHUNK_BITS,
@@ -117,8 +118,7 @@ class QbmUnsupportedError(QbmError):
     reason = "unsupported"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QbmHeader:
+class QbmHeader(msgspec.Struct, frozen=True, kw_only=True):
     """The first sector of a file, as far as it is the same for a later reader.
 
     `compatible_features` are those that this version does not know and need not know; they may
@@ -153,8 +153,7 @@ class QbmHeader:
         return HEADER_BYTES + self.identity_bytes + self.runs_bytes + self.stored_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BitmapFile:
+class BitmapFile(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that a bitmap file says. `stamp` None: the image was not stamped."""
 
     identity: Identity

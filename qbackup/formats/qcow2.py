@@ -13,8 +13,9 @@ All numbers are big-endian (qcow2 spec, "Header"). An image made here begins wit
 
 import os
 import struct
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from qbackup.formats import qcow2_layout
 from qbackup.formats.qcow2_layout import EXTENSION_BACKING_FORMAT as _EXTENSION_BACKING_FORMAT
@@ -42,8 +43,7 @@ _INCOMPATIBLE_DATA_FILE = 1 << 2
 _INCOMPATIBLE_KNOWN = 0b11111  # also: the compression type, extended L2 entries
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Qcow2Header:
+class Qcow2Header(msgspec.Struct, frozen=True, kw_only=True):
     """The facts of a header that matter to a backup's image."""
 
     version: int
@@ -54,8 +54,7 @@ class Qcow2Header:
     has_data_file: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceHeader:
+class SourceHeader(msgspec.Struct, frozen=True, kw_only=True):
     """What the header of a VM's own image says of where its data is."""
 
     virtual_size_bytes: int

@@ -5,10 +5,11 @@ place can be shown wherever it is spoken of.
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
+
+import msgspec
 
 Kind = Literal["s3", "gs", "az", "directory"]
 
@@ -19,8 +20,7 @@ _HOST = re.compile(r"[A-Za-z0-9._-]+\Z|\[[0-9A-Fa-f:.]+\]\Z")
 _MAX_PREFIX_CHARACTERS = 500
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class Place(msgspec.Struct, frozen=True, kw_only=True):
     """A store and a place in it.
 
     `bucket` is empty for a directory; `prefix` neither begins nor ends with `/`, and is empty for

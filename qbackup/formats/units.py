@@ -10,9 +10,9 @@ QEMU, whose open files qbackup looks at.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from blake3 import blake3
 
 _HEAD = re.compile(r"# qbackup install-units ([0-9a-f]{32}): .*")
@@ -52,8 +52,7 @@ ProtectKernelTunables=yes
 _SHARED_TEMPORARY = (Path("/tmp"), Path("/var/tmp"))  # noqa: S108 - what PrivateTmp= hides
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class Setting(msgspec.Struct, frozen=True, kw_only=True):
     """What the units are for: how qbackup is called, and where it reads and writes.
 
     `program` is an absolute path and its arguments. `written` are the directories that must be
@@ -67,8 +66,7 @@ class Setting:
     user: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
+class _Job(msgspec.Struct, frozen=True, kw_only=True):
     """A command that a timer runs for each VM."""
 
     name: str

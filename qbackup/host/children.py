@@ -12,9 +12,10 @@ import signal
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from qbackup.errors import ProgramError
 from qbackup.host.tasks import to_its_end
@@ -24,8 +25,7 @@ _END_S = 5.0
 _TAIL_BYTES = 4096
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Streams:
+class Streams(msgspec.Struct, frozen=True, kw_only=True):
     """What a program's streams are: `inherit` ours, `pipe` ours to read, else nothing."""
 
     stdin: Literal["inherit", "nothing"] = "nothing"

@@ -11,8 +11,9 @@ import stat
 from collections import deque
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+import msgspec
 
 from qbackup.host.process import HostProcess
 
@@ -22,8 +23,7 @@ _SECTOR_BYTES = 512
 _MAX_LAYERS = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileIdentity:
+class FileIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """What makes two names the same regular file, or the same block device (`inode` None)."""
 
     device: int
@@ -35,8 +35,7 @@ class FileIdentity:
         return self.inode is None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Extent:
+class Extent(msgspec.Struct, frozen=True, kw_only=True):
     """Some bytes of a medium, `length_bytes` None: to its end."""
 
     medium: FileIdentity

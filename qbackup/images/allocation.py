@@ -10,8 +10,9 @@ import os
 import struct
 import sys
 from array import array
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from qbackup.formats.qcow2_layout import (
     CLUSTER_BITS,
@@ -28,8 +29,7 @@ from qbackup.host.files import open_regular
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
 
 
-@dataclass(slots=True)
-class TableBudget:
+class TableBudget(msgspec.Struct):
     """How many L2 tables may still be read."""
 
     tables: int

@@ -12,12 +12,12 @@ of the newest backup: then 300 images take half a second.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChainNodes:
+
+class ChainNodes(msgspec.Struct, frozen=True, kw_only=True):
     """A chain as arguments of `-blockdev`; `node` is the topmost, by which the disk is read.
 
     `folder` is where the program has to run.

@@ -8,9 +8,10 @@ import os
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
+
+import msgspec
 
 from qbackup.errors import ExportError
 from qbackup.host.children import Child, child
@@ -22,8 +23,7 @@ _READY_S = 60.0
 _PRIVATE = 0o177
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Export:
+class Export(msgspec.Struct, frozen=True, kw_only=True):
     """A disk to serve: its name, its images, the full first, and for FUSE the file it becomes."""
 
     name: str

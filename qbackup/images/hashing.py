@@ -3,9 +3,9 @@
 import asyncio
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from blake3 import blake3
 
 from qbackup.host.files import open_regular
@@ -17,8 +17,7 @@ which hashes while qemu-img copies, took up to half as long again: both wait for
 _REPORT_S = 0.1
 
 
-@dataclass(slots=True)
-class _Progress:
+class _Progress(msgspec.Struct):
     """What the thread that hashes and its caller tell each other."""
 
     done_bytes: int = 0

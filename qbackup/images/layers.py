@@ -9,9 +9,10 @@ file is a plain path or nothing.
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from qbackup.errors import DiskError
 from qbackup.formats.qcow2 import CLUSTER_BYTES, Qcow2Error, SourceHeader, read_source_header
@@ -26,8 +27,7 @@ _MAX_LAYERS = 256
 _HINT = "it can be backed up while the VM runs"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
+class Layer(msgspec.Struct, frozen=True, kw_only=True):
     """One file or block device, and what it is as a part of an image."""
 
     path: Path

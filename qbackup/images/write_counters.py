@@ -17,9 +17,9 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from blake3 import blake3
 
 from qbackup.images.change_time import settled_facts
@@ -48,8 +48,7 @@ class NotCountedError(Exception):
     """The counters prove nothing. The message says why, about a device that it names."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Counts:
+class Counts(msgspec.Struct, frozen=True, kw_only=True):
     """What was counted so far; `below` None with `unknown`, which says why.
 
     `has_read` tells whether the kernel has counted anything at all: a device that was read and

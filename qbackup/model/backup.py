@@ -4,11 +4,12 @@ These values are the manifest and, without its inner facts, the `--json` summary
 nothing of where they are stored or how they were made.
 """
 
-from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta
+from msgspec.structs import replace
 
 from qbackup.model import limits
 
@@ -104,8 +105,7 @@ UNTRUSTED_REASONS: frozenset[Reason] = frozenset(REASON_TEXT) - {
 """Reasons that are about the disk's bitmap."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
+class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     """Why a bitmap was not saved, or not loaded. `detail` is a sentence for people."""
 
     reason: Reason
@@ -125,8 +125,7 @@ ByteCount = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 """A size or an amount in bytes. Decoding refuses what no disk can have."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceFile:
+class SourceFile(msgspec.Struct, frozen=True, kw_only=True):
     """A file that held a part of a disk: QEMU's name for it, and what it was.
 
     `driver` is QEMU's, empty if it is not known. `device` is the file system's of a regular file
@@ -158,8 +157,7 @@ class SourceFile:
         return self.device == other.device or named_alike
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceImage:
+class SourceImage(msgspec.Struct, frozen=True, kw_only=True):
     """What QEMU said of a disk when it was backed up.
 
     `format` is that of the image, below any filters. `files` is every file that held the disk, None
@@ -192,8 +190,7 @@ class SourceImage:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Merged:
+class Merged(msgspec.Struct, frozen=True, kw_only=True):
     """What a disk's image has taken in of older backups, and how it was when it was taken.
 
     `kind` and `parent` are those of the backup as it was taken. `count` is how many backups' images
@@ -206,8 +203,7 @@ class Merged:
     oldest: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Former:
+class Former(msgspec.Struct, frozen=True, kw_only=True):
     """The facts of an image that another one is about to replace; see `DiskBackup.replaces`."""
 
     kind: Kind
@@ -218,8 +214,7 @@ class Former:
     merged: Merged | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Digests:
+class Digests(msgspec.Struct, frozen=True, kw_only=True):
     """The file of digests beside an image: where (relative to the repository), how long, its hash.
 
     `root` binds what is read of it piece by piece (`formats/digests.py`). Both are hexadecimal.
@@ -231,8 +226,7 @@ class Digests:
     root: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiskBackup:
+class DiskBackup(msgspec.Struct, frozen=True, kw_only=True):
     """One disk of one backup.
 
     `file` is relative to the repository; `parent` is the backup whose file of the same disk
@@ -331,8 +325,7 @@ class DiskBackup:
         return "compare" if self.made_by == "compare" else self.kind
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VmFile:
+class VmFile(msgspec.Struct, frozen=True, kw_only=True):
     """A small file of the VM's that is no disk, as it was on the host: its path and its content.
 
     `blake3` is the hash of the content in hexadecimal.
@@ -343,8 +336,7 @@ class VmFile:
     blake3: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VmConfiguration:
+class VmConfiguration(msgspec.Struct, frozen=True, kw_only=True):
     """Enough of a VM to start it again: QEMU's command line where it can be had, else facts."""
 
     name: str | None
@@ -355,8 +347,7 @@ class VmConfiguration:
     command_line: list[str] | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Host:
+class Host(msgspec.Struct, frozen=True, kw_only=True):
     """The machine on which a backup was made: its name, and what tells it from others of that name.
 
     `id` is made from the machine's own id and does not give it away; None if it has none.
@@ -366,16 +357,14 @@ class Host:
     id: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
+class Origin(msgspec.Struct, frozen=True, kw_only=True):
     """Where a backup was before it came into this repository: another one, of this host."""
 
     repository: str
     host: Host | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RemoteObject:
+class RemoteObject(msgspec.Struct, frozen=True, kw_only=True):
     """A file of a backup as it is in a remote: which, under which name there, and what is in it.
 
     Size and hash (BLAKE3, in hexadecimal) are of the file, also where the object is encrypted.
@@ -387,8 +376,7 @@ class RemoteObject:
     blake3: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Backup:
+class Backup(msgspec.Struct, frozen=True, kw_only=True):
     """One complete backup of one VM: every disk at the same instant.
 
     `time` is what the clock said at that instant, in ISO 8601 (UTC), right or wrong; the id
@@ -408,14 +396,14 @@ class Backup:
     seconds: Annotated[float, Meta(ge=0)]
     qemu_version: str
     vm_configuration: VmConfiguration
-    left_out: dict[str, str] = field(default_factory=dict)
-    files: list[VmFile] = field(default_factory=list)
+    left_out: dict[str, str] = msgspec.field(default_factory=dict)
+    files: list[VmFile] = msgspec.field(default_factory=list)
     """In the order in which they are in the archive beside the images."""
     host: Host | None = None
     """Where it was made; None in backups of old."""
     origin: Origin | None = None
     """Where it came from, None if it was made in this repository."""
-    objects: list[RemoteObject] = field(default_factory=list)
+    objects: list[RemoteObject] = msgspec.field(default_factory=list)
     """Its files, in a remote; in a repository there are none."""
 
     @property

@@ -17,7 +17,8 @@ Pure: knows neither files nor QEMU.
 import enum
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+
+import msgspec
 
 from qbackup.model import bitmap_runs
 from qbackup.model.bitmap_runs import KIND_SHIFT, RUN
@@ -57,8 +58,7 @@ Part = Fill | bytes | memoryview
 """64 KiB of a bitmap: all zero, all one, or written out."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """What a saved bitmap belongs to."""
 
     repository: str
@@ -68,8 +68,7 @@ class Identity:
     chain: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileStamp:
+class FileStamp(msgspec.Struct, frozen=True, kw_only=True):
     """By what an image file is recognised as the one that was closed, unchanged (`stat`)."""
 
     device: int
@@ -79,8 +78,7 @@ class FileStamp:
     ctime_ns: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WriteRecord:
+class WriteRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What the kernel counted of the writes to a block device, as three hashes of 32 bytes.
 
     `session` stands for this boot of the host and this making of the device: counters of another
@@ -93,8 +91,7 @@ class WriteRecord:
     below: bytes | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceStamp:
+class DeviceStamp(msgspec.Struct, frozen=True, kw_only=True):
     """By what a block device is recognised; `fingerprint` is 32 bytes.
 
     `uncounted` says to people why there is no record, or none that proves anything.
@@ -103,7 +100,7 @@ class DeviceStamp:
     size_bytes: int
     fingerprint: bytes
     record: WriteRecord | None = None
-    uncounted: str | None = field(default=None, compare=False)
+    uncounted: str | None = None
 
 
 ImageStamp = FileStamp | DeviceStamp
@@ -136,8 +133,7 @@ def _compare_devices(before: DeviceStamp, now: DeviceStamp) -> Sameness:
     return Sameness.PROVEN if proven else Sameness.ALIKE
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bits:
+class Bits(msgspec.Struct, frozen=True, kw_only=True):
     """A bitmap. Whatever exists of this class is valid and in its one form.
 
     `runs` is the run table: for each run a big-endian 32-bit number, the kind in the upper two
@@ -149,13 +145,20 @@ class Bits:
 
     virtual_size_bytes: int
     granularity_bytes: int
-    runs: bytes = field(repr=False)
-    stored: bytes = field(repr=False)
+    runs: bytes
+    stored: bytes
 
     def __post_init__(self) -> None:
         check_geometry(self.virtual_size_bytes, self.granularity_bytes)
         self._check_runs()
         self._check_stored()
+
+    def __repr__(self) -> str:
+        """Return what tells bitmaps apart for a person, without the megabytes."""
+        return (
+            f"Bits(virtual_size_bytes={self.virtual_size_bytes}, "
+            f"granularity_bytes={self.granularity_bytes})"
+        )
 
     @classmethod
     def empty(cls, *, virtual_size_bytes: int, granularity_bytes: int) -> "Bits":

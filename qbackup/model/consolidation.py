@@ -8,8 +8,9 @@ measured elsewhere and told here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from qbackup.model.retention import Candidate, Verdict
 
@@ -23,8 +24,7 @@ WORTH_GOING = 4
 """Or if at least one of so many backups that a chain may have goes with it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiskMerge:
+class DiskMerge(msgspec.Struct, frozen=True, kw_only=True):
     """What one disk of a backup takes in: the images of `taken`, the newest first.
 
     `base` is the backup that its new image stands on, None if that is a full.
@@ -35,8 +35,7 @@ class DiskMerge:
     base: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class Group(msgspec.Struct, frozen=True, kw_only=True):
     """What has to be done together: `going` can go when all `into` have taken in what they need."""
 
     into: Mapping[str, tuple[DiskMerge, ...]]

@@ -7,7 +7,8 @@ Guidelines, "Plugin Return Codes"). Pure: knows neither files nor QEMU.
 import enum
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from qbackup.model.quantities import parse_size_bytes
 
@@ -27,8 +28,7 @@ class Grade(enum.IntEnum):
     UNKNOWN = 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgeLimits:
+class AgeLimits(msgspec.Struct, frozen=True, kw_only=True):
     """From which age on the newest backup of a disk is too old."""
 
     warn_s: float
@@ -50,8 +50,7 @@ def age_limits(warn_s: float | None, critical_s: float | None) -> AgeLimits:
     return AgeLimits(warn_s=warn_s, critical_s=critical_s)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FreeLimit:
+class FreeLimit(msgspec.Struct, frozen=True, kw_only=True):
     """How much of a file system has to be free: so many bytes, or a part of it."""
 
     size_bytes: int = 0
@@ -80,8 +79,7 @@ def parse_free_limit(text: str) -> FreeLimit:
         raise ValueError(f"{text!r} is neither a part, such as 10%, nor a size") from err
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """Something that is not as it should be. `vm` None: it is not one VM's."""
 
     grade: Grade
@@ -92,8 +90,7 @@ class Finding:
         return f"{self.vm}: {self.text}" if self.vm else self.text
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measure:
+class Measure(msgspec.Struct, frozen=True, kw_only=True):
     """A number that can be drawn over time. `unit` is `s`, `B` or empty.
 
     `warn` and `critical` are the limits; with `low_is_bad` what is below them is bad.
@@ -107,8 +104,7 @@ class Measure:
     low_is_bad: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Health:
+class Health(msgspec.Struct, frozen=True, kw_only=True):
     """What was found. `facts` are lines for people, about what is well, too."""
 
     findings: Sequence[Finding] = ()

@@ -6,9 +6,10 @@ here before it becomes part of a path. This module must not touch the file syste
 
 import hashlib
 import re
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+
+import msgspec
 
 from qbackup.errors import UsageError
 
@@ -114,8 +115,7 @@ def _time_of(backup_id: str) -> datetime | None:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class Owner:
+class Owner(msgspec.Struct, frozen=True):
     """Whose something in QEMU is: jobs, nodes, exports, fd sets and bitmaps carry its prefix."""
 
     prefix: str

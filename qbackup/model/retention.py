@@ -13,9 +13,10 @@ Pure: order comes from the ids, periods from the times. Knows no file, and not w
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from datetime import UTC, datetime, tzinfo
 from typing import Literal
+
+import msgspec
 
 Reason = Literal[
     "keep-within",
@@ -43,8 +44,7 @@ _TEXT: dict[Reason, str] = {
 """Reasons that people are told in other words."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
+class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """How much is kept. A number that is None is a rule that was not given."""
 
     within_s: int | None = None
@@ -58,14 +58,13 @@ class Rules:
     @property
     def are_given(self) -> bool:
         """Whether there is any; without one everything is kept."""
-        return any(getattr(self, entry.name) is not None for entry in fields(self))
+        return any(getattr(self, name) is not None for name in self.__struct_fields__)
 
 
 NO_RULES = Rules()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """A backup, as far as its retention goes.
 
     `time` is what the clock said; `parents` says of each disk whose file its own is based on;
@@ -79,8 +78,7 @@ class Candidate:
     problem: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """What becomes of a backup. `subject` is the period, the backup, the disks that are why."""
 
     id: str

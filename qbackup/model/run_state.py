@@ -5,8 +5,9 @@ table, because a later QEMU invented it, is fit for nothing. This module asks no
 given the words.
 """
 
-from dataclasses import dataclass
 from enum import Enum, auto
+
+import msgspec
 
 
 class Button(Enum):
@@ -22,8 +23,7 @@ class Button(Enum):
     """QEMU is in the middle of something; what can be done is known afterwards."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fitness:
+class Fitness(msgspec.Struct, frozen=True, kw_only=True):
     """What can be done with a VM in one run state."""
 
     back_up: bool = False

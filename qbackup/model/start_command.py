@@ -9,8 +9,9 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from qbackup.model.secrets import REDACTED
 
@@ -20,8 +21,7 @@ _LEFT_OUT = {"-S": 0, "--S": 0, "-incoming": 1, "--incoming": 1, "-loadvm": 1, "
 """Options that are for another occasion, with the number of arguments that each takes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StartCommand:
+class StartCommand(msgspec.Struct, frozen=True, kw_only=True):
     """A command, the paths that it does not name, and what was left out of it."""
 
     arguments: tuple[str, ...]

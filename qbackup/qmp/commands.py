@@ -5,8 +5,9 @@ talks to QEMU.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import msgspec
 
 from qbackup.formats.configuration import Engine
 
@@ -24,12 +25,11 @@ SCRATCH_QUORUM_SUFFIX, SCRATCH_FILE_SUFFIX, SCRATCH_NULL_SUFFIX = "-q", "-f", "-
 """Names of the nodes under a scratch image's; they go with it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
+class Command(msgspec.Struct, frozen=True, kw_only=True):
     """A QMP command. The same name and arguments make a transaction's action."""
 
     name: str
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = msgspec.field(default_factory=dict)
 
     def as_action(self) -> dict[str, Any]:
         """Return it as a TransactionAction."""
@@ -40,8 +40,7 @@ _OTHER_QUERIES = frozenset({"qom-get", "x-debug-query-block-graph"})
 """Commands that change nothing, without the usual prefix."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Query(Command):
+class Query(Command, frozen=True, kw_only=True):
     """A command that only looks: it changes nothing in QEMU.
 
     Raises:
@@ -53,16 +52,14 @@ class Query(Command):
             raise ValueError(f"{self.name} does more than look")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobTuning:
+class JobTuning(msgspec.Struct, frozen=True, kw_only=True):
     """BackupPerf: how many requests of which size a job has in flight."""
 
     workers: int
     chunk_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BackupRequest:
+class BackupRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One disk's job. `bitmap` None copies everything.
 
     `target` is the target's node name for blockdev-backup, its file name for drive-backup.

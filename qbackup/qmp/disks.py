@@ -8,11 +8,11 @@ those files are on the host is not known here.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 import msgspec
+from msgspec.structs import replace
 
 from qbackup.errors import DiskError
 from qbackup.model.backup import MAX_DISK_BYTES, SourceFile, SourceImage
@@ -63,8 +63,7 @@ _FDSET = re.compile(r"/dev/fdset/([0-9]{1,9})")
 _PERIPHERAL = "/machine/peripheral/"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bitmap:
+class Bitmap(msgspec.Struct, frozen=True, kw_only=True):
     """A dirty bitmap as QEMU shows it. `dirty_bytes` is `count`: whole granules."""
 
     name: str
@@ -75,8 +74,7 @@ class Bitmap:
     inconsistent: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Disk:
+class Disk(msgspec.Struct, frozen=True, kw_only=True):
     """A disk that can be backed up. `name` stays the same when the VM starts again."""
 
     name: str
@@ -102,8 +100,7 @@ class Disk:
         return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inventory:
+class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     """All of a VM's drives: the disks, and what is left out and why."""
 
     disks: tuple[Disk, ...]
@@ -118,7 +115,7 @@ class Inventory:
     """Every file that this QEMU has open for writing, those of the disks among them."""
     firmware: tuple[str, ...] = ()
     """The images of read-only flash, from which the VM starts."""
-    refused: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = msgspec.field(default_factory=dict)
     """Disks of which there is no image of an instant, and why."""
 
     def disk(self, name: str) -> Disk | None:
@@ -182,8 +179,7 @@ class _FdSet(msgspec.Struct, rename="kebab"):
     fds: list[_Descriptor]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Blocks:
+class _Blocks(msgspec.Struct, frozen=True, kw_only=True):
     """All that QEMU said of nodes, from which disks are made."""
 
     nodes: Mapping[str, _Node]

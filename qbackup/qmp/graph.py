@@ -8,7 +8,6 @@ interface: where QEMU does not have it, or answers otherwise than expected, ther
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -28,8 +27,7 @@ _BACKING, _FILE = "backing", "file"
 _WRITE = "write"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeFacts:
+class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What `query-named-block-nodes` says of one node."""
 
     driver: str
@@ -37,8 +35,7 @@ class NodeFacts:
     read_only: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeFile:
+class NodeFile(msgspec.Struct, frozen=True, kw_only=True):
     """A file, device or network image that a node has open, by the name that QEMU has for it.
 
     The disk has what is from `offset_bytes` on, `length_bytes` long (None: to its end).
@@ -61,8 +58,7 @@ class NodeFile:
         return self.driver in LOCAL_DRIVERS or self.driver == UNKNOWN_DRIVER
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Edge:
+class _Edge(msgspec.Struct, frozen=True, kw_only=True):
     parent: int
     child: int
     role: str
@@ -70,14 +66,12 @@ class _Edge:
     shares_writing: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Vertex:
+class _Vertex(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     name: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Visit:
+class _Visit(msgspec.Struct, frozen=True, kw_only=True):
     """A node to look at. `own`: the guest's writes reach it; `window`: the part that is used."""
 
     number: int

@@ -5,7 +5,6 @@ concluded without an error has succeeded (QAPI job, `JobStatus`).
 """
 
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
 
 import msgspec
 
@@ -22,8 +21,7 @@ POLL_S = 0.25
 CANCEL_TIMEOUT_S = 60.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobState:
+class JobState(msgspec.Struct, frozen=True, kw_only=True):
     """One job. `error` is None unless it failed or was cancelled."""
 
     job: str
@@ -34,8 +32,7 @@ class JobState:
     error: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobError:
+class JobError(msgspec.Struct, frozen=True, kw_only=True):
     """An I/O error inside a job: which job, and whether it was reading or writing."""
 
     job: str

@@ -10,7 +10,6 @@ import errno
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,8 +57,7 @@ class _FdSet(msgspec.Struct, rename="kebab"):
     fdset_id: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
+class Event(msgspec.Struct, frozen=True, kw_only=True):
     """What QEMU tells unasked: its name, and of its data what we have a use for.
 
     `subject` is the id of what it is about (a job, an export, a node), `status` a job's new status,

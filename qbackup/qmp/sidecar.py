@@ -13,7 +13,6 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -50,8 +49,7 @@ class _Node(msgspec.Struct, rename="kebab"):
     dirty_bitmaps: list[_DirtyBitmap] = []
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Scratch:
+class _Scratch(msgspec.Struct, frozen=True, kw_only=True):
     """An open temporary file: one descriptor for writing and reading, one for reading only."""
 
     path: Path

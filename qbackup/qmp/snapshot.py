@@ -23,10 +23,11 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from operator import eq
 from pathlib import Path
+
+import msgspec
 
 from qbackup.errors import QbackupError, QmpCommandError, SnapshotError
 from qbackup.formats import qcow2
@@ -45,8 +46,7 @@ _REFCOUNTS = qcow2.CLUSTER_BYTES // 2
 _SPARE_CLUSTERS = 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scratch:
+class Scratch(msgspec.Struct, frozen=True, kw_only=True):
     """An attached scratch image: its node, and the open file that holds it."""
 
     node: str

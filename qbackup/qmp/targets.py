@@ -7,7 +7,6 @@ writes the target is decided here and nowhere else.
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -28,8 +27,7 @@ _GO_WITH_ANOTHER = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class Target(msgspec.Struct, frozen=True, kw_only=True):
     """What a job is given as its target: a node's name, or a file's for drive-backup."""
 
     name: str

@@ -1,7 +1,6 @@
 """What QEMU says of the VM as a whole: its state, version and configuration."""
 
 import asyncio
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,16 +23,14 @@ QemuVersion = tuple[int, int, int]
 """Major, minor and micro number, as in 7.2.22."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VmState:
+class VmState(msgspec.Struct, frozen=True, kw_only=True):
     """QEMU's run state (QAPI run-state, `RunState`)."""
 
     status: str
     running: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Migration:
+class Migration(msgspec.Struct, frozen=True, kw_only=True):
     """What QEMU knows of migrations: of the one under way, and of the last one that ended.
 
     `leaving`: one to elsewhere is under way. `given_away`: one to elsewhere was completed, and
@@ -50,8 +47,7 @@ class Migration:
         return self.given_away or self.came
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Condition:
+class Condition(msgspec.Struct, frozen=True, kw_only=True):
     """The run state together with what is known of migrations, and what the VM is fit for."""
 
     state: VmState

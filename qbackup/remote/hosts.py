@@ -6,7 +6,8 @@ first; otherwise there must be no doubt.
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from qbackup.errors import BackupNotFoundError, NoKeyError, RemoteDamagedError, UsageError
 from qbackup.host.tasks import task_group
@@ -21,8 +22,7 @@ SHOWN_ID = 8
 _AT_ONCE = 16
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Home:
+class Home(msgspec.Struct, frozen=True, kw_only=True):
     """A repository that has backups of a VM; `newest` is None if its manifest cannot be used."""
 
     repository_id: str

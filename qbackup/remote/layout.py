@@ -17,8 +17,9 @@ path.
 import re
 import secrets
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from datetime import datetime
+
+import msgspec
 
 from qbackup.formats.documents import DocumentError
 from qbackup.formats.manifest import DIGESTS_SUFFIX, MANIFEST_FILE
@@ -37,8 +38,7 @@ _REPOSITORY_ID = re.compile(r"[0-9a-f]{32}\Z")
 _FILE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,109}?)(\.~[0-9a-f]{16})?(\.age)?\Z")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Key:
+class Key(msgspec.Struct, frozen=True, kw_only=True):
     """A key of ours, taken apart; `vm`, `backup_id` and `file` are None for `qbackup.json`.
 
     `file` is the name without the nonce and without the cipher's suffix.
@@ -105,8 +105,7 @@ def fresh_name(name: str, *, suffix: str) -> str:
     return f"{name}{NONCE_MARK}{secrets.token_hex(8)}{suffix}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredFile:
+class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
     """A file of a backup in a remote: what it is called here and there, and what it must be.
 
     `blake3` is None if the manifest does not say it (the archive of a backup that another program
@@ -157,12 +156,11 @@ def files_of(backup: Backup, *, suffix: str) -> list[StoredFile]:
     return list(found.values())
 
 
-@dataclass(slots=True, kw_only=True)
-class ListedBackup:
+class ListedBackup(msgspec.Struct, kw_only=True):
     """What a listing says of one backup: its objects by their whole last components."""
 
     id: str
-    objects: dict[str, ObjectFacts] = field(default_factory=dict)
+    objects: dict[str, ObjectFacts] = msgspec.field(default_factory=dict)
 
     @property
     def manifest(self) -> ObjectFacts | None:
@@ -197,12 +195,11 @@ class ListedBackup:
         return max(facts.modified for facts in self.objects.values())
 
 
-@dataclass(slots=True, kw_only=True)
-class ListedRepository:
+class ListedRepository(msgspec.Struct, kw_only=True):
     """What a listing says of one repository: its VMs' backups by id; VMs in no order."""
 
     id: str
-    vms: dict[str, dict[str, ListedBackup]] = field(default_factory=dict)
+    vms: dict[str, dict[str, ListedBackup]] = msgspec.field(default_factory=dict)
 
     def backups(self, vm: str) -> list[ListedBackup]:
         """Return a VM's backups, whether they exist or are only begun, oldest first."""

@@ -1,6 +1,6 @@
 """A VM's backups in a remote, as far as a listing tells: what is there, and how large it is."""
 
-from dataclasses import dataclass
+import msgspec
 
 from qbackup.errors import BackupNotFoundError, RemoteDamagedError
 from qbackup.formats.documents import DocumentError
@@ -12,8 +12,7 @@ from qbackup.remote.opened import OpenedRemote
 from qbackup.remote.store import ObjectFacts
 
 
-@dataclass(frozen=True, kw_only=True)
-class ListedVm:
+class ListedVm(msgspec.Struct, frozen=True, kw_only=True):
     """A VM's backups in a remote, as they were listed."""
 
     remote: OpenedRemote

@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -74,12 +73,11 @@ class _Known(msgspec.Struct, array_like=True):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mirror(ListedVm):
+class Mirror(ListedVm, frozen=True, kw_only=True):
     """A VM's backups in a remote; their manifests are in `repository`."""
 
     repository: Repository
-    problems: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, str] = msgspec.field(default_factory=dict)
     """Why the manifest of a backup cannot be used, by id."""
 
     @contextmanager

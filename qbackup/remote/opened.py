@@ -1,6 +1,6 @@
 """A remote that is in use: its store, and what encrypts there."""
 
-from dataclasses import dataclass
+import msgspec
 
 from qbackup.errors import ConfigurationError, NoKeyError
 from qbackup.formats.configuration import Remote
@@ -8,8 +8,7 @@ from qbackup.remote.cipher import Cipher, cipher_for
 from qbackup.remote.store import Store
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenedRemote:
+class OpenedRemote(msgspec.Struct, frozen=True, kw_only=True):
     """The objects of a remote, and what stands between them and files."""
 
     store: Store

@@ -6,7 +6,9 @@ Nothing that is there is ever overwritten. Which backups are put, and in which o
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from qbackup.errors import (
     ObjectMissingError,
@@ -76,8 +78,7 @@ async def require_repository(store: Store, repository_id: str) -> None:
         raise RemoteDamagedError(store.where(key), f"it is of repository {found}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Target:
+class Target(msgspec.Struct, frozen=True, kw_only=True):
     """Where a VM's backups go, and what is known of it."""
 
     remote: OpenedRemote

@@ -9,8 +9,8 @@ import io
 import os
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
+import msgspec
 from blake3 import blake3
 
 from qbackup.errors import VerificationError
@@ -24,8 +24,7 @@ from qbackup.repository.repository import Repository
 READ_BYTES = 1024 * 1024
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceFile:
+class SourceFile(msgspec.Struct, frozen=True, kw_only=True):
     """A file that is open. `blake3` is empty of the archive, until it was looked at."""
 
     name: str

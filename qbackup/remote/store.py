@@ -13,10 +13,10 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
 import obstore
 from obstore.exceptions import (
     BaseError,
@@ -97,8 +97,7 @@ _CAUSES = {
 """What the client says somewhere in its error, and what that means."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ObjectFacts:
+class ObjectFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What a listing says of an object; `key` is below the remote's prefix."""
 
     key: str

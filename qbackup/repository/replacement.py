@@ -20,8 +20,9 @@ This module must not know why images are exchanged. Call it with the VM's lock h
 """
 
 import os
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from qbackup.formats.documents import DocumentError
 from qbackup.formats.manifest import (

@@ -16,8 +16,9 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from qbackup.errors import BackupNotFoundError, ManifestDamagedError, RepositoryError
 from qbackup.formats.documents import DocumentError, NewerVersionError
@@ -49,8 +50,7 @@ _UNFINISHED_FILE = f".{REPOSITORY_FILE}.new"
 """What an `init` that was killed may have left."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DamagedBackup:
+class DamagedBackup(msgspec.Struct, frozen=True, kw_only=True):
     """A backup directory whose manifest cannot be used, and why."""
 
     vm: str

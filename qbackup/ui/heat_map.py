@@ -3,8 +3,9 @@
 Written without rich, like the tables. The shapes alone tell everything; colour only helps.
 """
 
-from dataclasses import dataclass
 from itertools import groupby
+
+import msgspec
 
 from qbackup.model.bitmap import Bits
 from qbackup.model.quantities import format_size
@@ -14,8 +15,7 @@ MAX_COLUMNS = 64
 MAX_ROWS = 16
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Level:
+class _Level(msgspec.Struct, frozen=True, kw_only=True):
     """How dense a cell is: up to `limit` (all of it is 1), and how it is shown."""
 
     limit: float

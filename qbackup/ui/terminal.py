@@ -3,15 +3,15 @@
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+
+import msgspec
 
 RESET = "\x1b[0m"
 
 _DRAWING = "·░▒▓█├└│─…"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Style:
+class Style(msgspec.Struct, frozen=True, kw_only=True):
     """What the output can show. Without `drawing` there is ASCII only."""
 
     columns: int

@@ -22,9 +22,10 @@ import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import msgspec
 
 from qbackup.errors import MonitorError, MonitorLostError, QbackupError
 from qbackup.formats.configuration import Vm
@@ -48,8 +49,7 @@ MAX_TIMEOUT_S = 7 * 86400.0
 RequestName = Literal["lend", "look", "stop"]
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Request:
+class Request(msgspec.Struct, kw_only=True, eq=False):
     """What a client asks of the watcher; it lives as long as the client's connection."""
 
     command: RequestName
@@ -58,7 +58,7 @@ class Request:
     client: HostProcess | None = None
     heard_at: float = 0.0
     """When the client was heard last, by the event loop's clock."""
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
 
     async def answer(self, **document: Any) -> None:
         """Tell the client; one that has gone needs no answer, one that does not read gets none."""
@@ -234,8 +234,7 @@ async def _is_watched(control_socket: Path) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stopped:
+class Stopped(msgspec.Struct, frozen=True, kw_only=True):
     """A VM that its watcher has stopped. `message` says why its bitmaps are not saved."""
 
     saved: bool

@@ -19,8 +19,9 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
 from enum import Enum, auto
+
+import msgspec
 
 from qbackup.bitmaps.load import (
     are_loaded,
@@ -105,8 +106,7 @@ class Ending(Enum):
     GONE = auto()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WatchOptions:
+class WatchOptions(msgspec.Struct, frozen=True, kw_only=True):
     """`resume`: let a VM in prelaunch run once its bitmaps are loaded, or cannot be in time."""
 
     resume: bool

@@ -26,9 +26,10 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
+
+import msgspec
 
 from qbackup.errors import NoSpaceError, QbackupError, WriterError
 from qbackup.formats.manifest import MANIFEST_FILE
@@ -48,8 +49,7 @@ _STDERR_BYTES = 4096
 PublishOutcome = Literal["no", "yes", "unknown"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CopyRequest:
+class CopyRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One disk to copy.
 
     `socket` is where the export is served; or `connection` is the descriptor of a connection to
@@ -83,8 +83,7 @@ class CopyRequest:
     spot_check: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreviousImage:
+class PreviousImage(msgspec.Struct, frozen=True, kw_only=True):
     """An image that is built on, the file of its digests, and the root that its manifest says."""
 
     image: Path
@@ -92,8 +91,7 @@ class PreviousImage:
     root: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DigestsResult:
+class DigestsResult(msgspec.Struct, frozen=True, kw_only=True):
     """A file of digests that is complete and synced."""
 
     file_size_bytes: int
@@ -101,8 +99,7 @@ class DigestsResult:
     root: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CopyResult:
+class CopyResult(msgspec.Struct, frozen=True, kw_only=True):
     """An image that is complete, synced and hashed.
 
     `copied_bytes` is what it went through, `stored_bytes` what the file takes on the disk. `method`

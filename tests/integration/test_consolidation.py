@@ -6,13 +6,13 @@ No VM is needed: the repositories are made by hand, with the model of every disk
 import os
 import shutil
 import struct
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from signal import SIGKILL
 
 import pytest
+from msgspec.structs import replace
 from support.chains import CLUSTERS, VM, ZERO, disk_backup, write_manifest
 from support.cli import Qbackup
 from support.kills import kill_points

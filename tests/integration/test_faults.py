@@ -17,12 +17,13 @@ import shutil
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGKILL
 from typing import Literal
 
 import pytest
+from msgspec.structs import replace
 from qemu.qmp import QMPError
 from support.cli import Qbackup
 from support.lab import VM

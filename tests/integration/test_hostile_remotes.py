@@ -10,12 +10,13 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from blake3 import blake3
+from msgspec.structs import replace
 from support.chains import DISK, VM, MadeChain, make_chain
 from support.hostile_s3 import DIGESTS, NVRAM, TABLE, Hostile, Scene
 from support.remotes import PREFIX, Host, s3_settings, served

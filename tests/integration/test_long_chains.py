@@ -3,12 +3,12 @@
 import asyncio
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from support.chains import DISK, MadeChain, chain_backup, make_chain, write_image, write_manifest
 from support.cli import Qbackup, make_qbackup
 from support.lab import VM, lab

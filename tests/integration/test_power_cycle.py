@@ -9,12 +9,12 @@ import random
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from blake3 import blake3
+from msgspec.structs import replace
 from support.lab import VM
 from support.model import DiskModel
 from support.qemu import QEMU_IMG, DiskSpec, run_tool

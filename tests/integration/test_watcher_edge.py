@@ -6,6 +6,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from support.lab import VM, WAIT_S
 from support.storage import disk_specs
@@ -70,7 +71,7 @@ async def test_a_bitmap_file_of_the_last_generation_keeps_no_guest_waiting(tmp_p
         await it.power_off()
         (path,) = it.bitmap_files("a")
         file = qbm.decode(path.read_bytes())
-        path.write_bytes(qbm.encode(replace(file, generation=2**64 - 1)))
+        path.write_bytes(qbm.encode(msgspec.structs.replace(file, generation=2**64 - 1)))
         await it.run()
         await it.write("a", MIB, 512, 2)
         # No backup in between: the same bitmap is saved again, into the same file.

@@ -3,8 +3,9 @@
 It stands for what hourly backups of a small cloud leave after some days.
 """
 
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from qbackup.formats.manifest import disk_file
 from support.chains import DISK, chain_backup, chain_id, write_manifest

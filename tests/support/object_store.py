@@ -5,10 +5,11 @@ import json
 import os
 import shutil
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import obstore
+from msgspec.structs import replace
 from obstore.store import S3Store
 
 from qbackup.formats.manifest import decode_manifest, disk_file, encode_manifest

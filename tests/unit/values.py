@@ -1,11 +1,11 @@
 """Values for the tests: backups, disks and bitmaps with sensible defaults, and strategies."""
 
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from qbackup.formats.configuration import SnapshotSettings, Vm
 from qbackup.formats.manifest import disk_file

@@ -8,9 +8,10 @@ monitor, or whatever another source of disks needs. What it yields is the same f
 """
 
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, Protocol
+
+import msgspec
 
 from qbackup.backup.plan import BackupOptions, Plan
 from qbackup.formats.configuration import Vm
@@ -25,8 +26,7 @@ Existence = Literal["no", "yes", "unknown"]
 """Whether a backup exists: "unknown" if it was lost sight of while it was published."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class Run(msgspec.Struct, frozen=True, kw_only=True):
     """One backup of one VM, as it was asked for.
 
     `lock` is the VM's, for an engine whose own process changes the repository. `started` is by the
@@ -61,8 +61,7 @@ class Run:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work(Run):
+class Work(Run, frozen=True, kw_only=True):
     """What is to be backed up, and as what."""
 
     plan: Plan
@@ -74,8 +73,7 @@ class Work(Run):
         return max(1, limit // running) if limit else 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Copied:
+class Copied(msgspec.Struct, frozen=True, kw_only=True):
     """The images of one instant, complete, synced and hashed, but not yet a backup."""
 
     disks: list[DiskBackup]

@@ -12,8 +12,9 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from qbackup.backup.engines import Copied, Existence, Work
 from qbackup.backup.finish import cleaned_up
@@ -42,8 +43,7 @@ ON_CBW_ERROR_SINCE: QemuVersion = (10, 1, 0)
 first. (query-qmp-schema would tell, too, but takes longer than an empty incremental may.)"""
 
 
-@dataclass(slots=True, kw_only=True)
-class _DiskCopy:
+class _DiskCopy(msgspec.Struct, kw_only=True):
     """One disk on its way: its job, and what has to be closed when the job is done."""
 
     verdict: Verdict

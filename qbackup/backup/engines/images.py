@@ -9,8 +9,9 @@ and again at the end (`bitmaps/stopped.py`): then there is no backup, and no har
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
+
+from msgspec.structs import replace
 
 from qbackup.backup.engines import Copied, Work
 from qbackup.backup.engines.writer_session import WriterSession, writer_for

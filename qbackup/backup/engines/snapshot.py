@@ -17,8 +17,10 @@ set up: the writer makes images that add nothing.
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+import msgspec
+from msgspec.structs import replace
 
 from qbackup.backup.engines import Copied, Work
 from qbackup.backup.engines.writer_session import WriterSession, writer_for
@@ -46,8 +48,7 @@ from qbackup.repository.state import StateDirectory
 from qbackup.writer.client import CopyResult, StartedWriter, Writer
 
 
-@dataclass(slots=True, kw_only=True)
-class _Disk:
+class _Disk(msgspec.Struct, kw_only=True):
     """One disk on its way."""
 
     number: int

@@ -5,10 +5,11 @@ its title.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from html import escape as escape_html
 from itertools import groupby
+
+import msgspec
 
 from qbackup.model.quantities import format_size
 from qbackup.model.retention import Candidate
@@ -24,8 +25,7 @@ def escape(text: str) -> str:
     return escape_html(printable(text))
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(msgspec.Struct, frozen=True):
     """The time from the oldest backup to the newest, in bins of equal length."""
 
     first: datetime
@@ -40,8 +40,7 @@ class Span:
         return min(BINS - 1, max(0, int(part * BINS)))
 
 
-@dataclass(slots=True)
-class _Bin:
+class _Bin(msgspec.Struct):
     stored_bytes: int = 0
     backups: int = 0
 

@@ -5,11 +5,11 @@ import os
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from qbackup.actions.prune import Pruned, PruneOptions, prune
 from qbackup.catalog.survey import survey

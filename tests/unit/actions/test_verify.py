@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from qbackup.actions.verify import Scope, Verified, Verifier, scope_of_chain
 from qbackup.catalog.history import History

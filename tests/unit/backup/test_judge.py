@@ -1,9 +1,9 @@
 """Which bitmaps are trusted: a bitmap is used only if it recorded every write."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from qbackup.backup.judge import Base, checkpoints, judge, newest_bases
 from qbackup.model.backup import Reason, Refusal, SourceFile, SourceImage

@@ -1,13 +1,13 @@
 """Before a backup starts: which disks, full or incremental, and is there room."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from blake3 import blake3
+from msgspec.structs import replace
 
 from qbackup.backup.judge import newest_bases
 from qbackup.backup.plan import (

@@ -1,10 +1,10 @@
 """Disks and the files of this host: found, kept, and compared with each other."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from qbackup.bitmaps.image_files import look_up, no_bitmap_reason, open_images
 from qbackup.qmp.disks import Disk, Inventory

@@ -2,11 +2,11 @@
 
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from support.chains import DISK, MadeChain, make_chain
 from support.chains import VM as CHAIN_VM
 

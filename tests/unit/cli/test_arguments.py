@@ -9,7 +9,7 @@ import pytest
 from qbackup.cli.arguments import parse_arguments
 from qbackup.errors import UsageError
 
-HEAVY = ("asyncio", "rich", "qemu", "msgspec", "blake3", "aiofiles", "argcomplete", "difflib")
+HEAVY = ("asyncio", "rich", "qemu", "blake3", "aiofiles", "argcomplete", "difflib")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """Several VMs in one command, as a user runs it: who is meant, and what is told of each."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from support.cli import Qbackup
 
 from qbackup.formats.manifest import disk_file

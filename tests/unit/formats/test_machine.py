@@ -3,12 +3,12 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from qbackup.formats.machine import Machine, read_machine, split_options
 from qbackup.model.backup import DiskBackup, VmConfiguration

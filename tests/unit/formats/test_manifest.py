@@ -1,11 +1,12 @@
 """The manifest: what is written is read back, and nothing else is accepted."""
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
+from msgspec.structs import replace
 
 from qbackup.formats.documents import DocumentError, NewerVersionError, encode_document
 from qbackup.formats.manifest import (
@@ -36,7 +37,7 @@ def decode(data: bytes) -> Backup:
 
 def forge(change: Callable[[dict[str, Any]], object], *, version: int = VERSION) -> bytes:
     """Return `BACKUP`'s manifest after `change`, with a checksum that is right."""
-    content = {"repository": REPOSITORY_ID, **asdict(BACKUP)}
+    content = {"repository": REPOSITORY_ID, **msgspec.to_builtins(BACKUP)}
     change(content)
     return encode_document(format_name=FORMAT_NAME, version=version, content=content)
 

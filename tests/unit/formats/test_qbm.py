@@ -5,13 +5,13 @@ import os
 import random
 import struct
 import tracemalloc
-from dataclasses import replace
 from typing import BinaryIO
 
 import pytest
 from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from qbackup.formats import qbm
 from qbackup.formats.qbm import (

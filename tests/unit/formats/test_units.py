@@ -1,10 +1,10 @@
 """systemd reads the units as they are meant, whatever is in the paths."""
 
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from qbackup.formats.units import JOBS, Setting, is_unchanged, make_units
 

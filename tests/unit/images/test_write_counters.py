@@ -1,10 +1,11 @@
 """What the kernel counted of a block device: read from a /sys of the test's own."""
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from qbackup.images import write_counters
 from qbackup.images.write_counters import Counts, NotCountedError, combine, count_writes

@@ -1,11 +1,12 @@
 """A backup as a value, and the document that `--json` prints of it."""
 
 import json
-from dataclasses import asdict, fields, replace
 from typing import Any, get_args
 
+import msgspec
 import pytest
 from hypothesis import given
+from msgspec.structs import fields, replace
 
 from qbackup.formats.documents import convert
 from qbackup.model.backup import (
@@ -145,7 +146,7 @@ def test_a_file_more_or_less_or_another_format_is_another_image() -> None:
 
 
 def test_what_an_older_manifest_does_not_say_is_no_difference() -> None:
-    old = asdict(make_source())
+    old = msgspec.to_builtins(make_source())
     for key in ("files", "process", "encrypted"):
         del old[key]
     before = convert(old, SourceImage)

@@ -1,13 +1,13 @@
 """The rules of retention, against a second formulation and against calendars."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from qbackup.model.names import backup_time, new_backup_id
 from qbackup.model.retention import Candidate, Rules, Verdict, decide

@@ -1,10 +1,10 @@
 """The VM as a whole: what QEMU does not tell, or tells wrongly, is not in the manifest."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from qbackup.errors import MonitorError
 from qbackup.formats.manifest import decode_manifest, encode_manifest

@@ -1,11 +1,11 @@
 """Keys of a remote: ours are taken apart, others are nobody's."""
 
-from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from qbackup.formats.documents import DocumentError
 from qbackup.formats.manifest import digests_file

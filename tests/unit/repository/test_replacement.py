@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from qbackup.formats.manifest import backing_file, encode_manifest
 from qbackup.formats.qcow2 import write_backing_file, write_empty_image

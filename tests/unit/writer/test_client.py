@@ -8,11 +8,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from blake3 import blake3
+from msgspec.structs import replace
 
 from qbackup.errors import WriterError
 from qbackup.formats.qcow2 import read_header
