@@ -35,11 +35,13 @@ class Migration(msgspec.Struct, frozen=True, kw_only=True):
 
     `leaving`: one to elsewhere is under way. `given_away`: one to elsewhere was completed, and
     whoever took over may have written to the images since. `came`: the guest came from elsewhere.
+    `hides_earlier`: what is told is of one that was not completed; QEMU has forgotten any before.
     """
 
     leaving: bool = False
     given_away: bool = False
     came: bool = False
+    hides_earlier: bool = False
 
     @property
     def images_passed(self) -> bool:
@@ -107,6 +109,7 @@ async def query_migration(monitor: Looker) -> Migration:
         leaving=info.status not in _AT_REST,
         given_away=left and not snapshot,
         came=info.status == "completed" and not left,
+        hides_earlier=info.status not in ("none", "completed"),
     )
 
 

@@ -140,6 +140,8 @@ class Watcher:
         self._end = asyncio.Event()
         self._given_away = False
         """Whether QEMU has completed a migration to elsewhere; it does not remember for ever."""
+        self._went_on = False
+        """Whether the guest has gone on after a stop, and QEMU was not asked since."""
 
     @property
     def phase(self) -> Phase:
@@ -344,7 +346,7 @@ class Watcher:
     async def _attend(self, monitor: Monitor) -> Request | None:
         """Serve until somebody wants the monitor (returned), or the VM is to end (None)."""
         self._take_hold(monitor)
-        with monitor.listen(_EVENTS, lambda _: True) as events:
+        with monitor.listen(_EVENTS, self._note) as events:
             async with _staying_at_shutdown(monitor):
                 condition = await self._look(monitor)
                 if self._phase is Phase.CONNECTING:
@@ -356,14 +358,30 @@ class Watcher:
                 async with self._pumped(monitor, events):
                     return await self._until_asked(monitor)
 
+    def _note(self, event: Event) -> bool:
+        """Take note of an event as it comes: before the answer to whatever is asked after it."""
+        self._went_on = self._went_on or event.name == "RESUME"
+        return True
+
     async def _look(self, monitor: Monitor) -> Condition:
-        """Ask for the VM's condition; remember a migration, and tell of it, once."""
+        """Ask for the VM's condition; remember a migration, and tell of it, once.
+
+        A guest that was stopped and goes on may have been elsewhere in between. If QEMU tells then
+        of a migration that was not completed, it has forgotten whether one was before.
+        """
         condition = await query_condition(monitor)
-        if condition.migration.given_away and not self._given_away:
+        given_away = condition.migration.given_away
+        while self._went_on:
+            self._went_on = False
+            condition = await query_condition(monitor)
+            migration = condition.migration
+            given_away = given_away or migration.given_away or migration.hides_earlier
+        if given_away and not self._given_away:
             self._given_away = True
             self._reporter.warning(
-                f"{self._vm.name}: the guest was migrated away, or written to a file: this "
-                "QEMU's bitmaps will not be kept; where the guest goes on, its next backup is full"
+                f"{self._vm.name}: the guest was migrated away, or written to a file, or QEMU does "
+                "not know whether it was: this QEMU's bitmaps will not be kept; where the guest "
+                "goes on, its next backup is full"
             )
             await self._give_up_migrated(monitor)
         return condition
@@ -393,6 +411,7 @@ class Watcher:
         if starts and self._options.resume and not self.told_to_end:
             try:
                 await monitor.execute(commands.resume_guest())
+                self._went_on = False  # it went on from where it had never been elsewhere
             except QmpCommandError as err:
                 self._reporter.warning(f"{self._vm.name}: the guest does not start: {err.message}")
 
@@ -477,6 +496,8 @@ class Watcher:
             item = await self._inbox.get()
             if isinstance(item, Request):
                 if not item.ended.is_set():
+                    # Whoever gets the monitor learns of a migration from what is remembered here.
+                    await self._look(monitor)
                     return item
             elif item is _Signal.END or (await self._look(monitor)).fitness.over:
                 return None

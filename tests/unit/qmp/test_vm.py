@@ -87,12 +87,15 @@ NO_TIME = {"downtime": 0, "total-time": 0, "setup-time": 0, "ram": {"precopy-byt
     [
         ({}, Migration()),
         (Refusal(description="no such command"), Migration()),
-        ({"status": "setup"}, Migration(leaving=True)),
-        ({"status": "active", "total-time": 9, "expected-downtime": 300}, Migration(leaving=True)),
-        ({"status": "postcopy-active"}, Migration(leaving=True)),
-        ({"status": "what a later QEMU invents"}, Migration(leaving=True)),
-        ({"status": "cancelled"}, Migration()),
-        ({"status": "failed", "error-desc": "no"}, Migration()),
+        ({"status": "setup"}, Migration(leaving=True, hides_earlier=True)),
+        (
+            {"status": "active", "total-time": 9, "expected-downtime": 300},
+            Migration(leaving=True, hides_earlier=True),
+        ),
+        ({"status": "postcopy-active"}, Migration(leaving=True, hides_earlier=True)),
+        ({"status": "what a later QEMU invents"}, Migration(leaving=True, hides_earlier=True)),
+        ({"status": "cancelled"}, Migration(hides_earlier=True)),
+        ({"status": "failed", "error-desc": "no"}, Migration(hides_earlier=True)),
         ({"status": "completed", **REAL}, Migration(given_away=True)),
         # A guest without memory passes no bytes, but it takes time.
         ({"status": "completed", **NO_TIME, "total-time": 2}, Migration(given_away=True)),

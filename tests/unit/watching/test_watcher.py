@@ -328,16 +328,46 @@ async def test_a_migration_that_qemu_forgets_is_remembered(
         assert await it.task is Ending.NOT_KEPT
 
 
+@pytest.mark.parametrize("status", ["failed", "cancelled", "active"])
+async def test_a_guest_that_went_on_before_a_migration_that_failed_may_have_been_elsewhere(
+    state: StateDirectory, reporter: RecordingReporter, status: str
+) -> None:
+    guest = Guest(status="running")
+    guest.replies["migrate_cancel"] = lambda _: guest.migration.update(status="cancelled") or {}
+    async with watched(state, reporter, guest) as it:
+        await it.ready.wait()
+        guest.migration = {"status": status}
+        it.fake.emit("STOP")
+        it.fake.emit("RESUME")
+        # The bitmaps are given up before anybody else gets the monitor.
+        async with borrowed_monitor(state.control_socket, vm="vm1") as borrowed:
+            assert borrowed is not None
+            assert any("migrated away" in text for text in reporter.warnings)
+        it.watcher.end()
+        assert await it.task is Ending.NOT_KEPT
+
+
+@pytest.mark.parametrize("event", ["STOP", "RESUME"])
+async def test_a_guest_that_was_stopped_or_saw_a_migration_fail_but_not_both_keeps_its_bitmaps(
+    state: StateDirectory, reporter: RecordingReporter, event: str
+) -> None:
+    guest = Guest(status="running")
+    async with watched(state, reporter, guest) as it:
+        await it.ready.wait()
+        if event == "STOP":
+            guest.migration = {"status": "failed"}
+        it.fake.emit(event)
+        async with borrowed_monitor(state.control_socket, vm="vm1"):
+            pass
+        it.watcher.end()
+        assert await it.task is Ending.SAVED
+
+
 async def test_a_migration_under_way_is_cancelled_before_the_guest_is_saved(
     state: StateDirectory, reporter: RecordingReporter
 ) -> None:
     guest = Guest(status="running", migration={"status": "active"})
-
-    def cancel(_: Any) -> dict[str, Any]:
-        guest.migration = {"status": "cancelled"}
-        return {}
-
-    guest.replies["migrate_cancel"] = cancel
+    guest.replies["migrate_cancel"] = lambda _: guest.migration.update(status="cancelled") or {}
     async with watched(state, reporter, guest) as it:
         await it.ready.wait()
         it.watcher.end()
