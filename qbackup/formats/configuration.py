@@ -137,6 +137,11 @@ class Remote(msgspec.Struct, frozen=True, kw_only=True):
         """Whether what is put there is encrypted."""
         return bool(self.recipients) or self.recipients_file is not None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing there is known to be encrypted, or could be read if it were."""
+        return not self.is_encrypted and self.identity is None
+
 
 class ConfiguredImage(msgspec.Struct, frozen=True, kw_only=True):
     """One `[vm.NAME.images.DISK]` table."""

@@ -157,16 +157,20 @@ def files_of(backup: Backup, *, suffix: str) -> list[StoredFile]:
 
 
 class ListedBackup(msgspec.Struct, kw_only=True):
-    """What a listing says of one backup: its objects by their whole last components."""
+    """What a listing says of one backup: its objects by their whole last components.
+
+    Of one remote, some backups may be encrypted, and some not. Whoever may put can put a second
+    manifest beside a backup's: what the remote is configured for comes first (`plain_first`).
+    """
 
     id: str
+    plain_first: bool = False
     objects: dict[str, ObjectFacts] = msgspec.field(default_factory=dict)
 
     @property
     def manifest(self) -> ObjectFacts | None:
         """The object that makes it exist, None if it does not."""
-        encrypted = self.objects.get(f"{MANIFEST_FILE}{ENCRYPTED_SUFFIX}")
-        return encrypted or self.objects.get(MANIFEST_FILE)
+        return self.objects.get(f"{MANIFEST_FILE}{self.suffix}")
 
     @property
     def removed(self) -> ObjectFacts | None:
@@ -176,8 +180,9 @@ class ListedBackup(msgspec.Struct, kw_only=True):
 
     @property
     def suffix(self) -> str:
-        """What the names of its objects end in: of one remote, some may be encrypted."""
-        return ENCRYPTED_SUFFIX if f"{MANIFEST_FILE}{ENCRYPTED_SUFFIX}" in self.objects else ""
+        """What the names of its objects end in."""
+        suffixes = ["", ENCRYPTED_SUFFIX] if self.plain_first else [ENCRYPTED_SUFFIX, ""]
+        return next((end for end in suffixes if f"{MANIFEST_FILE}{end}" in self.objects), "")
 
     @property
     def is_protected(self) -> bool:
@@ -199,6 +204,7 @@ class ListedRepository(msgspec.Struct, kw_only=True):
     """What a listing says of one repository: its VMs' backups by id; VMs in no order."""
 
     id: str
+    plain_first: bool = False
     vms: dict[str, dict[str, ListedBackup]] = msgspec.field(default_factory=dict)
 
     def backups(self, vm: str) -> list[ListedBackup]:
@@ -215,7 +221,9 @@ class ListedRepository(msgspec.Struct, kw_only=True):
         if key is None or key.repository_id != self.id or key.vm is None or key.backup_id is None:
             return
         backups = self.vms.setdefault(key.vm, {})
-        backup = backups.setdefault(key.backup_id, ListedBackup(id=key.backup_id))
+        backup = backups.setdefault(
+            key.backup_id, ListedBackup(id=key.backup_id, plain_first=self.plain_first)
+        )
         backup.objects[facts.key.rpartition("/")[2]] = facts
 
 
@@ -223,7 +231,7 @@ async def list_repository(
     store: Store, repository_id: str, vm: str | None = None
 ) -> ListedRepository:
     """List what is in a repository's folder, or only a VM's; what is not ours is left out."""
-    found = ListedRepository(id=repository_id)
+    found = ListedRepository(id=repository_id, plain_first=store.remote.is_plain)
     folder = repository_id if vm is None else vm_folder(repository_id, vm)
     async with aclosing(store.objects(folder)) as objects:
         async for facts in objects:

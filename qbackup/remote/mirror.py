@@ -17,6 +17,7 @@ import msgspec
 from qbackup.errors import (
     BackupNotFoundError,
     ManifestDamagedError,
+    NoKeyError,
     RemoteDamagedError,
     RemoteError,
 )
@@ -139,6 +140,7 @@ async def mirror_vm(remote: OpenedRemote, state: Path, repository_id: str, vm: s
 
     Raises:
         LockedError: another process does so, and does not end.
+        NoKeyError: all of them are encrypted, and this host has no key.
         RemoteError: the remote cannot be used.
         RepositoryError: it is of a newer version.
     """
@@ -182,6 +184,7 @@ class _Update:
         self._folder = repository.vm_directory(vm)
         self._index = self._read_index()
         self._problems: dict[str, str] = {}
+        self._no_key: NoKeyError | None = None
         self._changed = False
 
     async def run(self, listed: ListedRepository) -> Mirror:
@@ -200,6 +203,8 @@ class _Update:
                 await durable.replace_file(
                     self._folder / _INDEX_FILE, msgspec.json.encode(self._index)
                 )
+        if self._no_key is not None and not self._index:
+            raise self._no_key  # none can be read: it is the host that lacks something
         for one in existing.values():
             self._mark(one)
         return Mirror(
@@ -230,6 +235,13 @@ class _Update:
             path.parent.mkdir(mode=durable.DIRECTORY_MODE, exist_ok=True)
             try:
                 _, data = await fetch_manifest(self._remote, self._repository.id, self._vm, listed)
+            except NoKeyError as err:
+                self._no_key = err
+                where = self._remote.store.where(listed.manifest.key) if listed.manifest else ""
+                self._problems[listed.id] = (
+                    f"{where}: it is encrypted, and this host has no key to read it"
+                )
+                return
             except RemoteDamagedError as err:
                 self._problems[listed.id] = err.message
                 return

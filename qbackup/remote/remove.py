@@ -11,6 +11,8 @@ which must come back, is decided by `qbackup.actions.prune_remote`. Call it with
 import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from msgspec.structs import replace
+
 from qbackup.errors import ObjectMissingError
 from qbackup.formats.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES
 from qbackup.host.tasks import task_group
@@ -125,7 +127,7 @@ def as_before(vm: ListedVm, listed: ListedBackup) -> ListedBackup:
     if facts is None:
         return listed
     name = _manifest_key(vm, listed).rpartition("/")[2]
-    return ListedBackup(id=listed.id, objects={**listed.objects, name: facts})
+    return replace(listed, objects={**listed.objects, name: facts})
 
 
 def _manifest_key(vm: ListedVm, listed: ListedBackup) -> str:

@@ -110,6 +110,30 @@ async def test_a_host_without_the_key_can_put_and_not_read(fake: S3Fake, tmp_pat
     assert "no key to read it" in one["problems"][0]
 
 
+async def test_what_somebody_put_as_encrypted_hides_nothing_in_a_plain_remote(
+    fake: S3Fake, tmp_path: Path
+) -> None:
+    here = host(tmp_path / "here", fake)
+    await here.make_backups(COUNT)
+    await here.qbackup.ok("push", VM)
+    for key in [key for key in fake.objects if key.endswith("manifest.json")]:
+        fake.put(f"{key}.age", b"age-encryption.org/v1\n")
+    folder = f"{PREFIX}/{here.repository_id}/{VM}"
+    planted = chain_id(COUNT)
+    fake.put(f"{folder}/{planted}/manifest.json.age", b"age-encryption.org/v1\n")
+    listed = (await here.run("list", VM, "--remote", "r")).document
+    assert [one["id"] for one in listed] == here.chain.ids
+    new = Host(folder=tmp_path / "there", url=here.url, extra=here.extra)
+    out = tmp_path / "out"
+    await new.qbackup.ok("restore", VM, "--remote", "r", "--to", str(out), "--at",
+                         here.chain.ids[-1])  # fmt: skip
+    assert (out / "data.raw").read_bytes() == here.chain.content
+    result = await new.run("verify", "--remote", "r")
+    assert (result.code, result.last["class"]) == (13, "VerificationError")
+    (problem,) = result.last["problems"]
+    assert planted in problem and "no key to read it" in problem
+
+
 async def test_two_hosts_have_a_vm_of_the_same_name(fake: S3Fake, tmp_path: Path) -> None:
     first, second = host(tmp_path / "a", fake), host(tmp_path / "b", fake)
     for one in (first, second):
