@@ -17,7 +17,7 @@ from support.ceph import Ceph
 from support.chains import VM
 from support.many import make_many
 from support.object_store import COUNT, MIB, make_big, make_vms, place_of, put_all
-from support.remotes import Host
+from support.remotes import Host, add_backup
 from support.sweeps import EVERYTHING
 
 from qbackup.repository.repository import Repository
@@ -152,6 +152,38 @@ async def test_what_was_overwritten_in_a_versioned_bucket_comes_back(
     for key, version in set(place.bucket.versions) - good:
         place.bucket.delete(key, version)
     assert await new.restored() == here.chain.content
+
+
+@pytest.mark.parametrize("kind", ["plain", "versioned", "locked"])
+async def test_who_has_another_key_prunes_and_versions_keep_what_it_removed(
+    ceph: Ceph, tmp_path: Path, kind: str
+) -> None:
+    place = place_of(ceph, tmp_path, kind)
+    here = place.host("here", ceph.other)
+    await Repository.create(here.repository)
+    first, second, third, fourth = (
+        add_backup(here, number, parent=parent) for number, parent in enumerate((None, 0, None, 2))
+    )
+    await here.qbackup.ok("push", VM)
+    prune = ("prune", VM, "--remote", "r", "--keep-last", "1")
+    refused = await here.run(*prune)
+    assert refused.code == 1 and "may not remove objects" in refused.last["message"]
+    elsewhere = place.host("elsewhere")
+    contents = {id_: await elsewhere.restored("--at", id_) for id_ in (second, fourth)}
+    versions = set(place.bucket.versions)
+
+    summary = await elsewhere.qbackup.summary(*prune)
+    assert (summary["removed"], summary["failed"]) == (2, [])
+    listed = (await elsewhere.run("list", VM, "--remote", "r")).document
+    assert [one["id"] for one in listed] == [third, fourth]
+    assert not [key for key in place.bucket.keys if first in key or second in key]
+    assert await elsewhere.restored() == contents[fourth]
+    if kind == "plain":
+        return
+    assert versions <= set(place.bucket.versions)
+    for key, marker in place.bucket.markers:
+        place.bucket.delete(key, marker)
+    assert await elsewhere.restored("--at", second) == contents[second]
 
 
 @pytest.mark.timeout(900)
