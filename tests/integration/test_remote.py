@@ -6,6 +6,7 @@ No VM is needed: the repositories are made by hand, with the content of the disk
 import asyncio
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from support.chains import VM, chain_backup, chain_id, write_image, write_manifest
 from support.remotes import PREFIX, Host, host, s3_settings, served
 from support.s3_fake import ACCESS_KEY, BUCKET, SECRET_KEY, Answer, Request, S3Fake
+from support.steps import Running, Step, stepping
 from support.sweeps import EVERYTHING
 
 from qbackup.cli.main import run
@@ -385,3 +387,44 @@ async def test_a_push_that_is_killed_anywhere_is_finished_by_the_next(
         verified = (await here.qbackup.ok("--json", "verify", VM, "--remote", "r")).last
         assert verified["backups"] == 2, which
     assert await here.restored() == here.chain.content
+
+
+async def test_a_pull_that_is_killed_at_any_step_is_finished_by_the_next(
+    fake: S3Fake, tmp_path: Path
+) -> None:
+    here = host(tmp_path / "here", fake)
+    await here.make_backups(2)
+    await here.qbackup.ok("push", VM)
+    new = Host(folder=tmp_path / "new", url=here.url, extra=here.extra)
+    pull = ("pull", VM, "--remote", "r")
+
+    async def begin() -> None:
+        new.wipe()
+        await new.qbackup.ok("init")
+
+    async with stepping(tmp_path) as steps:
+        every: list[str] = []
+
+        async def note(step: Step, _: Running) -> None:
+            every.append(str(step))
+
+        await begin()
+        assert (await steps.run(new.qbackup, *pull, on_step=note)).code == 0
+        assert any("rename" in what for what in every)
+        for what in every if EVERYTHING else every[1::9]:
+            await begin()
+
+            async def kill(step: Step, running: Running, what: str = what) -> None:
+                if str(step) == what:
+                    await running.kill_command()
+
+            result = await steps.run(new.qbackup, *pull, on_step=kill)
+            assert result.code == -signal.SIGKILL, what
+            # What is there as a backup is whole, with all that it needs.
+            found = (await new.qbackup.ok("--json", "list")).document
+            if found:
+                await new.qbackup.ok("verify")
+            assert (await new.qbackup.ok("--json", *pull)).last["backups"] == 2, what
+            verified = (await new.qbackup.ok("--json", "verify")).last
+            assert (verified["backups"], verified["problems"]) == (2, []), what
+            assert not list((new.repository / VM).glob("*.partial")), what
