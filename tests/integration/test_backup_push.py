@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from support.cli import Result
-from support.remotes import PREFIX, Host, host, served
+from support.lab import VM, lab
+from support.remotes import PREFIX, Host, host, s3_settings, served
 from support.s3_fake import Answer, Request, S3Fake
+from support.storage import disk_specs
 
 from qbackup.repository.repository import Repository
 
@@ -161,3 +163,47 @@ async def test_an_interruption_of_the_push_loses_nothing(fake: S3Fake, tmp_path:
     pushed = (await made.qbackup.ok("--json", "push", "vm1")).last
     assert [one["id"] for one in pushed["put"]] == there(made, fake, "vm1")
     assert len(pushed["put"]) >= 2
+
+
+async def test_a_running_vm_is_not_held_while_its_backup_is_pushed(
+    fake: S3Fake, tmp_path: Path
+) -> None:
+    loop, standing = asyncio.get_running_loop(), asyncio.Event()
+
+    def fault(request: Request) -> Answer | None:
+        if request.kind == "put" and request.key.endswith("b.qcow2"):
+            loop.call_soon_threadsafe(standing.set)
+            fake.fault = lambda _: None
+            return Answer(hang=True)
+        return None
+
+    there = host(tmp_path / "there", fake)
+    extra = f'push = "r"\n[remote.r]\nurl = "{there.url}"\n{s3_settings(fake, timeout="120s")}'
+    async with lab(tmp_path, disk_specs(tmp_path, "a", "b"), extra=extra) as it:
+        fake.fault = fault
+        before = {name: model.checkpoint().content for name, model in it.models.items()}
+        pushing = await it.qbackup.start("--json", "full", VM)
+        await asyncio.wait_for(standing.wait(), 60)
+        # The backup exists, nothing of it is left in QEMU, and the next can be made.
+        (listed,) = (await it.qbackup.ok("--json", "list", VM)).document
+        it.bases = dict.fromkeys(it.models, listed["id"])
+        await it.assert_clean()
+        await it.write("a", 0, 70 * 1024, 0x21)
+        middle = await it.incremental("--no-push")
+        fake.released.set()
+        stdout, stderr = await asyncio.wait_for(pushing.communicate(), 120)
+        assert pushing.returncode == 0, (stdout, stderr)
+        full = json.loads(stdout.splitlines()[-1])
+        assert full["push"]["result"] == "done"
+        await it.write("b", 1024 * 1024, 512, 0x31)
+        newest = await it.incremental()
+        put = [*full["push"]["put"], *newest["push"]["put"]]
+        assert put == [full["id"], middle["id"], newest["id"]]
+        expected = {name: bytes(model.content) for name, model in it.models.items()}
+    out = tmp_path / "out"
+    for backup_id, contents in ((full["id"], before), (newest["id"], expected)):
+        await there.qbackup.ok(
+            "restore", VM, "--to", str(out), "--remote", "r", "--at", backup_id, "--force"
+        )
+        for name, content in contents.items():
+            assert (out / f"{name}.raw").read_bytes() == content, (backup_id, name)
