@@ -79,9 +79,30 @@ async def served(
                     connections[disk].connect(name)
         finally:
             listen.unlink(missing_ok=True)
-        arguments = ["--nbd-server", f"addr.type=fd,addr.str={server.fileno()}", *arguments]
+        ours, theirs = socket.socketpair()
+        opened.enter_context(ours)
+        opened.enter_context(theirs)
+        arguments = [
+            *("--nbd-server", f"addr.type=fd,addr.str={server.fileno()}"),
+            *arguments,
+            # Options take effect one after the other: whoever is greeted finds all exports.
+            *("--chardev", f"socket,id=ready,fd={theirs.fileno()}"),
+            *("--monitor", "chardev=ready,mode=control"),
+        ]
         async with child(
-            _DAEMON, arguments, package=_PACKAGE, pass_fds=(server.fileno(),)
+            _DAEMON, arguments, package=_PACKAGE, pass_fds=(server.fileno(), theirs.fileno())
         ) as daemon:
             server.close()  # it is the daemon's alone: if that ends, nobody listens
+            theirs.close()
+            await _greeted(ours)
             yield ServedImages(daemon, connections)
+
+
+async def _greeted(monitor: socket.socket) -> None:
+    """Wait for the first words of a monitor, or for the end of who has it.
+
+    While QEMU 11.1 opens an image it answers clients already, that there is no such export.
+    """
+    monitor.setblocking(False)
+    with suppress(OSError):
+        await asyncio.get_running_loop().sock_recv(monitor, 1)

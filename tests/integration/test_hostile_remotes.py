@@ -10,13 +10,13 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from blake3 import blake3
-from msgspec.structs import replace
 from support.chains import DISK, VM, MadeChain, make_chain
 from support.hostile_s3 import DIGESTS, NVRAM, TABLE, Hostile, Scene
 from support.remotes import PREFIX, Host, s3_settings, served
@@ -69,7 +69,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
         )
         nvram = describe(NVRAM, b"variables")
         (beside / "files.tar.gz").write_bytes(encode_archive([(nvram, b"variables")]))
-        newest = replace(newest, disks=[replace(newest.disks[0], digests=digests)], files=[nvram])
+        disk = msgspec.structs.replace(newest.disks[0], digests=digests)
+        newest = msgspec.structs.replace(newest, disks=[disk], files=[nvram])
         (beside / "manifest.json").write_bytes(encode_manifest(newest, repository_id=made.id))
         assert run(["-c", str(here.configuration), "-q", "push", VM]) == 0
         objects = {key: replace(one) for key, one in fake.objects.items()}
