@@ -3,7 +3,6 @@
 Over NBD on a UNIX socket, or as files through FUSE. The daemon ends with the block, and with us.
 """
 
-import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
@@ -14,11 +13,11 @@ from urllib.parse import quote
 import msgspec
 
 from qbackup.errors import ExportError
-from qbackup.host.children import Child, child
+from qbackup.host.children import Child
 from qbackup.host.sockets import connect_unix, short_address
 from qbackup.images.block_nodes import blockdev, chain_nodes
+from qbackup.images.daemon import storage_daemon
 
-_DAEMON, _PACKAGE = "qemu-storage-daemon", "qemu-system-common"
 _READY_S = 60.0
 _PRIVATE = 0o177
 
@@ -58,24 +57,11 @@ async def exported(exports: Sequence[Export], *, listen: Path) -> AsyncIterator[
         if export.file is not None:
             fuse = {"type": "fuse", "id": f"fuse{number}", "mountpoint": str(export.file), **shared}
             arguments += ["--export", blockdev(fuse)]
-    ours, theirs = socket.socketpair()
-    with _listener(listen) as server, ours, theirs:
-        # Options take effect in their order: when there is a monitor, everything else is there.
-        arguments = [
-            *("--nbd-server", f"addr.type=fd,addr.str={server.fileno()}"),
-            *arguments,
-            *("--chardev", f"socket,id=monitor,fd={theirs.fileno()}"),
-            *("--monitor", "chardev=monitor"),
-        ]
-        fds = (server.fileno(), theirs.fileno())
+    with _listener(listen) as server:
         try:
-            async with child(
-                _DAEMON, arguments, package=_PACKAGE, folder=folder, pass_fds=fds
+            async with storage_daemon(
+                arguments, server=server, ready_s=_READY_S, folder=folder
             ) as daemon:
-                # They are the daemon's alone: if that ends, nobody listens.
-                server.close()
-                theirs.close()
-                await _until_ready(daemon, ours)
                 yield daemon
         finally:
             listen.unlink(missing_ok=True)
@@ -118,17 +104,3 @@ def _remove_dead(path: Path) -> None:
         connect_unix(path).close()
         return
     path.unlink(missing_ok=True)
-
-
-async def _until_ready(daemon: Child, monitor: socket.socket) -> None:
-    """Wait until the daemon's monitor greets us, or the daemon ends."""
-    monitor.setblocking(False)
-    try:
-        async with asyncio.timeout(_READY_S):
-            with suppress(ConnectionError):
-                if await asyncio.get_running_loop().sock_recv(monitor, 1):
-                    return
-            words = await daemon.last_words()
-    except TimeoutError:
-        words = f"no answer for {_READY_S:g} s"
-    raise daemon.failed(words)

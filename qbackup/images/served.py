@@ -13,13 +13,13 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 from qbackup.errors import ProgramError
-from qbackup.host.children import Child, child
+from qbackup.host.children import Child
 from qbackup.host.sockets import short_address
+from qbackup.images.daemon import storage_daemon
 from qbackup.images.layers import Layer, node_options
 
 _END_S = 1.0
 """How much later than its connections the end of a process is seen, at most."""
-_DAEMON, _PACKAGE = "qemu-storage-daemon", "qemu-system-common"
 
 
 class ServedImages:
@@ -42,14 +42,14 @@ class ServedImages:
 
 @asynccontextmanager
 async def served(
-    images: Mapping[str, Sequence[Layer]], *, listen: Path
+    images: Mapping[str, Sequence[Layer]], *, listen: Path, ready_s: float
 ) -> AsyncIterator[ServedImages]:
     """Serve images, by their disks' names, for the duration of a block.
 
     `listen` is a name for a socket in a directory that only we may enter; it is gone at once.
 
     Raises:
-        ProgramError: there is no qemu-storage-daemon.
+        ProgramError: there is no qemu-storage-daemon, or it cannot open them within `ready_s`.
         OSError: the socket cannot be made.
     """
     arguments: list[str] = []
@@ -79,30 +79,5 @@ async def served(
                     connections[disk].connect(name)
         finally:
             listen.unlink(missing_ok=True)
-        ours, theirs = socket.socketpair()
-        opened.enter_context(ours)
-        opened.enter_context(theirs)
-        arguments = [
-            *("--nbd-server", f"addr.type=fd,addr.str={server.fileno()}"),
-            *arguments,
-            # Options take effect one after the other: whoever is greeted finds all exports.
-            *("--chardev", f"socket,id=ready,fd={theirs.fileno()}"),
-            *("--monitor", "chardev=ready,mode=control"),
-        ]
-        async with child(
-            _DAEMON, arguments, package=_PACKAGE, pass_fds=(server.fileno(), theirs.fileno())
-        ) as daemon:
-            server.close()  # it is the daemon's alone: if that ends, nobody listens
-            theirs.close()
-            await _greeted(ours)
+        async with storage_daemon(arguments, server=server, ready_s=ready_s) as daemon:
             yield ServedImages(daemon, connections)
-
-
-async def _greeted(monitor: socket.socket) -> None:
-    """Wait for the first words of a monitor, or for the end of who has it.
-
-    While QEMU 11.1 opens an image it answers clients already, that there is no such export.
-    """
-    monitor.setblocking(False)
-    with suppress(OSError):
-        await asyncio.get_running_loop().sock_recv(monitor, 1)

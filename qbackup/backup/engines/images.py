@@ -72,7 +72,8 @@ class ImagesSession(WriterSession):
         verdicts = self._work.plan.verdicts
         disks = {v.disk.name: self._stopped.disk(v.disk.name) for v in verdicts}
         images = {name: disk.layers or () for name, disk in disks.items()}
-        async with served(images, listen=self._state.nbd_socket()) as server:
+        limit_s = self._work.vm.snapshot.stall_timeout_s
+        async with served(images, listen=self._state.nbd_socket(), ready_s=limit_s) as server:
             results = await self._read(server)
         in_order = all(disk.ended_in_order for disk in disks.values())
         consistency: Consistency = "off" if in_order else "crash"
