@@ -26,7 +26,12 @@ from qbackup.backup.record import (
     recorded,
     tell_of_files,
 )
-from qbackup.backup.stopped import StoppedVm, look_at_stopped_vm, require_unmounted
+from qbackup.backup.stopped import (
+    StoppedVm,
+    look_at_stopped_vm,
+    require_unmounted,
+    while_they_answer,
+)
 from qbackup.backup.vm_files import collect_files
 from qbackup.bitmaps.stopped import Successors
 from qbackup.catalog.history import History
@@ -65,7 +70,8 @@ async def back_up_stopped(run: Run, *, absent: MonitorError) -> StoppedOutcome:
     owner, history = run.owner, History(repository, vm.name)
     with await in_thread(state.off_lock) as off_lock:
         await _require_unwatched(off_lock, absent)
-        stopped = await in_thread(partial(look_at_stopped_vm, state, history, vm=vm, owner=owner))
+        look = partial(look_at_stopped_vm, state, history, vm=vm, owner=owner)
+        stopped = await while_they_answer(vm, in_thread(look))
         await _require_off(stopped, absent, vm=vm)
         await reconcile.remove_partials(repository, vm.name, run.reporter, lock=run.lock)
         plan = _plan(run, stopped, history, absent)
@@ -73,7 +79,8 @@ async def back_up_stopped(run: Run, *, absent: MonitorError) -> StoppedOutcome:
             bases = [verdict.base.backup for verdict in plan.verdicts if verdict.base is not None]
             return StoppedOutcome(backup=max(bases, key=lambda backup: backup.id), made=False)
         for verdict in plan.verdicts:
-            await in_thread(require_unmounted, stopped.disk(verdict.disk.name).layers or ())
+            layers = stopped.disk(verdict.disk.name).layers or ()
+            await while_they_answer(vm, in_thread(require_unmounted, layers))
         compare_clock(history, run.reporter)
         collected = await collect_files(vm.files, ())
         tell_of_files(collected, vm.name, run.reporter)
@@ -158,7 +165,8 @@ async def _require_off(stopped: StoppedVm, absent: MonitorError, *, vm: Vm) -> N
     Raises:
         MonitorError: somebody has them, or none is known.
     """
-    if (user := await in_thread(partial(stopped.user, unlocked=True))) is not None:
+    user = await while_they_answer(vm, in_thread(partial(stopped.user, unlocked=True)))
+    if user is not None:
         raise MonitorError(
             f"{absent.message}, but the VM is not off: {user}",
             hint="is it a QEMU of this VM, whose monitor is elsewhere or was removed? "

@@ -3,7 +3,7 @@
 Asks QEMU and the repository, and changes nothing in either.
 """
 
-import asyncio
+from functools import partial
 from typing import Literal
 
 import msgspec
@@ -16,14 +16,15 @@ from qbackup.backup.judge import (
     migrated_verdicts,
     newest_bases,
 )
-from qbackup.backup.stopped import StoppedVm, look_at_stopped_vm, usable
+from qbackup.backup.stopped import StoppedVm, look_at_stopped_vm, usable, while_they_answer
 from qbackup.bitmaps.files import is_clean
 from qbackup.bitmaps.image_files import query_disks
 from qbackup.bitmaps.roll_back import as_rolled_back
 from qbackup.bitmaps.stopped import StoppedDisk
 from qbackup.catalog.history import History
-from qbackup.errors import DiskError, MonitorBusyError, MonitorError
+from qbackup.errors import DiskError, MonitorBusyError, MonitorError, WriterError
 from qbackup.formats.configuration import Vm
+from qbackup.host.tasks import in_thread
 from qbackup.model.backup import REASON_TEXT, Backup, Method, Reason
 from qbackup.model.names import Owner, owner_of
 from qbackup.qmp.disks import Inventory
@@ -138,9 +139,11 @@ async def query_status(
     except DiskError as err:
         return replace(status, state=state, detail=err.message)
     except MonitorError as err:
-        return await asyncio.to_thread(
-            _without_monitor, status, state_directory, history, err, vm=vm, owner=owner
-        )
+        look = partial(_without_monitor, status, state_directory, history, err, vm=vm, owner=owner)
+        try:
+            return await while_they_answer(vm, in_thread(look))
+        except WriterError as late:
+            return replace(status, detail=f"{err.message}; {late.message}")
     # A job of our own that was left behind hides disks, but not from the next run.
     unwanted = _left_out(inventory, vm)
     present = [

@@ -5,8 +5,10 @@ QEMU that it was made from, and the configuration may say it. Nothing else is be
 image that is not certainly the disk's is not touched. Changes nothing, so `status` asks here, too.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import asyncio
+from collections.abc import Awaitable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -15,17 +17,20 @@ from qbackup.backup.judge import Base
 from qbackup.backup.plan import LEFT_OUT_BY_CHOICE
 from qbackup.bitmaps.stopped import StoppedDisk, look_at_stopped
 from qbackup.catalog.history import History
-from qbackup.errors import DiskError
+from qbackup.errors import DiskError, WriterError
 from qbackup.formats.configuration import ConfiguredImage, Vm
 from qbackup.images.layers import FORMATS, Layer, read_layers
 from qbackup.images.locks import find_user
 from qbackup.images.write_counters import NotCountedError, exclusively
 from qbackup.model.backup import Backup, Refusal, SourceFile, SourceImage
 from qbackup.model.names import Owner
+from qbackup.model.quantities import format_duration
 from qbackup.model.secrets import redacted
 from qbackup.qmp.disks import Inventory
 from qbackup.repository.repository import DamagedBackup
 from qbackup.repository.state import StateDirectory
+
+T = TypeVar("T")
 
 _NOT_A_FILE_OF_OURS = ("/dev/fd/", "/dev/fdset/", "/proc/")
 
@@ -63,6 +68,24 @@ class StoppedVm(msgspec.Struct, frozen=True, kw_only=True):
         except OSError as err:
             return f"{err.filename} cannot be opened any more"
         return None if user is None else f"{user} has the images open"
+
+
+async def while_they_answer(vm: Vm, look: Awaitable[T]) -> T:
+    """Wait for a look at the images of a VM that is off: their file system may hang.
+
+    Raises:
+        WriterError: it has taken longer than the VM's `stall_timeout`.
+    """
+    limit_s = vm.snapshot.stall_timeout_s
+    try:
+        async with asyncio.timeout(limit_s):
+            return await look
+    except TimeoutError as err:
+        raise WriterError(
+            f"{vm.name}: the images could not be looked at for {format_duration(limit_s)}",
+            kind="stalled",
+            hint="does their file system answer?",
+        ) from err
 
 
 def look_at_stopped_vm(

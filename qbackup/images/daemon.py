@@ -51,5 +51,6 @@ async def _until_ready(daemon: Child, monitor: socket.socket, ready_s: float) ->
                     return
             words = await daemon.last_words()
     except TimeoutError:
-        words = f"no answer for {ready_s:g} s"
+        words, hint = f"no answer for {ready_s:g} s", "does the images' file system answer?"
+        raise daemon.failed(words, hint=hint) from None
     raise daemon.failed(words)

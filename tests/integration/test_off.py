@@ -7,11 +7,13 @@ import signal
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.cli import Result
+from support.faulty_fs import faulty_fs
 from support.lab import SLOW, VM, WAIT_S, ended
 from support.off import assert_one_file_each, back_up_off, incremental_off
 from support.qemu import QEMU_IMG, DiskSpec, run_tool
@@ -286,6 +288,29 @@ async def test_bitmaps_of_a_backup_that_came_to_nothing_hurt_nobody(tmp_path: Pa
         await it.power_off()
         assert_one_file_each(it)
         await it.check_restores()
+
+
+async def test_an_image_that_cannot_be_read_has_a_deadline(tmp_path: Path) -> None:
+    async with faulty_fs(tmp_path) as fs:
+        (spec,) = disk_specs(tmp_path, "a", image_format="qcow2")
+        async with kept_lab(tmp_path, [replace(spec, path=fs.path / spec.path.name)]) as it:
+            await it.run()
+            await it.back_up("full")
+            await it.write_without_answer("a", 0, 64 * KIB, 1)
+            await it.power_off()
+            path = it.qbackup.configuration
+            path.write_text("stall_timeout = 1\n" + path.read_text())
+            fs.freeze()
+            try:
+                async with asyncio.timeout(WAIT_S):
+                    result = await it.fail()
+                    told = await status(it)
+            finally:
+                fs.thaw()
+            assert (result.code, result.last["class"]) == (1, "WriterError")
+            for text in (result.last["message"], told["detail"]):
+                assert "the images could not be looked at for 1.0 s" in text
+            await incremental_off(it)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

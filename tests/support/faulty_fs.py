@@ -10,14 +10,14 @@
 
 A process of its own serves it through FUSE (libfuse 3), so a test that ends in the middle can
 always kill it: the kernel then fails what waits. A write waits in the kernel, uninterruptibly,
-until it is answered: just like on a hard-mounted NFS. Operations have the names of `Operations`
-below; the name `*` means all.
+until it is answered. Operations have the names of `Operations` below; the name `*` means all.
 """
 
 import asyncio
 import errno
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -85,6 +85,14 @@ class FaultyFs:
         """Wait until an operation of this name hangs."""
         async with asyncio.timeout(timeout_s):
             await self._ask({"ask": "wait", "name": name})
+
+    def freeze(self) -> None:
+        """Answer nothing, and take no more requests: who waits can be killed, as on NFS."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Go on after `freeze`."""
+        self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """End the file system's process; what waits for it fails with ENOTCONN."""

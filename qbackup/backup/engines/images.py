@@ -6,7 +6,6 @@ Nobody is kept from starting the VM. Whether somebody did is looked at while the
 and again at the end (`bitmaps/stopped.py`): then there is no backup, and no harm.
 """
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -17,13 +16,12 @@ from qbackup.backup.engines import Copied, Work
 from qbackup.backup.engines.writer_session import WriterSession, writer_for
 from qbackup.backup.instant import source_bitmap
 from qbackup.backup.judge import Verdict
-from qbackup.backup.stopped import StoppedVm
+from qbackup.backup.stopped import StoppedVm, while_they_answer
 from qbackup.bitmaps.stopped import Successors
-from qbackup.errors import JobFailedError, WriterError
+from qbackup.errors import JobFailedError
 from qbackup.host.tasks import task_group
 from qbackup.images.served import ServedImages, served
 from qbackup.model.backup import Consistency
-from qbackup.model.quantities import format_duration
 from qbackup.repository.state import StateDirectory
 from qbackup.writer.client import CopyRequest, CopyResult, Writer
 
@@ -107,17 +105,7 @@ class ImagesSession(WriterSession):
 
     async def _require_stopped(self) -> None:
         """Require that nobody has started the VM; an image that hangs has a deadline."""
-        limit_s = self._work.vm.snapshot.stall_timeout_s
-        try:
-            async with asyncio.timeout(limit_s):
-                await self._successors.require_stopped()
-        except TimeoutError as err:
-            raise WriterError(
-                f"{self._work.vm.name}: the images could not be looked at for "
-                f"{format_duration(limit_s)}",
-                kind="stalled",
-                hint="does their file system answer?",
-            ) from err
+        await while_they_answer(self._work.vm, self._successors.require_stopped())
 
     def _served(self, verdict: Verdict, server: ServedImages, *, running: int) -> CopyRequest:
         bitmap = source_bitmap(verdict)
