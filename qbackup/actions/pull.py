@@ -10,7 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from qbackup.actions.remote_chain import check_fetched
-from qbackup.actions.transfer import TransferFailure, TransferOptions, TransferredBackup
+from qbackup.actions.transfer import Transfer, TransferFailure, TransferOptions, TransferredBackup
 from qbackup.catalog.choose import choose_backup
 from qbackup.catalog.history import History
 from qbackup.errors import (
@@ -32,22 +32,9 @@ from qbackup.remote.mirror import Mirror
 from qbackup.repository.repository import PartialBackup, Repository
 
 
-class Pulled(msgspec.Struct, frozen=True, kw_only=True):
-    """What a pull did; `present` is how many backups of the VM are here now."""
-
-    vm: str
-    remote: str
-    place: str
-    origin: str
-    pulled: tuple[TransferredBackup, ...]
-    present: int
-    failures: tuple[TransferFailure, ...]
-    seconds: float
-
-
 async def pull(
     repository: Repository, mirror: Mirror, options: TransferOptions, reporter: Reporter
-) -> Pulled:
+) -> Transfer:
     """Bring what is missing of a VM into the repository.
 
     A backup that is damaged there is told, and the others are brought all the same.
@@ -66,12 +53,12 @@ async def pull(
             await repository.remove_partial(left)
             reporter.notice(f"{mirror.vm}: removed {left.name}, left by an interrupted run")
         await run.to_the_end(options.at)
-    return Pulled(
+    return Transfer(
         vm=mirror.vm,
         remote=mirror.remote.name,
         place=mirror.remote.place,
-        origin=mirror.repository_id,
-        pulled=tuple(run.pulled),
+        repository_id=mirror.repository_id,
+        done=tuple(run.pulled),
         present=len(repository.backup_ids(mirror.vm)),
         failures=tuple(TransferFailure(id=i, error=err) for i, err in sorted(run.failures.items())),
         seconds=round(time.monotonic() - started, 3),

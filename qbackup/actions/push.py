@@ -15,7 +15,7 @@ from contextlib import ExitStack, asynccontextmanager
 
 import msgspec
 
-from qbackup.actions.transfer import TransferFailure, TransferOptions, TransferredBackup
+from qbackup.actions.transfer import Transfer, TransferFailure, TransferOptions, TransferredBackup
 from qbackup.catalog.choose import choose_backup
 from qbackup.catalog.history import History
 from qbackup.errors import (
@@ -42,19 +42,6 @@ _MOST_ROUNDS = 4
 """How often a backup is put: a prune may remove what a new backup needs."""
 
 
-class Pushed(msgspec.Struct, frozen=True, kw_only=True):
-    """What a push did; `present` is how many backups of the VM are there now."""
-
-    vm: str
-    remote: str
-    place: str
-    repository_id: str
-    put: tuple[TransferredBackup, ...]
-    present: int
-    failures: tuple[TransferFailure, ...]
-    seconds: float
-
-
 async def push(
     repository: Repository,
     vm: str,
@@ -63,7 +50,7 @@ async def push(
     reporter: Reporter,
     *,
     state: StateDirectory,
-) -> Pushed:
+) -> Transfer:
     """Put what is missing of a VM into a remote.
 
     A backup that is damaged here is told, and the others are put all the same.
@@ -90,12 +77,12 @@ async def push(
         finally:
             newest = _newest(run.there, repository.backup_ids(vm))
             await _remember(state, remote.name, newest, reporter)
-    return Pushed(
+    return Transfer(
         vm=vm,
         remote=remote.name,
         place=remote.place,
         repository_id=repository.id,
-        put=tuple(run.put[backup_id] for backup_id in sorted(run.put)),
+        done=tuple(run.put[backup_id] for backup_id in sorted(run.put)),
         present=len(run.there),
         failures=tuple(TransferFailure(id=i, error=run.failures[i]) for i in sorted(run.failures)),
         seconds=round(time.monotonic() - started, 3),

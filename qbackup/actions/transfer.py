@@ -25,3 +25,24 @@ class TransferFailure(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     error: QbackupError
+
+
+class Transfer(msgspec.Struct, frozen=True, kw_only=True):
+    """What a push or a pull did for a VM; `present` is how many backups are in the other home now.
+
+    `repository_id` is that of the backups in the remote, wherever they are brought.
+    """
+
+    vm: str
+    remote: str
+    place: str
+    repository_id: str
+    done: tuple[TransferredBackup, ...]
+    present: int
+    failures: tuple[TransferFailure, ...]
+    seconds: float
+
+    @property
+    def size_bytes(self) -> int:
+        """What was brought there."""
+        return sum(one.size_bytes for one in self.done)

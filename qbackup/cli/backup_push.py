@@ -9,8 +9,8 @@ from typing import Any
 from msgspec.structs import replace
 
 from qbackup.actions.metrics import recorded_otherwise, update_metrics
-from qbackup.actions.push import Pushed, push
-from qbackup.actions.transfer import TransferOptions
+from qbackup.actions.push import push
+from qbackup.actions.transfer import Transfer, TransferOptions
 from qbackup.cli.context import Context
 from qbackup.cli.fleet import Done
 from qbackup.cli.remotes import Remotes
@@ -72,7 +72,7 @@ class Pusher:
         err: QbackupError,
         reporter: Reporter,
         *,
-        pushed: Pushed | None = None,
+        pushed: Transfer | None = None,
     ) -> Done:
         why = "; ".join([err.message, *getattr(err, "problems", ())])
         hint = f" (hint: {err.hint})" if err.hint else ""
@@ -85,22 +85,22 @@ class Pusher:
         return replace(_with(done, document, text=f"not pushed to {name}: {why}"), exit_code=code)
 
 
-def _document(name: str, result: str, pushed: Pushed | None) -> dict[str, Any]:
-    put = () if pushed is None else pushed.put
+def _document(name: str, result: str, pushed: Transfer | None) -> dict[str, Any]:
+    put = () if pushed is None else pushed.done
     return {
         "remote": name,
         "result": result,
         "message": None,
         "put": [one.id for one in put],
-        "bytes": sum(one.size_bytes for one in put),
+        "bytes": 0 if pushed is None else pushed.size_bytes,
     }
 
 
-def _text(pushed: Pushed) -> str:
-    count = len(pushed.put)
+def _text(pushed: Transfer) -> str:
+    count = len(pushed.done)
     if not count:
         return f"all of it is in {pushed.remote}"
-    size = format_size(sum(one.size_bytes for one in pushed.put))
+    size = format_size(pushed.size_bytes)
     return (
         f"pushed to {pushed.remote}: {count} backup{'s' if count > 1 else ''}, {size} in "
         f"{format_duration(pushed.seconds)}"

@@ -175,14 +175,16 @@ class ListedBackup(msgspec.Struct, kw_only=True):
     @property
     def removed(self) -> ObjectFacts | None:
         """The manifest that a prune has taken away, None if there is none."""
-        encrypted = self.objects.get(f"{REMOVED_FILE}{ENCRYPTED_SUFFIX}")
-        return encrypted or self.objects.get(REMOVED_FILE)
+        return self.objects.get(f"{REMOVED_FILE}{self._suffix_of(REMOVED_FILE)}")
 
     @property
     def suffix(self) -> str:
         """What the names of its objects end in."""
+        return self._suffix_of(MANIFEST_FILE)
+
+    def _suffix_of(self, name: str) -> str:
         suffixes = ["", ENCRYPTED_SUFFIX] if self.plain_first else [ENCRYPTED_SUFFIX, ""]
-        return next((end for end in suffixes if f"{MANIFEST_FILE}{end}" in self.objects), "")
+        return next((end for end in suffixes if f"{name}{end}" in self.objects), "")
 
     @property
     def is_protected(self) -> bool:

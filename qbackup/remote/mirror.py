@@ -191,13 +191,17 @@ class _Update:
         everything = listed.backups(self._vm)
         existing = {one.id: one for one in everything if one.manifest is not None}
         self._remove_others(set(existing))
-        missing = [one for one in existing.values() if not self._is_fresh(one)]
+        missing = [
+            (one, facts)
+            for one in existing.values()
+            if (facts := one.manifest) is not None and not self._is_fresh(one, facts)
+        ]
         try:
             for start in range(0, len(missing), _AT_A_TIME):
                 places = asyncio.Semaphore(_AT_ONCE)
                 async with task_group() as group:
-                    for one in missing[start : start + _AT_A_TIME]:
-                        group.create_task(self._fetch(one, places))
+                    for one, facts in missing[start : start + _AT_A_TIME]:
+                        group.create_task(self._fetch(one, facts, places))
         finally:
             if self._changed:
                 await durable.replace_file(
@@ -217,16 +221,18 @@ class _Update:
             problems=dict(sorted(self._problems.items())),
         )
 
-    def _is_fresh(self, listed: ListedBackup) -> bool:
-        known, facts = self._index.get(listed.id), listed.manifest
-        if known is None or facts is None or not known.is_of(facts):
+    def _is_fresh(self, listed: ListedBackup, facts: ObjectFacts) -> bool:
+        known = self._index.get(listed.id)
+        if known is None or not known.is_of(facts):
             return False
         try:
             return self._manifest(listed.id).stat().st_size == known.length
         except OSError:
             return False
 
-    async def _fetch(self, listed: ListedBackup, places: asyncio.Semaphore) -> None:
+    async def _fetch(
+        self, listed: ListedBackup, facts: ObjectFacts, places: asyncio.Semaphore
+    ) -> None:
         async with places:
             self._changed = True
             self._index.pop(listed.id, None)
@@ -237,7 +243,7 @@ class _Update:
                 _, data = await fetch_manifest(self._remote, self._repository.id, self._vm, listed)
             except NoKeyError as err:
                 self._no_key = err
-                where = self._remote.store.where(listed.manifest.key) if listed.manifest else ""
+                where = self._remote.store.where(facts.key)
                 self._problems[listed.id] = (
                     f"{where}: it is encrypted, and this host has no key to read it"
                 )
@@ -246,15 +252,13 @@ class _Update:
                 self._problems[listed.id] = err.message
                 return
             _write(path, data)
-            facts = listed.manifest
-            if facts is not None:
-                self._index[listed.id] = _Known(
-                    key=facts.key,
-                    size_bytes=facts.size_bytes,
-                    e_tag=facts.e_tag,
-                    modified=facts.modified.timestamp(),
-                    length=len(data),
-                )
+            self._index[listed.id] = _Known(
+                key=facts.key,
+                size_bytes=facts.size_bytes,
+                e_tag=facts.e_tag,
+                modified=facts.modified.timestamp(),
+                length=len(data),
+            )
 
     def _mark(self, listed: ListedBackup) -> None:
         """Let the mirror say whether a backup is protected."""

@@ -32,6 +32,13 @@ def fake() -> Iterator[S3Fake]:
         yield found
 
 
+async def with_backups(folder: Path, fake: S3Fake, count: int = COUNT) -> Host:
+    """Return a host with a chain of backups, and with the bucket as its remote."""
+    made = host(folder / "here", fake)
+    await made.make_backups(count)
+    return made
+
+
 @pytest.fixture(params=["s3", "directory", "encrypted"])
 async def pushed(request: pytest.FixtureRequest, fake: S3Fake, tmp_path: Path) -> Host:
     """Return a host whose backups are in its remote."""
@@ -115,8 +122,7 @@ async def test_a_host_without_the_key_can_put_and_not_read(fake: S3Fake, tmp_pat
 async def test_what_somebody_put_as_encrypted_hides_nothing_in_a_plain_remote(
     fake: S3Fake, tmp_path: Path
 ) -> None:
-    here = host(tmp_path / "here", fake)
-    await here.make_backups(COUNT)
+    here = await with_backups(tmp_path, fake)
     await here.qbackup.ok("push", VM)
     for key in [key for key in fake.objects if key.endswith("manifest.json")]:
         fake.put(f"{key}.age", b"age-encryption.org/v1\n")
@@ -166,8 +172,7 @@ def add_full(one: Host, number: int) -> str:
 
 
 async def test_a_second_push_puts_only_what_is_new(fake: S3Fake, tmp_path: Path) -> None:
-    here = host(tmp_path / "here", fake)
-    await here.make_backups(COUNT)
+    here = await with_backups(tmp_path, fake)
     await here.qbackup.ok("push", VM)
     before = set(fake.objects)
     full = add_full(here, COUNT)
@@ -193,8 +198,7 @@ async def test_a_second_push_puts_only_what_is_new(fake: S3Fake, tmp_path: Path)
 async def test_a_backup_from_the_future_does_not_keep_others_away(
     fake: S3Fake, tmp_path: Path
 ) -> None:
-    here = host(tmp_path / "here", fake)
-    await here.make_backups(COUNT)
+    here = await with_backups(tmp_path, fake)
     await here.qbackup.ok("push", VM)
     folder = f"{PREFIX}/{here.repository_id}/{VM}"
     fake.objects[f"{folder}/90001231-235959.999-ffff/manifest.json"] = next(
@@ -209,8 +213,7 @@ async def test_a_backup_from_the_future_does_not_keep_others_away(
 async def test_a_parent_that_a_prune_removed_is_put_again_under_new_names(
     fake: S3Fake, tmp_path: Path
 ) -> None:
-    here = host(tmp_path / "here", fake)
-    await here.make_backups(COUNT)
+    here = await with_backups(tmp_path, fake)
     ids = here.chain.ids
     manifest = f"{PREFIX}/{here.repository_id}/{VM}/{{}}/manifest.json"
 
@@ -230,8 +233,7 @@ async def test_a_parent_that_a_prune_removed_is_put_again_under_new_names(
 async def test_an_image_that_is_damaged_here_does_not_get_there(
     fake: S3Fake, tmp_path: Path
 ) -> None:
-    here = host(tmp_path / "here", fake)
-    await here.make_backups(COUNT)
+    here = await with_backups(tmp_path, fake)
     image = here.repository / VM / here.chain.ids[1] / "data.qcow2"
     with image.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
@@ -249,16 +251,14 @@ async def test_an_image_that_is_damaged_here_does_not_get_there(
 async def test_a_server_that_fails_now_and_then_is_asked_again(
     fake: S3Fake, tmp_path: Path
 ) -> None:
-    here = host(tmp_path / "here", fake)
-    await here.make_backups(COUNT)
+    here = await with_backups(tmp_path, fake)
     fake.fault = lambda r: Answer(status=503) if r.number % 3 == 1 else None
     await here.qbackup.ok("push", VM)
     assert await here.restored() == here.chain.content
 
 
 async def test_nothing_secret_is_told(fake: S3Fake, tmp_path: Path) -> None:
-    here = host(tmp_path / "here", fake)
-    await here.make_backups(1)
+    here = await with_backups(tmp_path, fake, 1)
     fake.fault = lambda _: Answer(
         status=403,
         body=f"<Error><Code>AccessDenied</Code>{ACCESS_KEY}{SECRET_KEY}</Error>".encode(),
@@ -360,8 +360,7 @@ async def test_a_push_that_is_killed_anywhere_is_finished_by_the_next(
 ) -> None:
     total = await count_requests(tmp_path / "count", fake)
     numbers = range(total) if EVERYTHING else range(int(served_first), total, 4)
-    here = host(tmp_path / "here", fake)
-    await here.make_backups(2)
+    here = await with_backups(tmp_path, fake, 2)
     for number in numbers:
         fake.objects.clear()
         standing, which = kill_at(fake, number, served=served_first)
@@ -392,8 +391,7 @@ async def test_a_push_that_is_killed_anywhere_is_finished_by_the_next(
 async def test_a_pull_that_is_killed_at_any_step_is_finished_by_the_next(
     fake: S3Fake, tmp_path: Path
 ) -> None:
-    here = host(tmp_path / "here", fake)
-    await here.make_backups(2)
+    here = await with_backups(tmp_path, fake, 2)
     await here.qbackup.ok("push", VM)
     new = Host(folder=tmp_path / "new", url=here.url, extra=here.extra)
     pull = ("pull", VM, "--remote", "r")

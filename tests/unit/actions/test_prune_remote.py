@@ -19,8 +19,8 @@ from support.sweeps import EVERYTHING
 
 from qbackup.actions.prune import PruneOptions
 from qbackup.actions.prune_remote import RemotePruned, RemoteVm, prune_remote
-from qbackup.actions.push import Pushed, push
-from qbackup.actions.transfer import TransferOptions
+from qbackup.actions.push import push
+from qbackup.actions.transfer import Transfer, TransferOptions
 from qbackup.errors import (
     LockedError,
     RemoteDamagedError,
@@ -77,7 +77,7 @@ class Case:
             self.meant, PruneOptions(rules=rules, **options), self.reporter, now=datetime.now(UTC)
         )
 
-    async def push(self) -> Pushed:
+    async def push(self) -> Transfer:
         state = StateDirectory(self.host.folder / "state", VM)
         return await push(
             self.repository, VM, self.remote, TransferOptions(), self.reporter, state=state

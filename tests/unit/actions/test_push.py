@@ -9,8 +9,8 @@ from support.chains import VM, chain_id
 from support.remotes import Host, add_backup, visible
 
 from qbackup.actions import push as module
-from qbackup.actions.push import Pushed, push
-from qbackup.actions.transfer import TransferOptions
+from qbackup.actions.push import push
+from qbackup.actions.transfer import Transfer, TransferOptions
 from qbackup.errors import AlreadyPushingError, RemoteDamagedError, RemoteMissingError
 from qbackup.formats.configuration import Remote
 from qbackup.formats.remote_url import parse_remote_url
@@ -56,7 +56,7 @@ def state(here: Host) -> StateDirectory:
     return StateDirectory(here.folder / "state", VM)
 
 
-async def pushed(here: Host, reporter: RecordingReporter) -> Pushed:
+async def pushed(here: Host, reporter: RecordingReporter) -> Transfer:
     repository = Repository.open(here.repository)
     return await push(repository, VM, opened(here), TransferOptions(), reporter, state=state(here))
 
@@ -67,7 +67,7 @@ async def test_what_is_backed_up_meanwhile_is_put_too(here: Host) -> None:
             add_backup(here, 2, parent=1)
 
     done = await pushed(here, Watching(back_up))
-    assert [one.id for one in done.put] == [A, B, C]
+    assert [one.id for one in done.done] == [A, B, C]
     assert await visible(opened(here).store, here.repository_id) == [A, B, C]
     last = read_last_push(state(here), "nas")
     assert last is not None and last.newest == C
@@ -80,7 +80,7 @@ async def test_what_is_removed_again_and_again_is_not_put_for_ever(here: Host) -
         (folder / "manifest.json").unlink(missing_ok=True)
 
     done = await pushed(here, Watching(remove))
-    assert [one.id for one in done.put] == [A, B]
+    assert [one.id for one in done.done] == [A, B]
     # Each time under new names.
     assert len(list(folder.glob("data.qcow2*"))) == 4
 
