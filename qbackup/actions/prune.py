@@ -11,6 +11,7 @@ cannot be restored. Killed anywhere, the next prune or backup deletes what was t
 from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -95,21 +96,19 @@ async def prune(
         found = survey(repository, vm)
         pruned = _pruned(vm, options, found, now=now)
         tell_of_damage(pruned, reporter)
-        wanted = await in_thread(_wanted, repository, pruned, found)
+        wanted = await _wanted(repository, pruned, found)
         if options.dry_run:
             return _with_merges(pruned, wanted)
         await _remove(repository, vm, [verdict.id for verdict in pruned.removed], reporter)
         return await _consolidate(repository, pruned, wanted, reporter)
 
 
-def _wanted(repository: Repository, pruned: Pruned, found: Survey) -> list[Estimate]:
-    return worthwhile(
-        repository,
-        groups(found.candidates, pruned.verdicts),
-        found.backups,
-        when=pruned.options.consolidate,
-        max_chain=pruned.options.max_chain,
-    )
+async def _wanted(repository: Repository, pruned: Pruned, found: Survey) -> list[Estimate]:
+    if not (possible := groups(found.candidates, pruned.verdicts)):
+        return []
+    options = pruned.options
+    estimate = partial(worthwhile, when=options.consolidate, max_chain=options.max_chain)
+    return await in_thread(estimate, repository, possible, found.backups)
 
 
 async def _consolidate(

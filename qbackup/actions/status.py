@@ -139,9 +139,8 @@ async def query_status(
     except DiskError as err:
         return replace(status, state=state, detail=err.message)
     except MonitorError as err:
-        look = partial(_without_monitor, status, state_directory, history, err, vm=vm, owner=owner)
         try:
-            return await while_they_answer(vm, in_thread(look))
+            return await _without_monitor(status, state_directory, history, err, vm=vm, owner=owner)
         except WriterError as late:
             return replace(status, detail=f"{err.message}; {late.message}")
     # A job of our own that was left behind hides disks, but not from the next run.
@@ -228,7 +227,7 @@ def _disk_status(verdict: Verdict, vm: Vm, *, where: BitmapPlace = "qemu") -> Di
     )
 
 
-def _without_monitor(
+async def _without_monitor(
     status: VmStatus,
     state: StateDirectory,
     history: History,
@@ -240,13 +239,18 @@ def _without_monitor(
     """Say what a VM is whose monitor cannot be reached, as far as its files tell.
 
     If it is off, the next backup will find what is found here.
+
+    Raises:
+        WriterError: the file system of an image does not answer.
     """
-    stopped = look_at_stopped_vm(state, history, vm=vm, owner=owner)
+    look = partial(look_at_stopped_vm, state, history, vm=vm, owner=owner)
+    stopped = await while_they_answer(vm, in_thread(look))
     disks = tuple(_saved_disk(disk, stopped, history, vm=vm, owner=owner) for disk in stopped.disks)
     status = replace(status, detail=err.message, disks=disks)
     if not err.absent:
         return status
-    if (user := stopped.user(unlocked=False)) is not None:
+    user = await while_they_answer(vm, in_thread(partial(stopped.user, unlocked=False)))
+    if user is not None:
         return replace(status, detail=f"{err.message}, but {user}")
     reasons = {disk.bitmap.reason for disk in disks}
     if "unclean" in reasons:

@@ -38,7 +38,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             RepositoryError: there is none that can be used.
         """
-        return Repository.open(self.configuration.repository)
+        return Repository.open(self.configuration.repository, state=self.configuration.state)
 
     def state(self, vm: Vm) -> StateDirectory:
         """Return the state directory of a VM."""

@@ -51,6 +51,19 @@ def write_new_file_now(path: Path, data: bytes, mode: int = FILE_MODE) -> None:
         os.fsync(file.fileno())
 
 
+def replace_file_loosely_now(path: Path, data: bytes) -> None:
+    """Do as `replace_file`, but do not wait for the disk.
+
+    After a power cut the file may be the old one, empty or cut: for what can be made anew, and is
+    checked when it is read.
+    """
+    temporary = path.with_name(f".{path.name}.new")
+    _unlink(temporary)
+    with os.fdopen(create_file_now(temporary), "wb") as file:
+        file.write(data)
+    rename(temporary, path)
+
+
 def sync_directory_now(path: Path) -> None:
     """Wait until a directory's names are on the disk."""
     _sync_path(path, os.O_RDONLY | os.O_DIRECTORY)

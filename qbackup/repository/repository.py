@@ -16,6 +16,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -41,6 +42,8 @@ from qbackup.model.backup import Backup
 from qbackup.model.names import PARTIAL_SUFFIX, is_backup_id, is_safe_name
 from qbackup.model.progress import Reporter
 from qbackup.repository.leftovers import named_after_backups
+from qbackup.repository.remembered import FOLDER as REMEMBERED
+from qbackup.repository.remembered import RememberedManifests
 from qbackup.repository.removal import PROTECTED_FILE
 from qbackup.repository.replacement import Place, as_it_is, finish, staged
 
@@ -95,8 +98,9 @@ class PartialBackup:
 class Repository:
     """An existing repository. Make one with `create`, use one with `open`."""
 
-    def __init__(self, path: Path, repository_id: str) -> None:
+    def __init__(self, path: Path, repository_id: str, *, state: Path | None = None) -> None:
         self.path, self.id = path, repository_id
+        self._remembered = None if state is None else state / REMEMBERED / repository_id
 
     @classmethod
     async def create(cls, path: Path) -> "Repository":
@@ -127,8 +131,8 @@ class Repository:
         return cls(path, repository_id)
 
     @classmethod
-    def open(cls, path: Path) -> "Repository":
-        """Open the repository at `path`.
+    def open(cls, path: Path, *, state: Path | None = None) -> "Repository":
+        """Open the repository at `path`; what was read of it is remembered below `state`.
 
         Raises:
             RepositoryError: there is none, or this version cannot use it.
@@ -136,7 +140,7 @@ class Repository:
         file = path / REPOSITORY_FILE
         try:
             data = read_bounded(file, MAX_FILE_BYTES)
-            return cls(path, decode_repository_file(data))
+            return cls(path, decode_repository_file(data), state=state)
         except FileNotFoundError as err:
             raise _no_repository(path) from err
         except NotADirectoryError as err:
@@ -249,14 +253,22 @@ class Repository:
             raise ManifestDamagedError(path, str(err)) from err
 
     def newest_first(self, vm: str) -> Iterator[Backup | DamagedBackup]:
-        """Read the VM's manifests one by one, the newest first."""
+        """Read the VM's manifests one by one, the newest first.
+
+        One that looks as it did when it was read before is not read again (`remembered.py`): this
+        is for whoever looks at all of them, and not into images.
+        """
+        known = self._remembered and RememberedManifests(self._remembered / vm)
         for backup_id in reversed(self.backup_ids(vm)):
+            read = partial(self.backup, vm, backup_id)
             try:
-                yield self.backup(vm, backup_id)
+                yield known.backup(f"{self.path}/{vm}/{backup_id}", read) if known else read()
             except ManifestDamagedError as err:
                 yield DamagedBackup(vm=vm, id=backup_id, error=err)
             except BackupNotFoundError:
                 pass  # removed since the directory was read
+        if known:
+            known.save()
 
     def find(self, vm: str, backup_id: str) -> Backup | None:
         """Return a backup, None if there is none of that id.

@@ -11,15 +11,9 @@ _GAP = "  "
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int]) -> str:
     """Align `rows` under `header`; the columns whose numbers are in `right` are numbers."""
     rows = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = []
-    for row in (header, *rows):
-        cells = [
-            cell.rjust(width) if index in right else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(_GAP.join(cells).rstrip())
-    return "\n".join(lines)
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    line = _GAP.join(f"{{:{'>' if i in right else ''}{width}}}" for i, width in enumerate(widths))
+    return "\n".join([line.format(*row).rstrip() for row in (header, *rows)])
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> str:

@@ -25,7 +25,8 @@ from ..values import REPOSITORY_ID, make_disk
 
 COUNT = 10_000
 MOST_RATIO = 3.0
-ROUNDS = 2
+MOST_ROUNDS = 6
+"""Walks of twice the length until one is fast enough: a busy machine makes any of them slow."""
 JUNK = 5000
 
 
@@ -46,6 +47,14 @@ def measured(times: list[float]) -> Iterator[None]:
     start = time.process_time()
     yield
     times.append(time.process_time() - start)
+
+
+def is_about_twice(once: list[float], twice: list[float]) -> bool:
+    """Tell whether what is twice as long takes about twice the time, as far as it was measured."""
+    if once and min(twice) < MOST_RATIO * min(once):
+        return True
+    assert len(once) < MOST_ROUNDS, (once, twice)
+    return False
 
 
 def walk_everything(repository: Repository, newest: str) -> None:
@@ -85,12 +94,11 @@ def test_a_walk_of_twice_the_length_takes_about_twice_the_time(
     repository, made = large
     once: list[float] = []
     twice: list[float] = []
-    for _ in range(ROUNDS):
+    while not is_about_twice(once, twice):
         with measured(once):
             walk(repository, made.ids[COUNT // 2 - 1])
         with measured(twice):
             walk(repository, made.ids[-1])
-    assert min(twice) < MOST_RATIO * min(once), (once, twice)
 
 
 def test_the_newest_backup_is_found_without_reading_the_others(
@@ -118,7 +126,7 @@ async def test_a_chain_of_1102_is_verified_in_linear_time(
     made = make_chain(tmp_path, REPOSITORY_ID, 1102)
     repository = Repository(tmp_path, REPOSITORY_ID)
     times: dict[int, list[float]] = {551: [], 1102: []}
-    for _ in range(ROUNDS):
+    while not is_about_twice(times[551], times[1102]):
         for length, spent in times.items():
             with measured(spent):
                 history = History(repository, VM)
@@ -129,4 +137,3 @@ async def test_a_chain_of_1102_is_verified_in_linear_time(
             assert (found.backups, found.files) == (length, length)
             (problem,) = found.problems
             assert "qemu-img alone can open" in problem and "qbackup full" in problem
-    assert min(times[1102]) < MOST_RATIO * min(times[551]), times

@@ -1,0 +1,120 @@
+"""Manifests of a VM that were read before: ten thousand need not be decoded again for a table.
+
+    STATE/.manifests/<repository id>/<vm>
+
+One file for each VM, of what was read and what its files looked like. A manifest whose file and
+directory look otherwise (inode, length, times) is read again; so is one that was changed so short
+a time ago that its times might not tell. Only who looks at all backups of a VM (`list`, `prune`,
+`report`) believes this; who reads images reads their manifest. The folder can be removed at any
+time, and where it cannot be written, nothing is remembered.
+"""
+
+import os
+import stat
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+from blake3 import blake3
+
+from qbackup import __version__
+from qbackup.formats.manifest import MANIFEST_FILE
+from qbackup.host import durable
+from qbackup.host.files import read_bounded
+from qbackup.model.backup import Backup
+
+FOLDER = ".manifests"
+"""Below the state directory; no VM can be called so."""
+
+_MAGIC = f"qbackup {__version__} manifests\n".encode()
+"""Another version may know of more in a manifest, or allow less."""
+
+_DIGEST_BYTES = 32
+_MAX_FILE_BYTES = 256 * 1024 * 1024
+_AT_REST_S = 10
+"""What was changed later than so long ago may change again without its times telling."""
+
+_Look: TypeAlias = tuple[int, int, int, int, int, int, int]
+"""Times of content and of status (ns since 1970) of the directory and of the manifest, the inodes
+of both, the manifest's length."""
+
+
+class _Entry(msgspec.Struct, frozen=True, array_like=True):
+    look: _Look
+    backup: Backup
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(dict[str, _Entry])
+
+
+class RememberedManifests:
+    """What is known of a VM's manifests. Use it for one pass over them, and `save` then."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known = _read(path)
+        self._next: dict[str, _Entry] = {}
+        self._before_ns = time.time_ns() - _AT_REST_S * 10**9
+        self._changed = False
+
+    def backup(self, directory: str, read: Callable[[], Backup]) -> Backup:
+        """Return the backup in a directory, which is read if it looks otherwise than before."""
+        backup_id = directory.rpartition("/")[2]
+        look = _look(directory)
+        entry = self._known.get(backup_id)
+        if entry is None or entry.look != look:
+            backup = read()
+            if look is None or backup.is_changing or max(look[:4]) > self._before_ns:
+                return backup
+            entry = _Entry(look, backup)
+            self._changed = True
+        self._next[backup_id] = entry
+        return entry.backup
+
+    def save(self) -> None:
+        """Keep what was found or added in this pass, and forget the rest."""
+        if not self._changed and len(self._next) == len(self._known):
+            return
+        content = _ENCODER.encode(self._next)
+        with suppress(OSError):
+            self._path.parent.mkdir(mode=durable.DIRECTORY_MODE, parents=True, exist_ok=True)
+            data = _MAGIC + blake3(content).digest() + content
+            durable.replace_file_loosely_now(self._path, data)
+
+
+def _read(path: Path) -> dict[str, _Entry]:
+    try:
+        data = memoryview(read_bounded(path, _MAX_FILE_BYTES))
+    except OSError:
+        return {}
+    start = len(_MAGIC) + _DIGEST_BYTES
+    content = data[start:]
+    if data[:start] != _MAGIC + blake3(content).digest():
+        return {}
+    try:
+        return _DECODER.decode(content)
+    except msgspec.MsgspecError:
+        return {}
+
+
+def _look(directory: str) -> _Look | None:
+    """Return how a backup's directory and manifest look; None if they are not what they must be."""
+    try:
+        outer, inner = os.lstat(directory), os.lstat(f"{directory}/{MANIFEST_FILE}")
+    except OSError:
+        return None
+    if not stat.S_ISDIR(outer.st_mode) or not stat.S_ISREG(inner.st_mode):
+        return None
+    return (
+        outer.st_mtime_ns,
+        outer.st_ctime_ns,
+        inner.st_mtime_ns,
+        inner.st_ctime_ns,
+        outer.st_ino,
+        inner.st_ino,
+        inner.st_size,
+    )

@@ -1,0 +1,161 @@
+"""Manifests that were read before: believed as long as their files look the same, and no longer."""
+
+import os
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from qbackup.formats.manifest import MANIFEST_FILE
+from qbackup.model.backup import Backup
+from qbackup.repository import remembered
+from qbackup.repository import repository as module
+from qbackup.repository.repository import DamagedBackup, Repository
+
+from ..values import ID1, ID2, VM, make_backup
+
+Publish = Callable[[Backup], Awaitable[None]]
+
+
+class Case:
+    """A repository with two backups, which were made a minute ago, and how often one is read."""
+
+    def __init__(self, made: Repository, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.state, self.reads = folder / "state", 0
+        self.made = made
+        decode = module.decode_manifest
+
+        def counted(*arguments: object, **names: object) -> Backup:
+            self.reads += 1
+            return decode(*arguments, **names)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(module, "decode_manifest", counted)
+
+    @property
+    def file(self) -> Path:
+        """Where it is kept."""
+        return self.state / remembered.FOLDER / self.made.id / VM
+
+    def manifest(self, backup_id: str) -> Path:
+        """Return where a manifest is."""
+        return self.made.vm_directory(VM) / backup_id / MANIFEST_FILE
+
+    def look(self) -> list[Backup | DamagedBackup]:
+        """Look at all backups, as another command does."""
+        opened = Repository.open(self.made.path, state=self.state)
+        return list(opened.newest_first(VM))
+
+    def reads_of_a_look(self) -> int:
+        """Return how many manifests another look reads."""
+        before = self.reads
+        self.look()
+        return self.reads - before
+
+
+@pytest.fixture
+async def case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, publish: Publish, repository: Repository
+) -> Case:
+    """Return backups that have been at rest."""
+    for backup_id in (ID1, ID2):
+        await publish(make_backup(backup_id))
+    now_ns = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns + 60 * 10**9)
+    return Case(repository, tmp_path, monkeypatch)
+
+
+def test_what_looks_the_same_is_not_read_again(case: Case) -> None:
+    first = case.look()
+    assert [one.id for one in first] == [ID2, ID1] and case.reads == 2
+    assert case.look() == first and case.reads == 2
+    assert case.file.stat().st_mode & 0o777 == 0o600
+
+
+def test_without_a_state_directory_everything_is_read(case: Case) -> None:
+    opened = Repository.open(case.made.path)
+    for reads in (2, 4):
+        assert len(list(opened.newest_first(VM))) == 2 and case.reads == reads
+
+
+@pytest.mark.parametrize("same_length", [True, False])
+def test_a_manifest_that_is_damaged_afterwards_is_noticed(case: Case, same_length: bool) -> None:
+    case.look()
+    data = case.manifest(ID1).read_bytes()
+    changed = data.replace(b"vm1", b"vm2") if same_length else data[:-3]
+    case.manifest(ID1).write_bytes(changed)
+    newest, oldest = case.look()
+    assert isinstance(newest, Backup) and isinstance(oldest, DamagedBackup)
+    case.manifest(ID1).write_bytes(data)
+    assert all(isinstance(one, Backup) for one in case.look())
+
+
+def test_a_manifest_that_is_exchanged_is_read(case: Case, tmp_path: Path) -> None:
+    """Even if its times are set back: the time of its status cannot be."""
+    case.look()
+    path = case.manifest(ID1)
+    facts, new = path.stat(), tmp_path / "new"
+    new.write_bytes(path.read_bytes())
+    os.utime(new, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    new.rename(path)
+    assert case.reads_of_a_look() == 1
+    assert case.reads_of_a_look() == 0
+
+
+def test_a_link_in_place_of_a_backup_is_told(case: Case, tmp_path: Path) -> None:
+    case.look()
+    directory = case.manifest(ID1).parent
+    directory.rename(tmp_path / "elsewhere")
+    directory.symlink_to(tmp_path / "elsewhere")
+    assert isinstance(case.look()[1], DamagedBackup)
+
+
+def test_a_backup_that_was_removed_is_forgotten(case: Case) -> None:
+    case.look()
+    size = case.file.stat().st_size
+    directory = case.manifest(ID1).parent
+    directory.rename(directory.with_name(f"{ID1}.removed"))
+    assert [one.id for one in case.look()] == [ID2]
+    assert case.file.stat().st_size < size
+
+
+def test_what_changed_just_now_may_change_again_and_is_not_remembered(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_ns = case.manifest(ID2).stat().st_ctime_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns + 10**9)
+    assert case.reads_of_a_look() == case.reads_of_a_look() == 2
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns + 60 * 10**9)
+    assert [case.reads_of_a_look() for _ in range(2)] == [2, 0]
+
+
+@pytest.mark.parametrize("kind", ["cut", "flipped", "empty", "other version", "a folder"])
+def test_what_is_not_as_it_was_written_is_not_believed(case: Case, kind: str) -> None:
+    first = case.look()
+    data = case.file.read_bytes()
+    if kind == "a folder":
+        case.file.unlink()
+        case.file.mkdir()
+    else:
+        case.file.write_bytes(
+            {
+                "cut": data[:-1],
+                "flipped": data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+                "empty": b"",
+                "other version": data.replace(b"qbackup 0", b"qbackup 9"),
+            }[kind]
+        )
+    assert case.look() == first and case.reads == 4
+    assert case.reads_of_a_look() == (2 if kind == "a folder" else 0)
+
+
+def test_where_nothing_can_be_written_nothing_is_remembered(case: Case) -> None:
+    case.state.write_bytes(b"")
+    assert case.reads_of_a_look() == case.reads_of_a_look() == 2
+
+
+def test_a_look_that_ends_early_forgets_nothing(case: Case) -> None:
+    case.look()
+    opened = Repository.open(case.made.path, state=case.state)
+    next(opened.newest_first(VM))
+    assert case.reads_of_a_look() == 0
