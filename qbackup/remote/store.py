@@ -41,6 +41,7 @@ from qbackup.host import durable
 from qbackup.host.files import read_bounded
 from qbackup.remote.credentials import provider_for
 from qbackup.remote.rate import Limiter
+from qbackup.remote.s3 import Lister
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
@@ -303,7 +304,26 @@ class Store:
         Raises:
             RemoteError: there are more than anybody has, or the list does not get further.
         """
-        stream = obstore.list(self._quick, folder or None, offset=after, chunk_size=_PAGE)
+        quick = obstore.list(self._quick, folder or None, offset=after, chunk_size=_PAGE)
+        try:
+            found = await self._listed(folder, quick)
+        except RemoteDamagedError:
+            if self.remote.place.kind != "s3":
+                raise
+            exact = Lister(self.remote, folder, after=after)
+            found = await self._listed(folder, (page.objects async for page in exact.pages()))
+        for facts in found:
+            yield facts
+
+    async def _listed(
+        self, folder: str, pages: "AsyncIterator[Sequence[ObjectMeta]]"
+    ) -> list[ObjectFacts]:
+        """Return what pages list.
+
+        Raises:
+            RemoteDamagedError: not every key can be told, so that one object may hide another.
+        """
+        found: dict[str, ObjectFacts] = {}
         count = 0
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.remote.timeout_s * _PAGES_AS_LONG
@@ -313,17 +333,18 @@ class Store:
             with self._told(folder):
                 try:
                     async with asyncio.timeout(self.remote.timeout_s):
-                        page = await anext(stream)
+                        page = await anext(pages)
                 except StopAsyncIteration:
-                    return
+                    return list(found.values())
                 except FileNotFoundError as err:
                     self._require_bucket(err)
-                    return  # a directory that is not there
+                    return []  # a directory that is not there
             count += len(page)
             if count > MAX_LISTED:
                 raise RemoteError(f"{self.where(folder)}: more than {MAX_LISTED} objects")
-            for one in page:
-                yield _facts(one)
+            found |= {one["path"]: _facts(one) for one in page}
+            if len(found) != count:
+                raise self._unclear(folder, "two objects have keys that are one path")
 
     async def folders(self, folder: str = "") -> list[str]:
         """Return the names of the folders in a folder, sorted.
@@ -334,16 +355,34 @@ class Store:
         try:
             with self._told(folder):
                 async with asyncio.timeout(self.remote.timeout_s):
-                    found = await obstore.list_with_delimiter_async(self._quick, folder or None)
+                    listed = await obstore.list_with_delimiter_async(self._quick, folder or None)
+            found, objects = listed["common_prefixes"], len(listed["objects"])
         except ObjectMissingError:  # a directory that is not there
             return []
-        if max(len(found["common_prefixes"]), len(found["objects"])) > MAX_FOLDERS:
+        except RemoteDamagedError:
+            if self.remote.place.kind != "s3":
+                raise
+            found, objects = await self._folders_exactly(folder)
+        if max(len(found), objects) > MAX_FOLDERS:
             raise RemoteError(
                 f"{self.where(folder)}: more than {MAX_FOLDERS} folders or other objects",
                 hint="give the remote a prefix of its own",
             )
         prefix = f"{folder}/" if folder else ""
-        return sorted(name.removeprefix(prefix) for name in found["common_prefixes"])
+        return sorted(name.removeprefix(prefix) for name in found)
+
+    async def _folders_exactly(self, folder: str) -> tuple[list[str], int]:
+        """Return the folders in a folder, and how many objects; a page more than are allowed."""
+        found: list[str] = []
+        objects = 0
+        with self._told(folder):
+            async with aclosing(Lister(self.remote, folder, delimiter="/").pages()) as pages:
+                async for page in pages:
+                    found += page.folders
+                    objects += len(page.objects)
+                    if max(len(found), objects) > MAX_FOLDERS:
+                        break
+        return found, objects
 
     async def delete(self, keys: Sequence[str]) -> None:
         """Remove objects, in no order; those that are not there are removed.
@@ -451,6 +490,13 @@ class Store:
             # The client's words may have secrets in them, so they are no cause that is shown.
             raise self._error(key, err) from None
 
+    def _unclear(self, folder: str, why: str) -> RemoteDamagedError:
+        return RemoteDamagedError(
+            self.where(folder),
+            f"{why}, so the rest cannot be listed",
+            hint="remove it with another tool, or give the remote a prefix of its own",
+        )
+
     def _error(self, key: str, err: Exception) -> QbackupError:
         text = str(err)
         status, code = _STATUS.search(text), _CODE.search(text)
@@ -468,11 +514,7 @@ class Store:
                 hint=f"see the credentials of [remote.{self.remote.name}], and what they allow",
             )
         if isinstance(err, InvalidPathError):
-            return RemoteDamagedError(
-                where,
-                "an object has a key that is no path, so the rest cannot be listed",
-                hint="remove it with another tool, or give the remote a prefix of its own",
-            )
+            return self._unclear(key, "an object has a key that is no path")
         cause = next((meant for words, meant in _CAUSES.items() if words in text), None)
         if isinstance(err, OSError):
             cause = cause or err.strerror

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 BUCKET = "bucket"
@@ -114,6 +114,8 @@ class S3Fake:
     def _list(self, request: Request) -> Answer:
         prefix, delimiter = request.query.get("prefix", ""), request.query.get("delimiter", "")
         after = request.query.get("continuation-token") or request.query.get("start-after", "")
+        as_url = request.query.get("encoding-type") == "url"
+        write = quote if as_url else escape
         found: dict[str, Object | None] = {}
         for key in sorted(self.objects):
             if not key.startswith(prefix):
@@ -129,17 +131,18 @@ class S3Fake:
         for name in page:
             one = found[name]
             if one is None:
-                entries.append(f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>")
+                entries.append(f"<CommonPrefixes><Prefix>{write(name)}</Prefix></CommonPrefixes>")
             else:
                 when = time.strftime(_TIME, time.gmtime(one.modified))
                 entries.append(
-                    f"<Contents><Key>{escape(name)}</Key><LastModified>{when}</LastModified>"
+                    f"<Contents><Key>{write(name)}</Key><LastModified>{when}</LastModified>"
                     f"<ETag>{escape(one.e_tag)}</ETag><Size>{len(one.content)}</Size></Contents>"
                 )
         token = f"<NextContinuationToken>{escape(page[-1])}</NextContinuationToken>" if more else ""
         return xml(
             f"<ListBucketResult><Name>{BUCKET}</Name><KeyCount>{len(page)}</KeyCount>"
             f"<IsTruncated>{str(more).lower()}</IsTruncated>{token}{''.join(entries)}"
+            f"{'<EncodingType>url</EncodingType>' if as_url else ''}"
             "</ListBucketResult>"
         )
 

@@ -336,11 +336,50 @@ async def test_http_is_used_only_where_it_was_written(fake: S3Fake) -> None:
     assert not fake.requests
 
 
-async def test_a_key_that_is_no_path_is_told(fake: S3Fake) -> None:
-    fake.put("pre/fix/r/../x", b"")
-    with pytest.raises(RemoteDamagedError, match="a key that is no path"):
-        async for _ in s3(fake).objects("r"):
-            pass
+@pytest.mark.parametrize("key", ["r/../x", "r//x", "r/./x", "r/\x01", "r/x/", "r/a/x/", "../x"])
+async def test_no_key_hides_the_others(fake: S3Fake, key: str) -> None:
+    for name in (key, "r/a/x", "r/b/x"):
+        fake.put(f"pre/fix/{name}", b"" if name == key else b"12")
+    found = {one.key: one for one in [one async for one in s3(fake).objects("r")]}
+    assert {name: found[name].size_bytes for name in ("r/a/x", "r/b/x")} == {"r/a/x": 2, "r/b/x": 2}
+    assert {"a", "b"} <= set(await s3(fake).folders("r"))
+    assert "r" in await s3(fake).folders()
+
+
+async def test_a_list_with_such_a_key_has_pages_and_an_end(
+    fake: S3Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [f"r/{number}/x" for number in range(10)]
+    for key in (*keys, "r/5//x"):
+        fake.put(f"pre/fix/{key}", b"")
+    fake.page = 3
+    assert [one.key async for one in s3(fake).objects("r", after="r/4")] == [
+        "r/4/x", "r/5//x", *keys[5:],
+    ]  # fmt: skip
+    assert await s3(fake).folders("r") == [str(number) for number in range(10)]
+    monkeypatch.setattr(module, "MAX_LISTED", 9)
+    with pytest.raises(RemoteError, match="more than 9 objects"):
+        await anext(s3(fake).objects("r"))
+    monkeypatch.setattr(module, "MAX_FOLDERS", 9)
+    with pytest.raises(RemoteError, match="more than 9 folders"):
+        await s3(fake).folders("r")
+
+
+@pytest.mark.parametrize("denied", [True, False])
+async def test_what_is_asked_in_another_way_fails_in_the_same(fake: S3Fake, denied: bool) -> None:
+    fake.put("pre/fix/r//x", b"")
+    answer = error(403, "AccessDenied") if denied else error(400, f"Bad {SECRET_KEY}")
+    fake.fault = lambda r: answer if "encoding-type" in r.query else None
+    with pytest.raises(RemoteDeniedError if denied else RemoteUnreachableError) as caught:
+        await anext(s3(fake).objects("r"))
+    assert SECRET_KEY not in str(caught.value) and "list" in str(caught.value)
+
+
+async def test_a_server_that_hangs_in_such_a_list_has_a_deadline(fake: S3Fake) -> None:
+    fake.put("pre/fix/r//x", b"")
+    fake.fault = lambda r: Answer(hang=True) if "encoding-type" in r.query else None
+    with pytest.raises(RemoteUnreachableError, match=r"nothing got further for 0\.5 s"):
+        await anext(s3(fake, timeout_s=0.5).objects("r"))
 
 
 def test_parts_are_as_large_as_they_must_be() -> None:
