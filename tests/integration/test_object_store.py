@@ -17,7 +17,7 @@ from support.ceph import Ceph
 from support.chains import VM
 from support.many import make_many
 from support.object_store import COUNT, MIB, make_big, make_vms, place_of, put_all
-from support.remotes import Host, add_backup
+from support.remotes import PREFIX, Host, add_backup
 from support.sweeps import EVERYTHING
 
 from qbackup.repository.repository import Repository
@@ -68,6 +68,22 @@ async def test_a_key_that_may_put_and_read_is_enough(ceph: Ceph, tmp_path: Path,
     place.assert_nothing_was_overwritten()
     # Whoever has another key, on another host, reads what this one put.
     assert await place.host("owner").restored() == here.chain.content
+
+
+async def test_no_key_in_the_bucket_hides_the_backups(ceph: Ceph, tmp_path: Path) -> None:
+    place = place_of(ceph, tmp_path)
+    here = place.host("here", ceph.other)
+    await make_vms(here, VM)
+    await here.qbackup.ok("push", VM)
+    folder = f"{PREFIX}/{here.repository_id}/{VM}"
+    for key in (f"{folder}//x", f"{folder}/../x", f"{folder}/\x01",
+                f"{folder}/{here.chain.ids[-1]}/manifest.json/"):  # fmt: skip
+        place.bucket.put(key, b"")
+    fleet = (await here.qbackup.ok("--json", "list", "--remote", "r")).document
+    assert [(one["vm"], one["backups"], one["problems"]) for one in fleet] == [(VM, COUNT, [])]
+    await here.qbackup.ok("verify", "--remote", "r")
+    assert await here.restored() == here.chain.content
+    await place.host("owner").qbackup.ok("prune", VM, "--remote", "r", "--keep-last", "1")
 
 
 async def test_a_killed_push_goes_on_and_overwrites_nothing(ceph: Ceph, tmp_path: Path) -> None:
