@@ -7,7 +7,7 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from support.remotes import PREFIX, Host, host, s3_settings, served
 from support.s3_fake import ACCESS_KEY, BUCKET, SECRET_KEY, Answer, Request, S3Fake
 from support.steps import Running, Step, stepping
 from support.sweeps import EVERYTHING
+from support.tls import make_authority, server_context
 
 from qbackup.cli.main import run
 from qbackup.remote.keys import write_new_key
@@ -39,27 +40,50 @@ async def with_backups(folder: Path, fake: S3Fake, count: int = COUNT) -> Host:
     return made
 
 
-@pytest.fixture(params=["s3", "directory", "encrypted"])
-async def pushed(request: pytest.FixtureRequest, fake: S3Fake, tmp_path: Path) -> Host:
+@pytest.fixture(params=["s3", "directory", "encrypted", "tls", "gcs"])
+async def pushed(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Host]:
     """Return a host whose backups are in its remote."""
-    if request.param == "s3":
+    authority = make_authority(tmp_path) if request.param in ("tls", "gcs") else None
+    with served(None if authority is None else server_context(authority)) as fake:
         made = host(tmp_path / "here", fake)
-    elif request.param == "encrypted":
-        key = tmp_path / "secret.key"
-        recipient = await write_new_key(key)
-        made = host(tmp_path / "here", fake)
-        made = Host(
-            folder=made.folder,
-            url=made.url,
-            extra=f'{made.extra}recipients = ["{recipient}"]\nidentity = "{key}"\n',
-        )
-    else:
-        (tmp_path / "nas").mkdir()
-        made = Host(folder=tmp_path / "here", url=str(tmp_path / "nas"))
-    await made.make_backups(COUNT)
-    done = (await made.qbackup.ok("--json", "push", VM)).last
-    assert [one["id"] for one in done["put"]] == made.chain.ids and done["failed"] == []
-    return made
+        url, extra = made.url, made.extra
+        if request.param == "encrypted":
+            key = tmp_path / "secret.key"
+            extra += f'recipients = ["{await write_new_key(key)}"]\nidentity = "{key}"\n'
+        elif request.param == "directory":
+            url, extra = str(tmp_path / "nas"), ""
+            Path(url).mkdir()
+        elif request.param == "gcs":
+            url, extra = url.replace("s3://", "gs://"), ""
+            monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(google_account(tmp_path, fake)))
+        if authority is not None:
+            extra += f'ca = "{authority}"\n'
+        made = Host(folder=made.folder, url=url, extra=extra)
+        await made.make_backups(COUNT)
+        done = (await made.qbackup.ok("--json", "push", VM)).last
+        assert [one["id"] for one in done["put"]] == made.chain.ids and done["failed"] == []
+        yield made
+
+
+def google_account(folder: Path, fake: S3Fake) -> Path:
+    """Write down an account of Google's that is the fake's: it speaks what both have in common."""
+    path = folder / "account.json"
+    names = ("client_email", "private_key", "private_key_id")
+    document = dict.fromkeys(names, "") | {"gcs_base_url": fake.url, "disable_oauth": True}
+    path.write_text(json.dumps(document))
+    return path
+
+
+async def test_a_server_whose_certificate_nobody_vouches_for_is_not_spoken_to(
+    tmp_path: Path,
+) -> None:
+    with served(server_context(make_authority(tmp_path))) as fake:
+        here = await with_backups(tmp_path, fake)
+        result = await here.run("push", VM)
+        assert (result.code, fake.requests) == (14, [])
+        assert "its certificate is not trusted" in result.last["message"]
 
 
 async def test_the_host_is_gone_and_everything_comes_back(pushed: Host, tmp_path: Path) -> None:
@@ -99,6 +123,17 @@ async def test_what_is_pulled_is_the_repositorys_own(pushed: Host, tmp_path: Pat
     assert len(done["put"]) == COUNT
     fleet = (await pushed.run("list", "--remote", "r")).document
     assert {one["repository"] for one in fleet} == {pushed.repository_id, repository.id}
+
+
+async def test_every_store_is_pruned(pushed: Host, tmp_path: Path) -> None:
+    add_full(pushed, COUNT)
+    await pushed.qbackup.ok("push", VM)
+    new = Host(folder=tmp_path / "there", url=pushed.url, extra=pushed.extra)
+    done = (await new.qbackup.ok("--json", "prune", VM, "--remote", "r", "--keep-last", "1")).last
+    assert done["removed"] == COUNT
+    listed = (await new.qbackup.ok("--json", "list", VM, "--remote", "r")).document
+    assert [one["id"] for one in listed] == [chain_id(COUNT)]
+    await new.qbackup.ok("verify", "--remote", "r")
 
 
 async def test_a_host_without_the_key_can_put_and_not_read(fake: S3Fake, tmp_path: Path) -> None:

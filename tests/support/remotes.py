@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,14 +94,14 @@ def s3_settings(fake: S3Fake, *, timeout: str = "20s") -> str:
 
 
 @contextmanager
-def served() -> Iterator[S3Fake]:
+def served(tls: ssl.SSLContext | None = None) -> Iterator[S3Fake]:
     """Serve an empty bucket, with its key in the environment, for the duration of a block."""
     kept = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     for name in kept:
         del os.environ[name]
     os.environ |= {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
     try:
-        with s3_fake() as fake:
+        with s3_fake(tls) as fake:
             yield fake
     finally:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

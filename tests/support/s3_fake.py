@@ -5,6 +5,7 @@ Only for injecting faults: whatever must hold with a real store is tested with o
 """
 
 import hashlib
+import ssl
 import threading
 import time
 import xml.etree.ElementTree as ET
@@ -321,11 +322,14 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def s3_fake() -> Iterator[S3Fake]:
+def s3_fake(tls: ssl.SSLContext | None = None) -> Iterator[S3Fake]:
     """Serve an empty bucket on a port of the loopback for the duration of a block."""
     fake = S3Fake()
     server = _Server(("127.0.0.1", 0), _handler(fake))
-    fake.url = f"http://127.0.0.1:{server.server_address[1]}"
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    scheme = "http" if tls is None else "https"
+    fake.url = f"{scheme}://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
