@@ -24,6 +24,7 @@ from support.qemu import raw_bytes, run_tool
 from support.storage import disk_specs, fill_file_system, small_file_system
 from support.summaries import difference
 from support.sweeps import shards
+from support.syscalls import succeeded
 
 from qbackup.actions.prune import PruneOptions, prune
 from qbackup.actions.verify import Scope, Verifier
@@ -239,7 +240,6 @@ class Start:
     points: list[Point]
 
 
-CALL = re.compile(r"^\d+ +(\w+)\((.*?)\) += 0$")
 CALLS = "rename,renameat,renameat2,unlink,unlinkat,rmdir,fsync,fdatasync,ftruncate,pwrite64"
 ATTEMPTS = 3
 """Which thread makes a call, and so its number, may differ from the recorded prune's."""
@@ -338,7 +338,7 @@ async def test_a_power_cut_at_any_step_leaves_whole_backups_only(
     pending: list[tuple[str, str]] = []  # renames that a power cut may undo, each by itself
     damaged: set[str] = set()  # backups of which a file is gone, perhaps durably
     removals = 0
-    for call, arguments in calls(await record(tmp_path, start)):
+    for call, arguments in succeeded(await record(tmp_path, start)):
         paths = re.findall(rf'["<]({re.escape(directory)}[^"<>]*)[">]', arguments)
         if call.startswith("rename") and paths:
             pending.append((Path(paths[0]).name, Path(paths[1]).name))
@@ -357,21 +357,6 @@ async def test_a_power_cut_at_any_step_leaves_whole_backups_only(
                     assert {owner.id for owner, _ in needed} <= visible, arguments
     assert removals == 3 and len(damaged) == 3
     assert names & set(backups) == {point.id for point in start.points[-2:]}
-
-
-def calls(recorded: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the calls that succeeded, with their arguments, in the order in which they ended."""
-    begun: dict[str, str] = {}
-    for line in recorded:
-        thread, _, rest = line.partition(" ")
-        if "<unfinished ...>" in rest:
-            begun[thread] = rest.partition("<unfinished")[0].strip()
-            continue
-        if "resumed>" in rest:
-            rest = begun.pop(thread) + rest.partition("resumed>")[2]
-        match = CALL.match(f"{thread} {rest.strip()}")
-        if match:
-            yield match.group(1), match.group(2)
 
 
 def applied(names: set[str], renames: Sequence[tuple[str, str]]) -> set[str]:

@@ -6,6 +6,7 @@ No VM is needed: the repositories are made by hand, with the content of the disk
 import asyncio
 import json
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from support.remotes import PREFIX, Host, host, s3_settings, served
 from support.s3_fake import ACCESS_KEY, BUCKET, SECRET_KEY, Answer, Request, S3Fake
 from support.steps import Running, Step, stepping
 from support.sweeps import EVERYTHING
+from support.syscalls import succeeded
 from support.tls import make_authority, server_context
 
 from qbackup.cli.main import run
@@ -461,3 +463,38 @@ async def test_a_pull_that_is_killed_at_any_step_is_finished_by_the_next(
             verified = (await new.qbackup.ok("--json", "verify")).last
             assert (verified["backups"], verified["problems"]) == (2, []), what
             assert not list((new.repository / VM).glob("*.partial")), what
+
+
+CALLS = "openat,mkdir,write,pwrite64,ftruncate,fsync,fdatasync,rename,renameat,renameat2"
+
+
+async def test_a_power_cut_at_any_step_of_a_pull_leaves_whole_backups(
+    fake: S3Fake, tmp_path: Path
+) -> None:
+    here = await with_backups(tmp_path, fake)
+    await here.qbackup.ok("push", VM)
+    new = Host(folder=tmp_path / "new", url=here.url, extra=here.extra)
+    await new.qbackup.ok("init")
+    log = tmp_path / "calls"
+    strace = ["strace", "-f", "-qq", "-y", "-o", str(log), "-e", f"trace={CALLS}"]
+    assert (await new.qbackup.run("pull", VM, "--remote", "r", wrapper=strace)).code == 0
+
+    unsynced: set[str] = set()  # what a power cut may take: the content of files, …
+    unnamed: set[str] = set()  # … and names in directories
+    published: list[str] = []
+    for call, arguments in succeeded(log.read_text().splitlines()):
+        paths = re.findall(rf'["<]({re.escape(str(new.repository))}[^"<>]*)[">]', arguments)
+        if not paths or paths[0].endswith("/.lock"):  # which is made anew
+            continue
+        if call.startswith("rename"):
+            assert not unsynced | unnamed, f"a power cut after {arguments}"
+            published.append(Path(paths[1]).name)
+        if call in ("write", "pwrite64", "ftruncate"):
+            unsynced.add(paths[0])
+        elif call == "mkdir" or call.startswith("rename") or "O_CREAT" in arguments:
+            unnamed.add(paths[-1])
+        elif call in ("fsync", "fdatasync"):
+            unsynced.discard(paths[0])
+            unnamed -= {name for name in unnamed if str(Path(name).parent) == paths[0]}
+    assert published == here.chain.ids
+    assert not unsynced | unnamed
