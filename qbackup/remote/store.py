@@ -397,8 +397,7 @@ class Store:
                 return
             for key in keys:
                 self.require_own(key)
-                with suppress(FileNotFoundError):
-                    await obstore.delete_async(self._quick, key)
+            await self._delete_each(keys)
         await self._settle_removals(keys)
 
     def require_own(self, key: str) -> None:
@@ -420,11 +419,20 @@ class Store:
     async def _delete_page(self, keys: Sequence[str]) -> None:
         try:
             await obstore.delete_async(self._quick, list(keys))
+        except FileNotFoundError:  # GCS and Azure tell of one that is gone, and may leave the rest
+            await self._delete_each(keys)
         except (BaseError, OSError, ValueError):
             raise
         except Exception as err:
             # The client's own words for an answer about objects that nobody asked for.
             raise RemoteDamagedError(self.where(keys[0]), "the answer makes no sense") from err
+
+    async def _delete_each(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            try:
+                await obstore.delete_async(self._quick, key)
+            except FileNotFoundError as err:
+                self._require_bucket(err)
 
     async def _settle_removals(self, keys: Sequence[str]) -> None:
         """Wait until it is on the disk that files of a directory are gone."""

@@ -9,13 +9,14 @@ import os
 import re
 import signal
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.chains import VM, chain_backup, chain_id, write_image, write_manifest
 from support.remotes import PREFIX, Host, host, s3_settings, served
-from support.s3_fake import ACCESS_KEY, BUCKET, SECRET_KEY, Answer, Request, S3Fake
+from support.s3_fake import ACCESS_KEY, BUCKET, SECRET_KEY, Answer, Request, S3Fake, error
 from support.steps import Running, Step, stepping
 from support.sweeps import EVERYTHING
 from support.syscalls import succeeded
@@ -60,6 +61,7 @@ async def pushed(
         elif request.param == "gcs":
             url, extra = url.replace("s3://", "gs://"), ""
             monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(google_account(tmp_path, fake)))
+            fake.fault = partial(refuse_what_is_gone, fake)
         if authority is not None:
             extra += f'ca = "{authority}"\n'
         made = Host(folder=made.folder, url=url, extra=extra)
@@ -67,6 +69,12 @@ async def pushed(
         done = (await made.qbackup.ok("--json", "push", VM)).last
         assert [one["id"] for one in done["put"]] == made.chain.ids and done["failed"] == []
         yield made
+
+
+def refuse_what_is_gone(fake: S3Fake, request: Request) -> Answer | None:
+    """Tell of an object that is to be removed and is gone, as Google and Azure do, and S3 not."""
+    gone = request.method == "DELETE" and request.key not in fake.objects
+    return error(404, "NoSuchKey") if gone else None
 
 
 def google_account(folder: Path, fake: S3Fake) -> Path:
