@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import backups
+import bad_day
 import bitmaps
 import remote
 from fingerprint import fingerprint
@@ -39,6 +40,8 @@ def all_benchmarks(rounds: int, disk: Path) -> dict[str, Benchmark]:
         "dirty": lambda: backups.dirty(rounds),
         "sparse": lambda: backups.sparse(rounds),
         "restore": lambda: backups.restore(rounds),
+        "compare": lambda: bad_day.comparison(rounds),
+        "nbd": lambda: bad_day.serving(rounds),
         "guest-latency": lambda: guest_latency(rounds),
         "help": lambda: backups.help_text(rounds),
         "list": lambda: backups.listing(rounds),
