@@ -61,8 +61,10 @@ class Child:
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
         if self._errors is None:
             return how
-        lines = (await asyncio.shield(self._errors)).splitlines()[-3:]
-        said = "; ".join(line.removeprefix(f"{self.name}: ") for line in lines)
+        lines, mark = (await asyncio.shield(self._errors)).splitlines(), f"{self.name}: "
+        # What a program says with its name before it is its error; the rest may be advice.
+        errors = [line.removeprefix(mark) for line in lines if line.startswith(mark)]
+        said = "; ".join((errors or lines)[-3:])
         return f"{how}, {said}" if said else how
 
     def failed(self, words: str, *, hint: str | None = None) -> ProgramError:

@@ -133,5 +133,5 @@ async def test_where_there_is_no_operating_system_it_is_told_what_to_do(
     wrapper = with_guestmount(tmp_path, NO_OPERATING_SYSTEM="1")
     result = await qbackup.run("--json", "mount", VM, str(folder), wrapper=wrapper)
     assert (result.code, result.last["class"]) == (1, "ProgramError")
-    assert "no operating system was found" in result.last["message"]
+    assert result.last["message"].endswith("no operating system was found on this disk")
     assert "--partition" in result.last["hint"]
