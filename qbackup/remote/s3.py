@@ -88,9 +88,7 @@ class Page(msgspec.Struct, frozen=True, kw_only=True):
 class Lister:
     """The list of a folder, with the keys as they are, below the remote's prefix."""
 
-    def __init__(
-        self, remote: Remote, folder: str, *, after: str | None = None, delimiter: str = ""
-    ) -> None:
+    def __init__(self, remote: Remote, folder: str, *, delimiter: str = "") -> None:
         self._remote, place = remote, remote.place
         self._above = f"{place.prefix}/" if place.prefix else ""
         self._request = {
@@ -98,8 +96,6 @@ class Lister:
             "Prefix": f"{self._above}{folder}/" if folder else self._above,
             "Delimiter": delimiter,
         }
-        if after is not None:
-            self._request["StartAfter"] = f"{self._above}{after}"
         self._pages: Iterator[Any] | None = None
 
     async def pages(self) -> AsyncGenerator[Page, None]:

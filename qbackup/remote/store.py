@@ -296,21 +296,19 @@ class Store:
         except OSError as err:
             raise RemoteError(f"{path}: cannot be synced: {err.strerror}") from err
 
-    async def objects(
-        self, folder: str = "", *, after: str | None = None
-    ) -> AsyncGenerator[ObjectFacts, None]:
-        """Yield all objects below a folder, in no order, of keys greater than `after`.
+    async def objects(self, folder: str = "") -> AsyncGenerator[ObjectFacts, None]:
+        """Yield all objects below a folder, in no order.
 
         Raises:
             RemoteError: there are more than anybody has, or the list does not get further.
         """
-        quick = obstore.list(self._quick, folder or None, offset=after, chunk_size=_PAGE)
+        quick = obstore.list(self._quick, folder or None, chunk_size=_PAGE)
         try:
             found = await self._listed(folder, quick)
         except RemoteDamagedError:
             if self.remote.place.kind != "s3":
                 raise
-            exact = Lister(self.remote, folder, after=after)
+            exact = Lister(self.remote, folder)
             found = await self._listed(folder, (page.objects async for page in exact.pages()))
         for facts in found:
             yield facts

@@ -100,7 +100,9 @@ class Repository:
 
     def __init__(self, path: Path, repository_id: str, *, state: Path | None = None) -> None:
         self.path, self.id = path, repository_id
-        self._remembered = None if state is None else state / REMEMBERED / repository_id
+        # Not made here: whoever lists backups, root for example, would make it his own.
+        there = state is not None and state.is_dir()
+        self._remembered = state / REMEMBERED / repository_id if state and there else None
 
     @classmethod
     async def create(cls, path: Path) -> "Repository":
@@ -132,7 +134,7 @@ class Repository:
 
     @classmethod
     def open(cls, path: Path, *, state: Path | None = None) -> "Repository":
-        """Open the repository at `path`; what was read of it is remembered below `state`.
+        """Open the repository at `path`; what is read of it is remembered in an existing `state`.
 
         Raises:
             RepositoryError: there is none, or this version cannot use it.

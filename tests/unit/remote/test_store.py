@@ -353,9 +353,7 @@ async def test_a_list_with_such_a_key_has_pages_and_an_end(
     for key in (*keys, "r/5//x"):
         fake.put(f"pre/fix/{key}", b"")
     fake.page = 3
-    assert [one.key async for one in s3(fake).objects("r", after="r/4")] == [
-        "r/4/x", "r/5//x", *keys[5:],
-    ]  # fmt: skip
+    assert [one.key async for one in s3(fake).objects("r")] == sorted([*keys, "r/5//x"])
     assert await s3(fake).folders("r") == [str(number) for number in range(10)]
     monkeypatch.setattr(module, "MAX_LISTED", 9)
     with pytest.raises(RemoteError, match="more than 9 objects"):

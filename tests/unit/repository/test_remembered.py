@@ -23,6 +23,7 @@ class Case:
 
     def __init__(self, made: Repository, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.state, self.reads = folder / "state", 0
+        self.state.mkdir()
         self.made = made
         decode = module.decode_manifest
 
@@ -149,9 +150,16 @@ def test_what_is_not_as_it_was_written_is_not_believed(case: Case, kind: str) ->
     assert case.reads_of_a_look() == (2 if kind == "a folder" else 0)
 
 
-def test_where_nothing_can_be_written_nothing_is_remembered(case: Case) -> None:
-    case.state.write_bytes(b"")
+@pytest.mark.parametrize("instead", ["a file", "nothing", "a file in the way"])
+def test_where_nothing_can_be_written_nothing_is_remembered(case: Case, instead: str) -> None:
+    case.state.rmdir()
+    if instead == "a file":
+        case.state.write_bytes(b"")
+    elif instead == "a file in the way":
+        case.state.mkdir()
+        (case.state / remembered.FOLDER).write_bytes(b"")
     assert case.reads_of_a_look() == case.reads_of_a_look() == 2
+    assert case.state.exists() == (instead != "nothing")
 
 
 def test_a_look_that_ends_early_forgets_nothing(case: Case) -> None:
