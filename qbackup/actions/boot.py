@@ -98,7 +98,8 @@ async def booted(
                 *_console_arguments(machine, console),
             ]
             folder, disk_arguments, disk_fds = _disk_arguments(point, machine, options, files)
-            flash_arguments, flash_fds = _firmware_arguments(machine, options, files, reporter)
+            firmware = _firmware_arguments(point, machine, options, files, reporter)
+            flash_arguments, flash_fds = firmware
             program = f"qemu-system-{machine.architecture or platform.machine()}"
             async with child(
                 program,
@@ -195,13 +196,14 @@ def _disk_arguments(
             "cache": {"no-flush": True},  # nobody needs it after a power cut
         }
         arguments += ["-blockdev", blockdev(top)]
-        device = {**machine.disks[source.disk.name], "drive": f"overlay{number}"}
-        arguments += ["-device", blockdev(device)]
+        if source.disk.name != machine.variables:
+            device = {**machine.disks[source.disk.name], "drive": f"overlay{number}"}
+            arguments += ["-device", blockdev(device)]
     return folder, arguments, fds
 
 
 def _firmware_arguments(
-    machine: Machine, options: BootOptions, files: ExitStack, reporter: Reporter
+    point: Point, machine: Machine, options: BootOptions, files: ExitStack, reporter: Reporter
 ) -> tuple[list[str], list[int]]:
     """Return QEMU's arguments for the firmware, and the file with its variables."""
     if machine.kernel is not None and options.kernel is None:
@@ -219,15 +221,28 @@ def _firmware_arguments(
     code = _known_firmware(machine.pflash[0], reporter)
     if code is None:
         return [], []
-    arguments = _flash(0, str(code), read_only=True)
+    variables, fds = _variables_arguments(point, machine, options, files, code=code)
+    return [*_flash(0, str(code), read_only=True), *variables], fds
+
+
+def _variables_arguments(
+    point: Point, machine: Machine, options: BootOptions, files: ExitStack, *, code: Path
+) -> tuple[list[str], list[int]]:
+    """Return QEMU's arguments for the firmware's variables, and the file with them.
+
+    They are those that were backed up, boot entries and all; else as a new VM has them.
+    """
+    for number, source in enumerate(point.disks):
+        if source.disk.name == machine.variables:
+            return ["-machine", f"pflash1=overlay{number}"], []
     variables = empty_variables(code)
     if variables is None:
-        return arguments, []
+        return [], []
     copy = files.enter_context(_nameless(options.scratch))
     copy.write(read_bounded(variables, MAX_FIRMWARE_BYTES, follow=True))
     copy.flush()
     name = f"/proc/self/fd/{copy.fileno()}"
-    return arguments + _flash(1, name, read_only=False), [copy.fileno()]
+    return _flash(1, name, read_only=False), [copy.fileno()]
 
 
 def _flash(unit: int, filename: str, *, read_only: bool) -> list[str]:

@@ -88,6 +88,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     disks: dict[str, DeviceOptions] = msgspec.field(default_factory=dict)
     bios: str | None = None
     pflash: tuple[str, ...] = ()
+    variables: str | None = None
+    """The disk that is the firmware's variables, if it is among those that were backed up."""
     kernel: str | None = None
     append: str | None = None
     left_out: tuple[str, ...] = ()
@@ -97,6 +99,9 @@ def read_machine(configuration: VmConfiguration, disks: Sequence[DiskBackup]) ->
     """Read what a manifest tells of a VM, as far as it can be believed and used."""
     reader = _Reader(configuration.command_line or [])
     reader.read()
+    flash = reader.pflash()
+    variables = _variables(flash, disks)
+    disks = [disk for disk in disks if disk.name != variables]
     machine = reader.machine or _matching(_WORD, configuration.machine)
     controllers, devices = reader.disk_devices(disks, machine)
     uuid = configuration.uuid or ""
@@ -114,11 +119,22 @@ def read_machine(configuration: VmConfiguration, disks: Sequence[DiskBackup]) ->
         controllers=tuple(controllers),
         disks=devices,
         bios=reader.bios,
-        pflash=reader.pflash(),
+        pflash=flash,
+        variables=variables,
         kernel=reader.kernel,
         append=reader.append,
         left_out=tuple(dict.fromkeys(reader.left_out)),
     )
+
+
+def _variables(flash: Sequence[str], disks: Sequence[DiskBackup]) -> str | None:
+    """Return the disk that the second flash memory is: by its place in QEMU, or by its file."""
+    for disk in disks:
+        source = disk.source
+        is_second = source.device == "pflash1" or source.qdev == "/machine/system.flash1"
+        if is_second or (len(flash) > 1 and source.filename == flash[1]):
+            return disk.name
+    return None
 
 
 def split_options(text: str) -> dict[str, str]:

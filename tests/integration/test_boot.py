@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from guest import KERNEL_COMMAND_LINE, guest_arguments, guest_images
 from support.cli import make_qbackup
+from support.firmware import CODE, variables_with_entry
 from support.lab import VM, Lab, lab
 from support.qemu import DiskSpec, create_image, started
 from support.speaking_disk import boot_sector
@@ -63,6 +64,22 @@ async def test_what_is_not_seen_in_time_is_a_failure(tmp_path: Path) -> None:
         # Without a sign to wait for, all that can be told is told as no more than it is.
         summary = await it.qbackup.summary("verify", VM, "--boot", "--boot-timeout", "1s")
         assert summary["boot"]["seen"] == "running"
+
+
+async def test_firmware_has_the_variables_that_were_backed_up(tmp_path: Path) -> None:
+    variables = tmp_path / "variables.fd"
+    variables.write_bytes(variables_with_entry("the entry of the guest"))
+    arguments = [
+        *("-drive", f"if=pflash,format=raw,readonly=on,file={CODE}"),
+        *("-drive", f"if=pflash,format=raw,file={variables}"),
+    ]
+    async with lab(tmp_path, disk_specs(tmp_path, "a"), qemu_arguments=arguments) as it:
+        await it.qbackup.ok("full", VM)
+    kept = variables.read_bytes()
+    how = ("--boot", "--memory", "256M", "--boot-timeout", "100s")
+    summary = await it.qbackup.summary("verify", VM, *how, "--expect", "the entry of the guest")
+    assert summary["boot"]["seen"] == "pattern"
+    assert variables.read_bytes() == kept
 
 
 async def test_a_damaged_backup_is_not_booted(tmp_path: Path) -> None:

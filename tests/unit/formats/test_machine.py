@@ -82,6 +82,25 @@ def test_firmware_is_found_however_it_was_given(flash: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ({"device": "pflash1"}, True),
+        ({"device": "", "qdev": "/machine/system.flash1"}, True),
+        ({"device": "", "filename": "/v"}, True),
+        ({"device": "", "filename": "/c"}, False),
+        ({"device": "pflash0"}, False),
+    ],
+)
+def test_the_disk_with_the_firmwares_variables_is_no_other_disk(
+    source: dict[str, str], found: bool
+) -> None:
+    line = ["qemu-system-x86_64", "-pflash", "/c", "-pflash", "/v"]
+    disks = [disk("data", device=""), disk("vars", **source)]
+    machine = read_machine(replace(CONFIGURATION, command_line=line), disks)
+    assert (machine.variables, "vars" in machine.disks) == ("vars" if found else None, not found)
+
+
+@pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (("-device", "virtio-blk-pci,drive=data,serial=S1,bootindex=1,iothread=io"),
