@@ -285,6 +285,7 @@ async def many_vms(rounds: int) -> list[Row]:
         folder = Path(name)
         repository = await Repository.create(folder / "repo")
         vms = make_many(repository.path, repository.id, vms=100, backups=100)
+        (folder / "state").mkdir()
         path = folder / "many.toml"
         tables = "".join(f'[vm.{vm}]\nqmp = "{vm}.sock"\n' for vm in vms)
         path.write_text(f'repository = "repo"\nstate = "state"\n[keep]\nlast = 100\n{tables}')
@@ -298,7 +299,7 @@ async def many_vms(rounds: int) -> list[Row]:
         commands = {what: command(qbackup, *arguments) for what, arguments in steps.items()}
 
         async def first_list() -> float:
-            shutil.rmtree(folder / "state" / REMEMBERED)
+            shutil.rmtree(folder / "state" / REMEMBERED, ignore_errors=True)
             start = time.perf_counter()
             await commands["list"]()
             return time.perf_counter() - start
