@@ -3,7 +3,7 @@
 import argparse
 
 from qbackup.actions.backup import Outcome, back_up
-from qbackup.actions.metrics import metrics_after, recorded
+from qbackup.actions.recorded import metrics_after, recorded
 from qbackup.backup.plan import BackupOptions
 from qbackup.cli.context import is_fleet, make_context
 from qbackup.cli.fleet import Done, report_alone, run_fleet

@@ -8,8 +8,8 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from qbackup.actions.metrics import recorded_otherwise, update_metrics
 from qbackup.actions.push import push
+from qbackup.actions.recorded import recorded_otherwise, update_metrics
 from qbackup.actions.transfer import Transfer, TransferOptions
 from qbackup.cli.context import Context
 from qbackup.cli.fleet import Done

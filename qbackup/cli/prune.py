@@ -7,8 +7,8 @@ from typing import Any
 
 from msgspec.structs import asdict
 
-from qbackup.actions.metrics import metrics_after, recorded
 from qbackup.actions.prune import Pruned, PruneOptions, prune
+from qbackup.actions.recorded import metrics_after, recorded
 from qbackup.cli.context import Context, is_fleet, make_context
 from qbackup.cli.fleet import Done, Work, report_alone, run_fleet
 from qbackup.errors import EXIT_DEGRADED
