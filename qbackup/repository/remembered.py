@@ -79,11 +79,25 @@ class RememberedManifests:
         """Keep what was found or added in this pass, and forget the rest."""
         if not self._changed and len(self._next) == len(self._known):
             return
-        content = _ENCODER.encode(self._next)
+        content = _encoded(self._next)
         with suppress(OSError):
             self._path.parent.mkdir(mode=durable.DIRECTORY_MODE, parents=True, exist_ok=True)
             data = _MAGIC + blake3(content).digest() + content
             durable.replace_file_loosely_now(self._path, data)
+
+
+def _encoded(entries: dict[str, _Entry]) -> bytes:
+    """Write entries, without those that cannot be: with text that is no Unicode, for example."""
+    try:
+        return _ENCODER.encode(entries)
+    except (ValueError, OverflowError):
+        pass
+    possible = {}
+    for backup_id, entry in entries.items():
+        with suppress(ValueError, OverflowError):
+            _ENCODER.encode(entry)
+            possible[backup_id] = entry
+    return _ENCODER.encode(possible)
 
 
 def _read(path: Path) -> dict[str, _Entry]:

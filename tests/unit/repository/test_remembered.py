@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from qbackup.formats.manifest import MANIFEST_FILE
 from qbackup.model.backup import Backup
@@ -13,7 +14,7 @@ from qbackup.repository import remembered
 from qbackup.repository import repository as module
 from qbackup.repository.repository import DamagedBackup, Repository
 
-from ..values import ID1, ID2, VM, make_backup
+from ..values import ID1, ID2, ID3, VM, make_backup
 
 Publish = Callable[[Backup], Awaitable[None]]
 
@@ -160,6 +161,15 @@ def test_where_nothing_can_be_written_nothing_is_remembered(case: Case, instead:
         (case.state / remembered.FOLDER).write_bytes(b"")
     assert case.reads_of_a_look() == case.reads_of_a_look() == 2
     assert case.state.exists() == (instead != "nothing")
+
+
+async def test_what_cannot_be_written_down_is_read_again(case: Case, publish: Publish) -> None:
+    """A file's name is bytes, and may be no Unicode."""
+    strange = replace(make_backup(ID3), label="half a pair: \udc80")
+    await publish(strange)
+    first = case.look()
+    assert first[0] == strange and len(first) == 3
+    assert case.look() == first and case.reads == 4
 
 
 def test_a_look_that_ends_early_forgets_nothing(case: Case) -> None:
