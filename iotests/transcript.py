@@ -23,6 +23,7 @@ import asyncio
 import json
 import os
 import re
+import select
 import shlex
 import signal
 import sys
@@ -158,11 +159,19 @@ class Transcript:
         return await self._finish(running.process, running.arguments)
 
     async def kill(self, running: Running, number: signal.Signals) -> int:
-        """Send a signal to a command in the background, and wait for its end."""
+        """Send a signal to a command in the background; wait for its end, and its writer's."""
         self._new_paragraph()
         self._lines.append(f"$ kill -{number.name.removeprefix('SIG')} %1")
+        pid = running.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        held = [os.pidfd_open(int(child)) for child in children]
         running.process.send_signal(number)
-        return await self._finish(running.process, running.arguments)
+        code = await self._finish(running.process, running.arguments)
+        for fd in held:
+            ended, _, _ = await asyncio.to_thread(select.select, [fd], [], [], TIMEOUT_S)
+            os.close(fd)
+            assert ended, "the writer process goes on"
+        return code
 
     def backup_id(self, number: int) -> str:
         """Return the id that the transcript calls `ID<number>`."""
