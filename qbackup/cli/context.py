@@ -32,13 +32,16 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     quiet: bool
     configuration: Configuration
 
-    def open_repository(self) -> Repository:
-        """Open the configured repository.
+    def open_repository(self, *, remembers: bool = False) -> Repository:
+        """Open the configured repository; see `Repository.open`.
 
         Raises:
             RepositoryError: there is none that can be used.
         """
-        return Repository.open(self.configuration.repository, state=self.configuration.state)
+        configuration = self.configuration
+        return Repository.open(
+            configuration.repository, state=configuration.state, remembers=remembers
+        )
 
     def state(self, vm: Vm) -> StateDirectory:
         """Return the state directory of a VM."""

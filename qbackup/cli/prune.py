@@ -26,7 +26,7 @@ async def run(arguments: argparse.Namespace) -> int:
         from qbackup.cli.remote_prune import prune_in_remote  # noqa: PLC0415 - loads slowly
 
         return await prune_in_remote(arguments, context)
-    repository = context.open_repository()
+    repository = context.open_repository(remembers=not arguments.dry_run)
     vms = context.selected_names(repository, arguments)
     given = given_rules(arguments)
     now = datetime.now(UTC)

@@ -5,8 +5,9 @@
 One file for each VM, of what was read and what its files looked like. A manifest whose file and
 directory look otherwise (inode, length, times) is read again; so is one that was changed so short
 a time ago that its times might not tell. Only who looks at all backups of a VM (`list`, `prune`,
-`report`) believes this; who backs up, restores or verifies reads every manifest. The folder can be
-removed at any time, and where it cannot be written, nothing is remembered.
+`report`) believes this; who backs up, restores or verifies reads every manifest. `prune` writes it:
+who only looks changes nothing. The folder can be removed at any time, and where it cannot be
+written, nothing is remembered.
 """
 
 import os

@@ -98,11 +98,19 @@ class PartialBackup:
 class Repository:
     """An existing repository. Make one with `create`, use one with `open`."""
 
-    def __init__(self, path: Path, repository_id: str, *, state: Path | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        repository_id: str,
+        *,
+        state: Path | None = None,
+        remembers: bool = False,
+    ) -> None:
         self.path, self.id = path, repository_id
         # Not made here: whoever lists backups, root for example, would make it his own.
         there = state is not None and state.is_dir()
         self._remembered = state / REMEMBERED / repository_id if state and there else None
+        self._remembers = remembers
 
     @classmethod
     async def create(cls, path: Path) -> "Repository":
@@ -133,8 +141,13 @@ class Repository:
         return cls(path, repository_id)
 
     @classmethod
-    def open(cls, path: Path, *, state: Path | None = None) -> "Repository":
-        """Open the repository at `path`; what is read of it is remembered in an existing `state`.
+    def open(
+        cls, path: Path, *, state: Path | None = None, remembers: bool = False
+    ) -> "Repository":
+        """Open the repository at `path`.
+
+        What is known of it in `state` is used, and what is read is remembered there if the caller
+        `remembers`: who only looks changes nothing.
 
         Raises:
             RepositoryError: there is none, or this version cannot use it.
@@ -142,7 +155,8 @@ class Repository:
         file = path / REPOSITORY_FILE
         try:
             data = read_bounded(file, MAX_FILE_BYTES)
-            return cls(path, decode_repository_file(data), state=state)
+            repository_id = decode_repository_file(data)
+            return cls(path, repository_id, state=state, remembers=remembers)
         except FileNotFoundError as err:
             raise _no_repository(path) from err
         except NotADirectoryError as err:
@@ -269,7 +283,7 @@ class Repository:
                 yield DamagedBackup(vm=vm, id=backup_id, error=err)
             except BackupNotFoundError:
                 pass  # removed since the directory was read
-        if known:
+        if known and self._remembers:
             known.save()
 
     def find(self, vm: str, backup_id: str) -> Backup | None:

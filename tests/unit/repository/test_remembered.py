@@ -3,13 +3,16 @@
 import os
 import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
+from qbackup.catalog.survey import survey
 from qbackup.formats.manifest import MANIFEST_FILE
 from qbackup.model.backup import Backup
+from qbackup.model.retention import Rules, decide
 from qbackup.repository import remembered
 from qbackup.repository import repository as module
 from qbackup.repository.repository import DamagedBackup, Repository
@@ -45,8 +48,11 @@ class Case:
 
     def look(self) -> list[Backup | DamagedBackup]:
         """Look at all backups, as another command does."""
-        opened = Repository.open(self.made.path, state=self.state)
-        return list(opened.newest_first(VM))
+        return list(self.opened(remembers=True).newest_first(VM))
+
+    def opened(self, *, remembers: bool) -> Repository:
+        """Open the repository as another command does."""
+        return Repository.open(self.made.path, state=self.state, remembers=remembers)
 
     def reads_of_a_look(self) -> int:
         """Return how many manifests another look reads."""
@@ -174,6 +180,33 @@ async def test_what_cannot_be_written_down_is_read_again(case: Case, publish: Pu
 
 def test_a_look_that_ends_early_forgets_nothing(case: Case) -> None:
     case.look()
-    opened = Repository.open(case.made.path, state=case.state)
-    next(opened.newest_first(VM))
+    next(case.opened(remembers=True).newest_first(VM))
     assert case.reads_of_a_look() == 0
+
+
+def test_who_only_looks_uses_what_is_known_and_writes_nothing(case: Case) -> None:
+    for reads in (2, 4):
+        assert len(list(case.opened(remembers=False).newest_first(VM))) == 2
+        assert case.reads == reads and not list(case.state.iterdir())
+    case.look()
+    before = case.file.stat()
+    case.manifest(ID2).touch()
+    assert len(list(case.opened(remembers=False).newest_first(VM))) == 2
+    assert case.reads == 7 and case.file.stat() == before
+
+
+async def test_prune_sees_what_was_protected_and_built_upon_since_it_last_looked(
+    case: Case, publish: Publish
+) -> None:
+    def reasons() -> dict[str, str]:
+        found = survey(case.opened(remembers=True), VM)
+        verdicts = decide(found.candidates, Rules(last=1), now=datetime.now(UTC))
+        return {verdict.id: verdict.reason for verdict in verdicts}
+
+    assert reasons() == {ID2: "keep-last", ID1: "remove"}
+    await case.made.set_protected(VM, ID1, protected=True)
+    assert reasons()[ID1] == "protected"
+    await case.made.set_protected(VM, ID1, protected=False)
+    disk = make_backup(ID3).disks[0]
+    await publish(make_backup(ID3, disks=[replace(disk, kind="incremental", parent=ID1)]))
+    assert reasons() == {ID3: "keep-last", ID2: "remove", ID1: "needed-by"}
