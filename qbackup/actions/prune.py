@@ -9,7 +9,7 @@ cannot be restored. Killed anywhere, the next prune or backup deletes what was t
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -51,8 +51,8 @@ class Pruned(msgspec.Struct, frozen=True, kw_only=True):
     vm: str
     options: PruneOptions
     verdicts: tuple[Verdict, ...]
-    backups: dict[str, Backup]
-    sizes: dict[str, int]
+    backups: Mapping[str, Backup]
+    sizes: Mapping[str, int]
     problems: dict[str, str]
     merges: tuple[Estimate, ...] = ()
     failures: tuple[ConsolidationError, ...] = ()
@@ -87,7 +87,7 @@ async def prune(
         RemovalError: a backup cannot be removed; it and everything it needs are still there.
     """
     if not repository.vm_directory(vm).is_dir():
-        return _pruned(vm, options, Survey(candidates=[], backups={}), now=now)
+        return _pruned(vm, options, Survey(candidates=[], outlines={}, backups={}), now=now)
     hold = repository.reading if options.dry_run else repository.removing
     async with hold(vm, wait_s=options.lock_wait_s):
         if not options.dry_run:
@@ -143,7 +143,7 @@ def _pruned(vm: str, options: PruneOptions, found: Survey, *, now: datetime) -> 
         options=options,
         verdicts=tuple(decide(found.candidates, options.rules, now=now)),
         backups=found.backups,
-        sizes={backup_id: backup.stored_bytes for backup_id, backup in found.backups.items()},
+        sizes={backup_id: outline.stored_bytes for backup_id, outline in found.outlines.items()},
         problems={one.id: one.problem for one in reversed(found.candidates) if one.problem},
     )
 

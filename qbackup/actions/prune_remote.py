@@ -27,7 +27,7 @@ from qbackup.errors import (
 )
 from qbackup.formats.qcow2 import CLUSTER_BYTES
 from qbackup.host.tasks import task_group, to_its_end
-from qbackup.model.backup import Backup, DiskBackup
+from qbackup.model.backup import Backup
 from qbackup.model.progress import Reporter
 from qbackup.model.retention import Verdict, decide
 from qbackup.remote.fetch import first_bytes
@@ -44,6 +44,7 @@ from qbackup.remote.remove import (
 )
 from qbackup.remote.unfinished import remembered_backups
 from qbackup.remote.uploads import end_uploads
+from qbackup.repository.remembered import FoundBackup, Image
 from qbackup.repository.repository import DamagedBackup
 from qbackup.repository.state import StateDirectory
 
@@ -362,12 +363,13 @@ class _InRemote:
                         group.create_task(look(backup_id, name))
         return cls(mirror, parents)
 
-    def image_problem(self, backup: Backup, disk: DiskBackup) -> str | None:
+    def image_problem(self, found: FoundBackup, image: Image) -> str | None:
         """See `survey.Storage`."""
+        backup = found.backup
         if backup.id not in self._files:
             self._files = {backup.id: {file.name: file for file in self._mirror.files(backup)}}
         try:
-            self._mirror.check_listed(backup, self._files[backup.id][f"{disk.name}.qcow2"])
+            self._mirror.check_listed(backup, self._files[backup.id][f"{image.disk}.qcow2"])
         except RemoteDamagedError as err:
             return err.message
         return None

@@ -6,17 +6,18 @@ from qbackup.formats.manifest import backing_file
 from qbackup.formats.qcow2 import CLUSTER_BYTES, Qcow2Error, Qcow2Header, read_header
 from qbackup.host.files import open_regular, size_of_regular
 from qbackup.model.backup import DiskBackup
+from qbackup.repository.remembered import Image
 
 
-def check_size(repository: Path, disk: DiskBackup) -> str | None:
+def check_size(repository: Path, image: DiskBackup | Image) -> str | None:
     """Return what is wrong with the length of a disk's image, None if it is right."""
-    path = f"{repository}/{disk.file}"
+    path = f"{repository}/{image.file}"
     try:
         size = size_of_regular(path)
     except OSError as err:
         return f"{path}: {err.strerror}"
-    if size != disk.file_size_bytes:
-        return f"{path}: {size} bytes instead of {disk.file_size_bytes}"
+    if size != image.file_size_bytes:
+        return f"{path}: {size} bytes instead of {image.file_size_bytes}"
     return None
 
 

@@ -10,7 +10,7 @@ mirror of a remote has only the manifests (`qbackup.actions.prune_remote`).
 
 import os
 import re
-from datetime import UTC
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -18,9 +18,10 @@ import msgspec
 
 from qbackup.catalog.image_check import check_size
 from qbackup.formats.qcow2 import CLUSTER_BYTES, Qcow2Error, read_header
-from qbackup.model.backup import Backup, DiskBackup
+from qbackup.model.backup import Backup
 from qbackup.model.names import backup_time, is_backup_id
 from qbackup.model.retention import Candidate
+from qbackup.repository.remembered import FoundBackup, Image, Outline
 from qbackup.repository.repository import DamagedBackup, Repository
 
 _BACKING_FILE = re.compile(r"\.\./([^/]+)/([^/]+)\.qcow2\Z")
@@ -28,24 +29,25 @@ _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class Survey(msgspec.Struct, frozen=True, kw_only=True):
-    """What there is: candidates, oldest first, and the manifests of those that have one."""
+    """What there is: candidates, oldest first; outlines and manifests of those that have one."""
 
     candidates: list[Candidate]
-    backups: dict[str, Backup]
+    backups: Mapping[str, Backup]
+    outlines: Mapping[str, Outline]
 
     def chains(self) -> list[list[Candidate]]:
         """Return the members of each chain, oldest first; what has no manifest is one by itself."""
         chains: dict[str, list[Candidate]] = {}
         for one in self.candidates:
-            backup = self.backups.get(one.id)
-            chains.setdefault(backup.chain if backup else one.id, []).append(one)
+            outline = self.outlines.get(one.id)
+            chains.setdefault(outline.chain if outline else one.id, []).append(one)
         return list(chains.values())
 
 
 class Storage(Protocol):
     """What holds the images of a VM's backups."""
 
-    def image_problem(self, backup: Backup, disk: DiskBackup) -> str | None:
+    def image_problem(self, found: FoundBackup, image: Image) -> str | None:
         """Return what is wrong with the image of a disk at a glance, None if nothing is."""
 
     def damage(self, found: DamagedBackup) -> str:
@@ -62,47 +64,62 @@ def survey(repository: Repository, vm: str, storage: Storage | None = None) -> S
     """
     storage = storage or _InRepository(repository, vm)
     candidates: list[Candidate] = []
-    backups: dict[str, Backup] = {}
-    problems: dict[tuple[str, str], str | None] = {}
-    """What is wrong with a disk of a backup: known for all that are older."""
+    backups: dict[str, FoundBackup] = {}
+    problems: dict[str, dict[str, str | None]] = {}
+    """What is wrong with each disk of a backup: known for all that are older."""
     for found in reversed(list(repository.newest_first(vm))):
         if isinstance(found, DamagedBackup):
             candidates.append(_damaged(storage, found))
             continue
         backups[found.id] = found
-        for disk in found.disks:
-            problems[found.id, disk.name] = _problem(storage, found, disk, problems)
-        wrong = (problems[found.id, disk.name] for disk in found.disks)
+        images = found.outline.images
+        of_disks = problems[found.id] = {
+            image.disk: storage.image_problem(found, image)
+            or _problem_of_parent(found.id, image, problems)
+            for image in images
+        }
         candidates.append(
             Candidate(
                 id=found.id,
-                time=found.moment.astimezone(UTC),
-                parents={disk.name: disk.parent for disk in found.disks},
-                protected=repository.is_protected(vm, found.id),
-                problem=next(filter(None, wrong), None),
+                time=found.outline.time,
+                parents={image.disk: image.parent for image in images},
+                protected=found.outline.protected,
+                problem=next(filter(None, of_disks.values()), None),
             )
         )
-    return Survey(candidates=candidates, backups=backups)
+    outlines = {backup_id: found.outline for backup_id, found in backups.items()}
+    return Survey(candidates=candidates, outlines=outlines, backups=_Manifests(backups))
 
 
-def _problem(
-    storage: Storage,
-    backup: Backup,
-    disk: DiskBackup,
-    problems: dict[tuple[str, str], str | None],
+def _problem_of_parent(
+    backup_id: str, image: Image, problems: Mapping[str, Mapping[str, str | None]]
 ) -> str | None:
-    """Return why a disk of a backup cannot be restored, None if everything seems to be there.
+    """Return why what an image is based on cannot be restored, None if it seems to be there.
 
     What is wrong with an older backup is told of all that need it in the same words.
     """
-    if problem := storage.image_problem(backup, disk):
-        return problem
-    if disk.parent is None:
+    if image.parent is None:
         return None
     try:
-        return problems[disk.parent, disk.name]
+        return problems[image.parent][image.disk]
     except KeyError:
-        return f"backup {backup.id}, disk {disk.name}: its parent {disk.parent} cannot be used"
+        return f"backup {backup_id}, disk {image.disk}: its parent {image.parent} cannot be used"
+
+
+class _Manifests(Mapping[str, Backup]):
+    """The manifests of backups, each of them unpacked when it is asked for."""
+
+    def __init__(self, found: dict[str, FoundBackup]) -> None:
+        self._found = found
+
+    def __getitem__(self, backup_id: str) -> Backup:
+        return self._found[backup_id].backup
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 def _damaged(storage: Storage, damaged: DamagedBackup) -> Candidate:
@@ -124,8 +141,8 @@ class _InRepository:
     def __init__(self, repository: Repository, vm: str) -> None:
         self._repository, self._vm = repository, vm
 
-    def image_problem(self, backup: Backup, disk: DiskBackup) -> str | None:
-        return check_size(self._repository.path, disk)
+    def image_problem(self, found: FoundBackup, image: Image) -> str | None:
+        return check_size(self._repository.path, image)
 
     def damage(self, found: DamagedBackup) -> str:
         return found.error.message

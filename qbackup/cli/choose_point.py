@@ -41,14 +41,14 @@ async def choose_point(repository: Repository, vm: str) -> Backup:
     """
     found: list[Backup] = []
     more = False
-    for backup in repository.newest_first(vm):
-        if isinstance(backup, DamagedBackup):
-            print_line(f"warning: {backup.error.message}")
+    for one in repository.newest_first(vm):
+        if isinstance(one, DamagedBackup):
+            print_line(f"warning: {one.error.message}")
         elif len(found) == _SHOWN:
             more = True
             break
         else:
-            found.append(backup)
+            found.append(one.backup)
     if not found:
         raise BackupNotFoundError(f"{vm}: there is no backup that can be restored")
     labels = ["LABEL"] if any(backup.label for backup in found) else []
@@ -57,7 +57,7 @@ async def choose_point(repository: Repository, vm: str) -> Backup:
         [
             str(number),
             backup.id,
-            local_time(backup.time),
+            local_time(backup.moment),
             backup.kind,
             format_size(backup.stored_bytes),
             *([backup.label or ""] if labels else []),

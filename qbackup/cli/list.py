@@ -2,14 +2,14 @@
 
 import argparse
 import sys
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from qbackup.catalog.survey import survey
 from qbackup.cli.context import Context, is_fleet, make_context
 from qbackup.cli.output import answer
-from qbackup.model.backup import Backup
 from qbackup.model.quantities import format_size
+from qbackup.repository.remembered import FoundBackup
 from qbackup.repository.repository import DamagedBackup, Repository
 from qbackup.ui.reporters import print_line
 from qbackup.ui.tables import table
@@ -29,40 +29,28 @@ async def run(arguments: argparse.Namespace) -> int:
     if sys.stdout.isatty() and not context.json_output:
         _print_trees(repository, names)
         return 0
-    backups: list[Backup] = []
-    protected: set[tuple[str, str]] = set()
-    for name in names:
-        _collect(repository, name, backups, protected)
-    answer_with(backups, protected, context, with_vm=is_fleet(arguments) or not arguments.vms)
+    found = [one for name in names for one in _readable(repository, name)]
+    answer_with(found, context, with_vm=is_fleet(arguments) or not arguments.vms)
     return 0
 
 
-def _collect(
-    repository: Repository, vm: str, backups: list[Backup], protected: set[tuple[str, str]]
-) -> None:
-    """Add a VM's backups; tell of those that cannot be read."""
-    for backup in reversed(list(repository.newest_first(vm))):
-        if isinstance(backup, DamagedBackup):
-            print_line(f"warning: {backup.error.message}")
-            continue
-        backups.append(backup)
-        if repository.is_protected(vm, backup.id):
-            protected.add((vm, backup.id))
+def _readable(repository: Repository, vm: str) -> Iterator[FoundBackup]:
+    """Yield a VM's backups, the oldest first; tell of those that cannot be read."""
+    for found in reversed(list(repository.newest_first(vm))):
+        if isinstance(found, DamagedBackup):
+            print_line(f"warning: {found.error.message}")
+        else:
+            yield found
 
 
-def answer_with(
-    backups: list[Backup], protected: Set[tuple[str, str]], context: Context, *, with_vm: bool
-) -> None:
+def answer_with(found: list[FoundBackup], context: Context, *, with_vm: bool) -> None:
     """Print backups of one VM or several, in the order in which they were made."""
-    backups.sort(key=lambda backup: backup.id)
+    found.sort(key=lambda one: one.id)
     document, text = [], "no backups yet"
     if context.json_output:
-        document = [
-            {**backup.summary(), "protected": (backup.vm, backup.id) in protected}
-            for backup in backups
-        ]
-    elif backups:
-        text = _table(backups, protected, with_vm=with_vm)
+        document = [{**one.backup.summary(), "protected": one.outline.protected} for one in found]
+    elif found:
+        text = _table(found, with_vm=with_vm)
     answer(document, text=text, json_output=context.json_output)
 
 
@@ -78,28 +66,29 @@ def _print_trees(repository: Repository, names: Sequence[str]) -> None:
         print("no backups yet", flush=True)
 
 
-def _table(backups: Sequence[Backup], protected: Set[tuple[str, str]], *, with_vm: bool) -> str:
+def _table(found: Sequence[FoundBackup], *, with_vm: bool) -> str:
     """Write what fits a terminal; the chain is shown by the end of its id, protection by a P."""
     first = ["VM"] if with_vm else []
-    labels = ["LABEL"] if any(backup.label for backup in backups) else []
-    marks = ["P"] if protected else []
+    labels = ["LABEL"] if any(one.outline.label for one in found) else []
+    marks = ["P"] if any(one.outline.protected for one in found) else []
     head = [*first, "ID", "LOCAL TIME", "KIND", "STORED", "CHAIN", *marks, *labels]
     rows = [
         [
-            *([backup.vm] if with_vm else []),
-            backup.id,
-            local_time(backup.time),
-            backup.word,
-            format_size(backup.stored_bytes),
-            backup.chain[-4:],
-            *(["P" if (backup.vm, backup.id) in protected else ""] if marks else []),
-            *([backup.label or ""] if labels else []),
+            *([outline.vm] if with_vm else []),
+            one.id,
+            local_time(outline.time),
+            outline.word,
+            format_size(outline.stored_bytes),
+            outline.chain[-4:],
+            *(["P" if outline.protected else ""] if marks else []),
+            *([outline.label or ""] if labels else []),
         ]
-        for backup in backups
+        for one in found
+        for outline in (one.outline,)
     ]
     return table(head, rows, right=(head.index("STORED"),))
 
 
-def local_time(time: str) -> str:
+def local_time(time: datetime) -> str:
     """Return a backup's time as people of this host write it, to the second."""
-    return datetime.fromisoformat(time).astimezone().isoformat(" ", "seconds")[:19]
+    return time.astimezone().isoformat(" ", "seconds")[:19]

@@ -10,9 +10,9 @@ from qbackup.cli.context import Context, is_fleet
 from qbackup.cli.list import answer_with
 from qbackup.cli.output import answer
 from qbackup.cli.remotes import Remotes
-from qbackup.model.backup import Backup
 from qbackup.model.quantities import format_age, format_size
 from qbackup.remote.hosts import SHOWN_ID
+from qbackup.repository.remembered import FoundBackup
 from qbackup.ui.reporters import print_warning
 from qbackup.ui.tables import table
 
@@ -25,19 +25,17 @@ async def list_remote(arguments: argparse.Namespace, context: Context) -> int:
         hosts = [one for one in found if arguments.host is None or one.is_of(arguments.host)]
         answer(_document(hosts), text=_table(hosts), json_output=context.json_output)
         return 0
-    backups: list[Backup] = []
-    protected: set[tuple[str, str]] = set()
+    listed: list[FoundBackup] = []
     for vm in await remotes.selected(arguments):
         mirror = await remotes.mirror_of(arguments, vm)
         for problem in mirror.problems.values():
             print_warning(problem)
-        for backup_id in mirror.backups:
-            if backup_id in mirror.problems:
-                continue
-            backups.append(mirror.repository.backup(vm, backup_id))
-            if mirror.backups[backup_id].is_protected:
-                protected.add((vm, backup_id))
-    answer_with(backups, protected, context, with_vm=is_fleet(arguments))
+        listed += [
+            FoundBackup.of(mirror.repository.backup(vm, one.id), protected=one.is_protected)
+            for one in mirror.backups.values()
+            if one.id not in mirror.problems
+        ]
+    answer_with(listed, context, with_vm=is_fleet(arguments))
     return 0
 
 

@@ -413,7 +413,10 @@ class Backup(msgspec.Struct, frozen=True, kw_only=True):
 
     def disk(self, name: str) -> DiskBackup | None:
         """Return the disk of that name, None if the backup does not hold it."""
-        return next((disk for disk in self.disks if disk.name == name), None)
+        for disk in self.disks:
+            if disk.name == name:
+                return disk
+        return None
 
     def with_disks(self, disks: list[DiskBackup]) -> "Backup":
         """Return the backup with other images of the same disks."""

@@ -53,6 +53,8 @@ def groups(candidates: Sequence[Candidate], verdicts: Sequence[Verdict]) -> list
     by_id = {one.id: one for one in candidates}
     staying = {v.id for v in verdicts if v.keep and v.reason != "needed-by"}
     free = {v.id for v in verdicts if v.reason == "needed-by" and by_id[v.id].problem is None}
+    if not free:
+        return []
     free -= _needed_by_damaged(by_id, staying)
     staying |= {v.id for v in verdicts if v.keep} - free
     into: dict[str, tuple[DiskMerge, ...]] = {}

@@ -6,7 +6,7 @@ here before it becomes part of a path. This module must not touch the file syste
 
 import hashlib
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
 
 import msgspec
@@ -14,9 +14,7 @@ import msgspec
 from qbackup.errors import UsageError
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
-_BACKUP_ID = re.compile(
-    r"([0-9]{4})([0-9]{2})([0-9]{2})-([0-9]{2})([0-9]{2})([0-9]{2})\.([0-9]{3})-[0-9a-f]{4}\Z"
-)
+_BACKUP_ID = re.compile(r"([0-9]{8})-(?:[01][0-9]|2[0-3])(?:[0-5][0-9]){2}\.[0-9]{3}-[0-9a-f]{4}\Z")
 _BITMAP_NAME = re.compile(r"(qbackup-[0-9a-f]{12}-)(.+)\Z")
 _TIME_FORMAT = "%Y%m%d-%H%M%S.%f"
 _LAST_YEAR = 9998
@@ -59,7 +57,8 @@ def check_name(what: str, name: str) -> str:
 
 def is_backup_id(text: str) -> bool:
     """Tell whether `text` is a backup id: its form is right, and it names a time that exists."""
-    return _time_of(text) is not None
+    match = _BACKUP_ID.match(text)
+    return match is not None and _is_day(match.group(1))
 
 
 def new_backup_id(*, now: datetime, newest: str | None, random_bits: int) -> str:
@@ -89,10 +88,9 @@ def _next_moment(backup_id: str) -> datetime:
 
 def backup_time(backup_id: str) -> datetime:
     """Return the instant in a backup id (UTC, milliseconds)."""
-    moment = _time_of(backup_id)
-    if moment is None:
+    if not is_backup_id(backup_id):
         raise UsageError(f"{backup_id!r} is not a backup id")
-    return moment
+    return datetime.fromisoformat(f"{backup_id[:8]}T{backup_id[9:19]}Z")
 
 
 def short_mark(backup_id: str) -> str:
@@ -101,18 +99,13 @@ def short_mark(backup_id: str) -> str:
     return f"{milliseconds & 0xFFFF:04x}"
 
 
-@lru_cache(maxsize=65536)  # an id comes by as a name, in its manifest, and as a parent
-def _time_of(backup_id: str) -> datetime | None:
-    match = _BACKUP_ID.match(backup_id)
-    if match is None:
-        return None
-    year, month, day, hour, minute, second, millisecond = map(int, match.groups())
-    if year > _LAST_YEAR:
-        return None
+@lru_cache(maxsize=4096)  # ten thousand ids are of a few hundred days
+def _is_day(text: str) -> bool:
+    """Tell whether there is such a day, and room for ids after it."""
     try:
-        return datetime(year, month, day, hour, minute, second, millisecond * 1000, tzinfo=UTC)
+        return date(int(text[:4]), int(text[4:6]), int(text[6:])).year <= _LAST_YEAR
     except ValueError:
-        return None
+        return False
 
 
 class Owner(msgspec.Struct, frozen=True):

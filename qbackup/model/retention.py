@@ -14,7 +14,8 @@ Pure: order comes from the ids, periods from the times. Knows no file, and not w
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, tzinfo
-from typing import Literal
+from functools import cache
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -137,20 +138,19 @@ def _kept_by_themselves(
 def _kept_by_rules(
     counted: Sequence[Candidate], rules: Rules, *, now: datetime, zone: tzinfo | None
 ) -> dict[str, Verdict]:
-    local = {one.id: _in_zone(one.time, zone) for one in counted}
     kept: dict[str, Verdict] = {}
     given_up: set[str] = set()
     if rules.within_s is not None:
         for one in counted:
             if (now - one.time).total_seconds() <= rules.within_s:
                 kept[one.id] = Verdict(id=one.id, reason="keep-within")
-    for reason, count, period in _periodic(rules):
-        covered = {period(one.id, local[one.id]) for one in counted if one.id in kept}
+    for reason, count, period in _periodic(rules, zone):
+        covered = {period(one) for one in counted if one.id in kept}
         chosen: set[str] = set()
         for one in counted:
             if one.id in kept or one.id in given_up:
                 continue
-            name = period(one.id, local[one.id])
+            name = period(one)
             if name in chosen:
                 given_up.add(one.id)
             elif name not in covered and len(chosen) < count:
@@ -160,15 +160,28 @@ def _kept_by_rules(
     return kept
 
 
-def _periodic(rules: Rules) -> list[tuple[Reason, int, Callable[[str, datetime], str]]]:
-    """Return the rules that count periods, in order, each with the name of a backup's period."""
-    every: list[tuple[Reason, int | None, Callable[[str, datetime], str]]] = [
-        ("keep-last", rules.last, lambda backup_id, _: backup_id),
-        ("keep-hourly", rules.hourly, lambda _, time: f"{time.isoformat(' ', 'hours')[:13]}:00"),
-        ("keep-daily", rules.daily, lambda _, time: time.date().isoformat()),
-        ("keep-weekly", rules.weekly, lambda _, time: _iso_week(time)),
-        ("keep-monthly", rules.monthly, lambda _, time: time.date().isoformat()[:7]),
-        ("keep-yearly", rules.yearly, lambda _, time: time.date().isoformat()[:4]),
+_Period: TypeAlias = Callable[[Candidate], str]
+"""Names the period of a backup."""
+
+
+def _periodic(rules: Rules, zone: tzinfo | None) -> list[tuple[Reason, int, _Period]]:
+    """Return the rules that count periods, in order, each with what names a backup's period."""
+
+    @cache  # only some rules ask for local time, and several for that of the same backup
+    def local(time: datetime) -> datetime:
+        return _in_zone(time, zone)
+
+    every: list[tuple[Reason, int | None, _Period]] = [
+        ("keep-last", rules.last, lambda one: one.id),
+        (
+            "keep-hourly",
+            rules.hourly,
+            lambda one: f"{local(one.time).isoformat(' ', 'hours')[:13]}:00",
+        ),
+        ("keep-daily", rules.daily, lambda one: local(one.time).date().isoformat()),
+        ("keep-weekly", rules.weekly, lambda one: _iso_week(local(one.time))),
+        ("keep-monthly", rules.monthly, lambda one: local(one.time).date().isoformat()[:7]),
+        ("keep-yearly", rules.yearly, lambda one: local(one.time).date().isoformat()[:4]),
     ]
     return [(reason, count, period) for reason, count, period in every if count is not None]
 

@@ -15,6 +15,8 @@ import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,7 +27,7 @@ from qbackup import __version__
 from qbackup.formats.manifest import MANIFEST_FILE
 from qbackup.host import durable
 from qbackup.host.files import read_bounded
-from qbackup.model.backup import Backup
+from qbackup.model.backup import Backup, Kind
 
 FOLDER = ".manifests"
 """Below the state directory; no VM can be called so."""
@@ -43,13 +45,84 @@ _Look: TypeAlias = tuple[int, int, int, int, int, int, int]
 of both, the manifest's length."""
 
 
+class Image(msgspec.Struct, frozen=True, array_like=True):
+    """The image of a disk, as far as it can be looked at from outside."""
+
+    disk: str
+    parent: str | None
+    """The backup whose image this one is based on."""
+    file: str
+    """Relative to the repository."""
+    file_size_bytes: int
+
+
+class Outline(msgspec.Struct, frozen=True, array_like=True):
+    """What is looked at of every backup: what lists show of it, and what retention goes by."""
+
+    vm: str
+    time: datetime
+    chain: str
+    kind: Kind
+    word: str
+    label: str | None
+    stored_bytes: int
+    images: list[Image]
+    protected: bool
+    """Whether `prune` must leave it alone."""
+
+    @classmethod
+    def of(cls, backup: Backup, *, protected: bool) -> "Outline":
+        """Return the outline of a backup."""
+        images = [Image(d.name, d.parent, d.file, d.file_size_bytes) for d in backup.disks]
+        return cls(
+            vm=backup.vm,
+            time=backup.moment.astimezone(UTC),
+            chain=backup.chain,
+            kind=backup.kind,
+            word=backup.word,
+            label=backup.label,
+            stored_bytes=backup.stored_bytes,
+            images=images,
+            protected=protected,
+        )
+
+
+class FoundBackup:
+    """A backup whose manifest can be used: its outline, and the manifest when it is asked for."""
+
+    __slots__ = ("_manifest", "id", "outline")
+
+    def __init__(
+        self, backup_id: str, outline: Outline, manifest: Backup | Callable[[], Backup]
+    ) -> None:
+        self.id, self.outline, self._manifest = backup_id, outline, manifest
+
+    @classmethod
+    def of(cls, backup: Backup, *, protected: bool) -> "FoundBackup":
+        """Return one whose manifest was read."""
+        return cls(backup.id, Outline.of(backup, protected=protected), backup)
+
+    @property
+    def backup(self) -> Backup:
+        """What its manifest says."""
+        if not isinstance(self._manifest, Backup):
+            self._manifest = self._manifest()
+        return self._manifest
+
+
 class _Entry(msgspec.Struct, frozen=True, array_like=True):
     look: _Look
-    backup: Backup
+    outline: Outline
+    packed: msgspec.Raw
+    """The manifest. Hardly anybody who looks at ten thousand backups needs all of each."""
 
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(dict[str, _Entry])
+_UNPACK = msgspec.msgpack.Decoder(Backup).decode
+
+_Read: TypeAlias = Callable[[str], FoundBackup]
+"""Reads the backup of an id."""
 
 
 class RememberedManifests:
@@ -62,43 +135,38 @@ class RememberedManifests:
         self._before_ns = time.time_ns() - _AT_REST_S * 10**9
         self._changed = False
 
-    def backup(self, directory: str, read: Callable[[], Backup]) -> Backup:
+    def find(self, directory: str, backup_id: str, read: _Read) -> FoundBackup:
         """Return the backup in a directory, which is read if it looks otherwise than before."""
-        backup_id = directory.rpartition("/")[2]
         look = _look(directory)
         entry = self._known.get(backup_id)
-        if entry is None or entry.look != look:
-            backup = read()
-            if look is None or backup.is_changing or max(look[:4]) > self._before_ns:
-                return backup
-            entry = _Entry(look, backup)
+        if entry is not None and entry.look == look:
+            self._next[backup_id] = entry
+            return FoundBackup(backup_id, entry.outline, partial(_unpacked, entry, backup_id, read))
+        found = read(backup_id)
+        if look is None or found.backup.is_changing or max(look[:4]) > self._before_ns:
+            return found
+        with suppress(ValueError, OverflowError):  # text that is no Unicode, for example
+            packed = msgspec.Raw(_ENCODER.encode(found.backup))
+            self._next[backup_id] = _Entry(look, found.outline, packed)
             self._changed = True
-        self._next[backup_id] = entry
-        return entry.backup
+        return found
 
     def save(self) -> None:
         """Keep what was found or added in this pass, and forget the rest."""
         if not self._changed and len(self._next) == len(self._known):
             return
-        content = _encoded(self._next)
+        content = _ENCODER.encode(self._next)
         with suppress(OSError):
             self._path.parent.mkdir(mode=durable.DIRECTORY_MODE, parents=True, exist_ok=True)
             data = _MAGIC + blake3(content).digest() + content
             durable.replace_file_loosely_now(self._path, data)
 
 
-def _encoded(entries: dict[str, _Entry]) -> bytes:
-    """Write entries, without those that cannot be: with text that is no Unicode, for example."""
+def _unpacked(entry: _Entry, backup_id: str, read: _Read) -> Backup:
     try:
-        return _ENCODER.encode(entries)
-    except (ValueError, OverflowError):
-        pass
-    possible = {}
-    for backup_id, entry in entries.items():
-        with suppress(ValueError, OverflowError):
-            _ENCODER.encode(entry)
-            possible[backup_id] = entry
-    return _ENCODER.encode(possible)
+        return _UNPACK(entry.packed)
+    except msgspec.MsgspecError:  # written by code that was changed without a new version
+        return read(backup_id).backup
 
 
 def _read(path: Path) -> dict[str, _Entry]:

@@ -43,7 +43,7 @@ from qbackup.model.names import PARTIAL_SUFFIX, is_backup_id, is_safe_name
 from qbackup.model.progress import Reporter
 from qbackup.repository.leftovers import named_after_backups
 from qbackup.repository.remembered import FOLDER as REMEMBERED
-from qbackup.repository.remembered import RememberedManifests
+from qbackup.repository.remembered import FoundBackup, RememberedManifests
 from qbackup.repository.removal import PROTECTED_FILE
 from qbackup.repository.replacement import Place, as_it_is, finish, staged
 
@@ -268,23 +268,30 @@ class Repository:
         except DocumentError as err:
             raise ManifestDamagedError(path, str(err)) from err
 
-    def newest_first(self, vm: str) -> Iterator[Backup | DamagedBackup]:
-        """Read the VM's manifests one by one, the newest first.
+    def newest_first(self, vm: str) -> Iterator[FoundBackup | DamagedBackup]:
+        """Look at the VM's backups one by one, the newest first.
 
-        One that looks as it did when it was read before is not read again (`remembered.py`): this
-        is for whoever looks at all of them, and not into images.
+        A manifest that looks as it did when it was read before is not read again
+        (`remembered.py`): this is for whoever looks at all of them, and not into images.
         """
         known = self._remembered and RememberedManifests(self._remembered / vm)
+        read = partial(self._found, vm)
         for backup_id in reversed(self.backup_ids(vm)):
-            read = partial(self.backup, vm, backup_id)
             try:
-                yield known.backup(f"{self.path}/{vm}/{backup_id}", read) if known else read()
+                if known:
+                    yield known.find(f"{self.path}/{vm}/{backup_id}", backup_id, read)
+                else:
+                    yield read(backup_id)
             except ManifestDamagedError as err:
                 yield DamagedBackup(vm=vm, id=backup_id, error=err)
             except BackupNotFoundError:
                 pass  # removed since the directory was read
         if known and self._remembers:
             known.save()
+
+    def _found(self, vm: str, backup_id: str) -> FoundBackup:
+        backup = self.backup(vm, backup_id)
+        return FoundBackup.of(backup, protected=self.is_protected(vm, backup_id))
 
     def find(self, vm: str, backup_id: str) -> Backup | None:
         """Return a backup, None if there is none of that id.

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime
 
 from qbackup.catalog.survey import Survey
-from qbackup.model.backup import Backup
 from qbackup.model.quantities import format_age, format_size
 from qbackup.model.retention import Candidate
+from qbackup.repository.remembered import Outline
 from qbackup.ui.tables import printable
 from qbackup.ui.terminal import RESET, Style
 
@@ -22,7 +22,7 @@ _WITH_TIME_COLUMNS = 100
 def tree(vm: str, found: Survey, style: Style, *, now: datetime) -> str:
     """Draw all backups of one VM, the newest last; what is damaged is explained below."""
     chains = found.chains()
-    stored = sum(backup.stored_bytes for backup in found.backups.values())
+    stored = sum(outline.stored_bytes for outline in found.outlines.values())
     title = (
         f"{vm}: {_count(len(found.candidates), 'backup')}, {_count(len(chains), 'chain')}, "
         f"{format_size(stored)}"
@@ -55,29 +55,29 @@ def _chain(members: list[Candidate], found: Survey, style: Style, now: datetime)
     middle, last = ("├─ ", "└─ ") if style.drawing else ("|- ", "`- ")
     for index, one in enumerate(members):
         branch = "" if index == 0 else last if index == len(members) - 1 else middle
-        backup = found.backups.get(one.id)
+        outline = found.outlines.get(one.id)
         marks = [("damaged", _RED)] if one.problem else []
         marks += [("protected", _GREEN)] if one.protected else []
         yield _Row(
             branch,
-            (one.id, *_facts(one, backup, style, now)),
+            (one.id, *_facts(one, outline, style, now)),
             marks=marks,
-            note=printable((backup.label if backup else None) or ""),
+            note=printable((outline.label if outline else None) or ""),
         )
 
 
-def _facts(one: Candidate, backup: Backup | None, style: Style, now: datetime) -> tuple[str, ...]:
+def _facts(one: Candidate, outline: Outline | None, style: Style, now: datetime) -> tuple[str, ...]:
     age = format_age((now - one.time).total_seconds())
     kind, stored = (
-        ("?", "?") if backup is None else (_kind(backup), format_size(backup.stored_bytes))
+        ("?", "?") if outline is None else (_kind(outline), format_size(outline.stored_bytes))
     )
     if style.columns < _WITH_TIME_COLUMNS:
         return age, kind, stored
     return one.time.astimezone().strftime("%Y-%m-%d %H:%M"), age, kind, stored
 
 
-def _kind(backup: Backup) -> str:
-    return "full" if backup.kind == "full" else "incr"
+def _kind(outline: Outline) -> str:
+    return "full" if outline.kind == "full" else "incr"
 
 
 def _aligned(rows: list[_Row], style: Style) -> Iterator[str]:

@@ -28,7 +28,7 @@ from support.syscalls import succeeded
 
 from qbackup.actions.prune import PruneOptions, prune
 from qbackup.actions.verify import Scope, Verifier
-from qbackup.model.backup import Backup
+from qbackup.catalog.survey import survey
 from qbackup.model.chain import disk_chain
 from qbackup.model.retention import Rules
 from qbackup.repository.repository import Repository
@@ -332,7 +332,7 @@ async def test_a_power_cut_at_any_step_leaves_whole_backups_only(
     tmp_path: Path, start: Start
 ) -> None:
     repository = Repository.open(start.folder / "repo")
-    backups = {b.id: b for b in repository.newest_first(VM) if isinstance(b, Backup)}
+    backups = survey(repository, VM).backups
     directory = f"{tmp_path / 'recorded' / 'repo' / VM}"
     names = set(backups)  # as a reader sees them, and durably so
     pending: list[tuple[str, str]] = []  # renames that a power cut may undo, each by itself

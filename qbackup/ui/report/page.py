@@ -59,7 +59,7 @@ def _overview(report: Report) -> Iterator[str]:
         if number < MOST_VMS:
             name = f'<a href="#vm{number}">{name}</a>'
         newest = found.candidates[-1] if found.candidates else None
-        stored = sum(backup.stored_bytes for backup in found.backups.values())
+        stored = sum(outline.stored_bytes for outline in found.outlines.values())
         yield _row(
             f"<td>{name}</td>",
             f"<td>{_damage(sum(one.problem is not None for one in found.candidates))}</td>",
@@ -109,9 +109,9 @@ def _timeline(vm: VmReport, span: Span) -> Iterator[str]:
     yield "<h3>Stored over time</h3>"
     for kind in ("incremental", "full"):
         made = [
-            (one.time, backup.stored_bytes)
+            (one.time, outline.stored_bytes)
             for one in vm.found.candidates
-            if (backup := vm.found.backups.get(one.id)) and backup.kind == kind
+            if (outline := vm.found.outlines.get(one.id)) and outline.kind == kind
         ]
         drawn, largest = lane(span, made, style=kind)
         yield (
@@ -127,9 +127,8 @@ def _chain_table(vm: VmReport, span: Span, now: datetime) -> Iterator[str]:
     yield f"<h3>Chains{_newest_of(len(chains), MOST_CHAINS)}</h3>"
     yield '<div class="scroll"><table class="chains">'
     for members in reversed(chains[-MOST_CHAINS:]):
-        stored = sum(
-            vm.found.backups[one.id].stored_bytes for one in members if one.id in vm.found.backups
-        )
+        outlines = [vm.found.outlines.get(one.id) for one in members]
+        stored = sum(outline.stored_bytes for outline in outlines if outline)
         yield _row(
             f"<td>{_ago(members[0], now)}</td>",
             _number(str(len(members))),

@@ -16,7 +16,6 @@ from qbackup.catalog.survey import survey
 from qbackup.errors import LockedError, RemovalError
 from qbackup.formats.manifest import backing_file
 from qbackup.formats.qcow2 import write_backing_file, write_empty_image
-from qbackup.model.backup import Backup
 from qbackup.model.names import backup_time, new_backup_id
 from qbackup.model.retention import Candidate, Rules, decide
 from qbackup.repository.repository import Repository
@@ -286,16 +285,14 @@ async def test_a_manifest_whose_time_makes_no_sense_is_damaged(
     repository: Repository, make: Make
 ) -> None:
     ids = await make(None, None, None)
-    good = {backup.id: backup for backup in repository.newest_first(VM)}
-    assert all(isinstance(backup, Backup) for backup in good.values())
+    good = survey(repository, VM).backups
+    assert set(good) == set(ids)
     for backup_id, said in zip(ids, ["yesterday", "2026-11-01T10:00:00", ""], strict=True):
         directory = repository.vm_directory(VM) / backup_id
         shutil.move(directory, directory.with_name("old"))
-        backup = good[backup_id]
-        assert isinstance(backup, Backup)
         async with repository.partial(VM, backup_id) as partial:
             shutil.copy(directory.with_name("old") / "system.qcow2", partial.directory)
-            await partial.publish(replace(backup, time=said))
+            await partial.publish(replace(good[backup_id], time=said))
         shutil.rmtree(directory.with_name("old"))
     found = survey(repository, VM).candidates
     assert ["is not a time" in (one.problem or "") for one in found] == [True, True, True]

@@ -48,7 +48,8 @@ class Case:
 
     def look(self) -> list[Backup | DamagedBackup]:
         """Look at all backups, as another command does."""
-        return list(self.opened(remembers=True).newest_first(VM))
+        found = self.opened(remembers=True).newest_first(VM)
+        return [one if isinstance(one, DamagedBackup) else one.backup for one in found]
 
     def opened(self, *, remembers: bool) -> Repository:
         """Open the repository as another command does."""

@@ -12,6 +12,7 @@ from qbackup.formats.documents import encode_document
 from qbackup.formats.manifest import MAX_MANIFEST_BYTES
 from qbackup.formats.repository_file import FORMAT_NAME, VERSION
 from qbackup.model.backup import Backup
+from qbackup.repository.remembered import FoundBackup
 from qbackup.repository.repository import DamagedBackup, Repository
 
 from ..values import ID1, ID2, ID3, UNKNOWN_ID, VM, make_backup
@@ -209,7 +210,7 @@ async def test_backups_are_listed_oldest_first_and_read_newest_first(
         await publish(backup)
     assert repository.vms() == [VM]
     assert repository.backup_ids(VM) == [ID1, ID2, ID3]
-    found = [b.id for b in repository.newest_first(VM) if isinstance(b, Backup)]
+    found = [b.id for b in repository.newest_first(VM) if isinstance(b, FoundBackup)]
     assert found == [ID3, ID2, ID1]
 
 
@@ -268,7 +269,7 @@ async def test_a_damaged_manifest_does_not_hide_the_other_backups(
         repository.find(VM, ID2)
     damaged, readable = repository.newest_first(VM)
     assert isinstance(damaged, DamagedBackup) and (damaged.vm, damaged.id) == (VM, ID2)
-    assert isinstance(readable, Backup) and readable.id == ID1
+    assert isinstance(readable, FoundBackup) and readable.id == ID1
 
 
 async def test_a_manifest_moved_to_another_vm_is_refused(

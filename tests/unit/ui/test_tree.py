@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from qbackup.catalog.survey import Survey
 from qbackup.model.backup import Backup
 from qbackup.model.retention import Candidate
+from qbackup.repository.remembered import Outline
 from qbackup.ui.terminal import Style
 from qbackup.ui.tree import tree
 
@@ -48,6 +49,7 @@ def surveyed(
             for i in ids
         ],
         backups=by_id,
+        outlines={backup.id: Outline.of(backup, protected=False) for backup in made},
     )
 
 

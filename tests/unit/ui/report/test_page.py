@@ -13,6 +13,7 @@ from qbackup.actions.report import MAP_CELLS, Changes, DiskReport, Report, VmRep
 from qbackup.catalog.survey import Survey
 from qbackup.model.backup import Backup
 from qbackup.model.retention import Candidate
+from qbackup.repository.remembered import Outline
 from qbackup.ui.report.page import make_page
 from qbackup.ui.tables import printable
 
@@ -84,6 +85,7 @@ def surveyed(made: list[Backup], problem: str | None = None) -> Survey:
             for i in sorted(by_id)
         ],
         backups=by_id,
+        outlines={backup.id: Outline.of(backup, protected=False) for backup in made},
     )  # fmt: skip
 
 
