@@ -9,7 +9,7 @@ from qbackup.model.backup import DiskBackup
 from qbackup.repository.remembered import Image
 
 
-def check_size(repository: Path, image: DiskBackup | Image) -> str | None:
+def check_size(repository: Path | str, image: DiskBackup | Image) -> str | None:
     """Return what is wrong with the length of a disk's image, None if it is right."""
     path = f"{repository}/{image.file}"
     try:

@@ -139,16 +139,17 @@ class _InRepository:
     """Images in the directories of their backups."""
 
     def __init__(self, repository: Repository, vm: str) -> None:
-        self._repository, self._vm = repository, vm
+        self._path = str(repository.path)  # text: twenty thousand images are looked at
+        self._directory = repository.vm_directory(vm)
 
     def image_problem(self, found: FoundBackup, image: Image) -> str | None:
-        return check_size(self._repository.path, image)
+        return check_size(self._path, image)
 
     def damage(self, found: DamagedBackup) -> str:
         return found.error.message
 
     def image_parents(self, backup_id: str) -> dict[str, str | None]:
-        return _parents_of_images(self._repository.vm_directory(self._vm) / backup_id)
+        return _parents_of_images(self._directory / backup_id)
 
 
 def _parents_of_images(directory: Path) -> dict[str, str | None]:

@@ -112,9 +112,8 @@ def size_of_regular(path: Path | str) -> int:
 
 
 def _require_regular(path: Path | str, facts: os.stat_result) -> None:
-    kind = stat.S_IFMT(facts.st_mode)
-    if kind != stat.S_IFREG:
-        what = _KINDS.get(kind, "something else")
+    if not stat.S_ISREG(facts.st_mode):
+        what = _KINDS.get(stat.S_IFMT(facts.st_mode), "something else")
         raise NotRegularError(errno.EINVAL, f"this is {what}, not a regular file", str(path))
 
 

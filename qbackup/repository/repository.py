@@ -276,10 +276,11 @@ class Repository:
         """
         known = self._remembered and RememberedManifests(self._remembered / vm)
         read = partial(self._found, vm)
+        directory = str(self.vm_directory(vm))
         for backup_id in reversed(self.backup_ids(vm)):
             try:
                 if known:
-                    yield known.find(f"{self.path}/{vm}/{backup_id}", backup_id, read)
+                    yield known.find(f"{directory}/{backup_id}", backup_id, read)
                 else:
                     yield read(backup_id)
             except ManifestDamagedError as err:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from support.cli import Qbackup
 
 from qbackup.model.backup import Backup
@@ -40,6 +41,16 @@ async def test_list_prints_summaries_without_a_type_newest_last(
     found = await qbackup.ok("--json", "list", VM)
     assert found.document == [{**b.summary(), "protected": False} for b in backups]
     assert (await qbackup.ok("list")).stdout.splitlines()[-1].split()[1] == ID2
+
+
+@pytest.mark.parametrize("label", ["Größe", "\x7f", "half a pair: \udc80", "plain"])
+async def test_json_is_ascii_whatever_a_name_has(
+    qbackup: Qbackup, publish: Publish, label: str
+) -> None:
+    await publish(replace(make_backup(ID1), label=label))
+    listed = await qbackup.ok("--json", "list")
+    assert listed.document[0]["label"] == label
+    assert listed.stdout.isascii() and "\x7f" not in listed.stdout
 
 
 async def test_an_empty_repository_is_an_empty_list(qbackup: Qbackup) -> None:

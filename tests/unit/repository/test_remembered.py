@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -211,3 +212,33 @@ async def test_prune_sees_what_was_protected_and_built_upon_since_it_last_looked
     disk = make_backup(ID3).disks[0]
     await publish(make_backup(ID3, disks=[replace(disk, kind="incremental", parent=ID1)]))
     assert reasons() == {ID3: "keep-last", ID2: "remove", ID1: "needed-by"}
+
+
+def test_a_manifest_is_unpacked_when_it_is_asked_for(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpacked: list[bytes] = []
+    decode = remembered._UNPACK
+
+    def counted(packed: bytes) -> Backup:
+        unpacked.append(packed)
+        return decode(packed)
+
+    case.look()
+    monkeypatch.setattr(remembered, "_UNPACK", counted)
+    found = survey(case.opened(remembers=False), VM)
+    assert [one.time for one in found.candidates] == [
+        backup.moment for backup in map(case.made.backup, [VM, VM], [ID1, ID2])
+    ]
+    assert not unpacked
+    assert found.backups[ID1] == found.backups[ID1] == case.made.backup(VM, ID1)
+    assert len(unpacked) == 1
+
+
+def test_what_other_code_of_the_same_version_packed_is_read(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = case.look()
+    stranger = msgspec.msgpack.Decoder(int).decode
+    monkeypatch.setattr(remembered, "_UNPACK", stranger)
+    assert case.look() == first and case.reads == 4
