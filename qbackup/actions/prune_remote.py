@@ -44,7 +44,7 @@ from qbackup.remote.remove import (
 )
 from qbackup.remote.unfinished import remembered_backups
 from qbackup.remote.uploads import end_uploads
-from qbackup.repository.remembered import FoundBackup, Image
+from qbackup.repository.found import FoundBackup, Image
 from qbackup.repository.repository import DamagedBackup
 from qbackup.repository.state import StateDirectory
 

@@ -6,7 +6,7 @@ from qbackup.formats.manifest import backing_file
 from qbackup.formats.qcow2 import CLUSTER_BYTES, Qcow2Error, Qcow2Header, read_header
 from qbackup.host.files import open_regular, size_of_regular
 from qbackup.model.backup import DiskBackup
-from qbackup.repository.remembered import Image
+from qbackup.repository.found import Image
 
 
 def check_size(repository: Path | str, image: DiskBackup | Image) -> str | None:

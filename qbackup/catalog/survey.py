@@ -21,7 +21,7 @@ from qbackup.formats.qcow2 import CLUSTER_BYTES, Qcow2Error, read_header
 from qbackup.model.backup import Backup
 from qbackup.model.names import backup_time, is_backup_id
 from qbackup.model.retention import Candidate
-from qbackup.repository.remembered import FoundBackup, Image, Outline
+from qbackup.repository.found import FoundBackup, Image, Outline
 from qbackup.repository.repository import DamagedBackup, Repository
 
 _BACKING_FILE = re.compile(r"\.\./([^/]+)/([^/]+)\.qcow2\Z")

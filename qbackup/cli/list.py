@@ -9,7 +9,7 @@ from qbackup.catalog.survey import survey
 from qbackup.cli.context import Context, is_fleet, make_context
 from qbackup.cli.output import answer
 from qbackup.model.quantities import format_size
-from qbackup.repository.remembered import FoundBackup
+from qbackup.repository.found import FoundBackup
 from qbackup.repository.repository import DamagedBackup, Repository
 from qbackup.ui.reporters import print_line
 from qbackup.ui.tables import table

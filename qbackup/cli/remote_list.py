@@ -12,7 +12,7 @@ from qbackup.cli.output import answer
 from qbackup.cli.remotes import Remotes
 from qbackup.model.quantities import format_age, format_size
 from qbackup.remote.hosts import SHOWN_ID
-from qbackup.repository.remembered import FoundBackup
+from qbackup.repository.found import FoundBackup
 from qbackup.ui.reporters import print_warning
 from qbackup.ui.tables import table
 

@@ -15,7 +15,6 @@ import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -27,7 +26,8 @@ from qbackup import __version__
 from qbackup.formats.manifest import MANIFEST_FILE
 from qbackup.host import durable
 from qbackup.host.files import read_bounded
-from qbackup.model.backup import Backup, Kind
+from qbackup.model.backup import Backup
+from qbackup.repository.found import FoundBackup, Outline
 
 FOLDER = ".manifests"
 """Below the state directory; no VM can be called so."""
@@ -43,71 +43,6 @@ _AT_REST_S = 10
 _Look: TypeAlias = tuple[int, int, int, int, int, int, int]
 """Times of content and of status (ns since 1970) of the directory and of the manifest, the inodes
 of both, the manifest's length."""
-
-
-class Image(msgspec.Struct, frozen=True, array_like=True):
-    """The image of a disk, as far as it can be looked at from outside."""
-
-    disk: str
-    parent: str | None
-    """The backup whose image this one is based on."""
-    file: str
-    """Relative to the repository."""
-    file_size_bytes: int
-
-
-class Outline(msgspec.Struct, frozen=True, array_like=True):
-    """What is looked at of every backup: what lists show of it, and what retention goes by."""
-
-    vm: str
-    time: datetime
-    chain: str
-    kind: Kind
-    word: str
-    label: str | None
-    stored_bytes: int
-    images: list[Image]
-    protected: bool
-    """Whether `prune` must leave it alone."""
-
-    @classmethod
-    def of(cls, backup: Backup, *, protected: bool) -> "Outline":
-        """Return the outline of a backup."""
-        images = [Image(d.name, d.parent, d.file, d.file_size_bytes) for d in backup.disks]
-        return cls(
-            vm=backup.vm,
-            time=backup.moment.astimezone(UTC),
-            chain=backup.chain,
-            kind=backup.kind,
-            word=backup.word,
-            label=backup.label,
-            stored_bytes=backup.stored_bytes,
-            images=images,
-            protected=protected,
-        )
-
-
-class FoundBackup:
-    """A backup whose manifest can be used: its outline, and the manifest when it is asked for."""
-
-    __slots__ = ("_manifest", "id", "outline")
-
-    def __init__(
-        self, backup_id: str, outline: Outline, manifest: Backup | Callable[[], Backup]
-    ) -> None:
-        self.id, self.outline, self._manifest = backup_id, outline, manifest
-
-    @classmethod
-    def of(cls, backup: Backup, *, protected: bool) -> "FoundBackup":
-        """Return one whose manifest was read."""
-        return cls(backup.id, Outline.of(backup, protected=protected), backup)
-
-    @property
-    def backup(self) -> Backup:
-        """What its manifest says."""
-        if not isinstance(self._manifest, Backup):
-            self._manifest = self._manifest()
-        return self._manifest
 
 
 class _Entry(msgspec.Struct, frozen=True, array_like=True):

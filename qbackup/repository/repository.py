@@ -41,9 +41,10 @@ from qbackup.host.lock import HeldLock, is_locked, locked, locked_alone, locked_
 from qbackup.model.backup import Backup
 from qbackup.model.names import PARTIAL_SUFFIX, is_backup_id, is_safe_name
 from qbackup.model.progress import Reporter
+from qbackup.repository.found import FoundBackup
 from qbackup.repository.leftovers import named_after_backups
 from qbackup.repository.remembered import FOLDER as REMEMBERED
-from qbackup.repository.remembered import FoundBackup, RememberedManifests
+from qbackup.repository.remembered import RememberedManifests
 from qbackup.repository.removal import PROTECTED_FILE
 from qbackup.repository.replacement import Place, as_it_is, finish, staged
 

@@ -10,7 +10,7 @@ from datetime import datetime
 from qbackup.catalog.survey import Survey
 from qbackup.model.quantities import format_age, format_size
 from qbackup.model.retention import Candidate
-from qbackup.repository.remembered import Outline
+from qbackup.repository.found import Outline
 from qbackup.ui.tables import printable
 from qbackup.ui.terminal import RESET, Style
 

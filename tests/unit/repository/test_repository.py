@@ -12,7 +12,7 @@ from qbackup.formats.documents import encode_document
 from qbackup.formats.manifest import MAX_MANIFEST_BYTES
 from qbackup.formats.repository_file import FORMAT_NAME, VERSION
 from qbackup.model.backup import Backup
-from qbackup.repository.remembered import FoundBackup
+from qbackup.repository.found import FoundBackup
 from qbackup.repository.repository import DamagedBackup, Repository
 
 from ..values import ID1, ID2, ID3, UNKNOWN_ID, VM, make_backup

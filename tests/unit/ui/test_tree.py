@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qbackup.catalog.survey import Survey
 from qbackup.model.backup import Backup
 from qbackup.model.retention import Candidate
-from qbackup.repository.remembered import Outline
+from qbackup.repository.found import Outline
 from qbackup.ui.terminal import Style
 from qbackup.ui.tree import tree
 

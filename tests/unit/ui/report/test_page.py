@@ -13,7 +13,7 @@ from qbackup.actions.report import MAP_CELLS, Changes, DiskReport, Report, VmRep
 from qbackup.catalog.survey import Survey
 from qbackup.model.backup import Backup
 from qbackup.model.retention import Candidate
-from qbackup.repository.remembered import Outline
+from qbackup.repository.found import Outline
 from qbackup.ui.report.page import make_page
 from qbackup.ui.tables import printable
 
