@@ -6,12 +6,11 @@ from pathlib import Path
 
 import msgspec
 
-from qbackup.backup.plan import LEFT_OUT_UNWRITTEN
 from qbackup.catalog.vm_files import stored_files
 from qbackup.errors import RestoreError
 from qbackup.host import durable
 from qbackup.host.tasks import in_thread
-from qbackup.model.backup import Backup
+from qbackup.model.backup import LEFT_OUT_UNWRITTEN, Backup
 from qbackup.model.start_command import start_command, start_script
 from qbackup.repository.repository import Repository
 

@@ -23,17 +23,13 @@ from qbackup.model.backup import REASON_TEXT, Backup, Kind, Refusal
 from qbackup.model.names import Owner, has_successor, split_bitmap_name
 from qbackup.model.progress import Reporter
 from qbackup.model.quantities import format_size
-from qbackup.qmp.disks import EMPTY, READ_ONLY, Disk, Inventory
+from qbackup.qmp.disks import Disk, Inventory
 from qbackup.repository.repository import DamagedBackup, Repository
 
 _NOT_CONFIGURED, _EXCLUDED, _NOT_CHOSEN = "not in the configuration", "excluded", "not chosen"
 
 LEFT_OUT_BY_CHOICE = frozenset({_EXCLUDED, _NOT_CHOSEN})
 """Why a disk that is otherwise backed up is not in a backup (`Backup.left_out`)."""
-
-
-LEFT_OUT_UNWRITTEN = frozenset({EMPTY, READ_ONLY})
-"""Why a drive is in no backup that the guest cannot write to."""
 
 
 class BackupOptions(msgspec.Struct, frozen=True, kw_only=True):

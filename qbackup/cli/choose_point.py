@@ -4,11 +4,10 @@ import argparse
 import sys
 
 from qbackup.actions.point import PointOptions
-from qbackup.cli.list import local_time
 from qbackup.errors import BackupNotFoundError, UsageError
 from qbackup.host.tasks import in_thread
 from qbackup.model.backup import Backup
-from qbackup.model.quantities import format_size
+from qbackup.model.quantities import format_local_time, format_size
 from qbackup.repository.repository import DamagedBackup, Repository
 from qbackup.ui.reporters import print_line
 from qbackup.ui.tables import table
@@ -57,7 +56,7 @@ async def choose_point(repository: Repository, vm: str) -> Backup:
         [
             str(number),
             backup.id,
-            local_time(backup.moment),
+            format_local_time(backup.moment),
             backup.kind,
             format_size(backup.stored_bytes),
             *([backup.label or ""] if labels else []),

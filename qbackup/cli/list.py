@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from qbackup.catalog.survey import survey
 from qbackup.cli.context import Context, is_fleet, make_context
 from qbackup.cli.output import answer
-from qbackup.model.quantities import format_size
+from qbackup.model.quantities import format_local_time, format_size
 from qbackup.repository.found import FoundBackup
 from qbackup.repository.repository import DamagedBackup, Repository
 from qbackup.ui.reporters import print_line
@@ -76,7 +76,7 @@ def _table(found: Sequence[FoundBackup], *, with_vm: bool) -> str:
         [
             *([outline.vm] if with_vm else []),
             one.id,
-            local_time(outline.time),
+            format_local_time(outline.time),
             outline.word,
             format_size(outline.stored_bytes),
             outline.chain[-4:],
@@ -87,8 +87,3 @@ def _table(found: Sequence[FoundBackup], *, with_vm: bool) -> str:
         for outline in (one.outline,)
     ]
     return table(head, rows, right=(head.index("STORED"),))
-
-
-def local_time(time: datetime) -> str:
-    """Return a backup's time as people of this host write it, to the second."""
-    return time.astimezone().isoformat(" ", "seconds")[:19]

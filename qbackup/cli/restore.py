@@ -6,7 +6,6 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from qbackup.actions.restore import Restored, RestoreOptions, restore
-from qbackup.actions.restore_in_place import restore_in_place
 from qbackup.cli.choose_point import choose_point, point_options, require_terminal
 from qbackup.cli.context import Context, make_context
 from qbackup.cli.output import summary
@@ -30,6 +29,8 @@ async def run(arguments: argparse.Namespace) -> int:
     at = (await choose_point(repository, vm)).id if arguments.interactive else arguments.at
     with make_reporter(json_output=context.json_output, quiet=context.quiet) as reporter:
         if arguments.in_place:
+            from qbackup.actions.restore_in_place import restore_in_place  # noqa: PLC0415 - seldom
+
             configured = context.vm(vm)
             restored = await restore_in_place(
                 repository,

@@ -19,6 +19,11 @@ Method = Literal["copy", "bitmap", "compare"]
 """How it was known what to store: everything was, a bitmap said it, or the disk was compared with
 its last backup."""
 
+EMPTY, READ_ONLY = "empty", "read-only"
+
+LEFT_OUT_UNWRITTEN = frozenset({EMPTY, READ_ONLY})
+"""Why a drive is in no backup (`Backup.left_out`) that the guest cannot write to."""
+
 Consistency = Literal["crash", "filesystem", "paused", "off"]
 
 Reason = Literal[

@@ -1,6 +1,7 @@
-"""Sizes and durations as people write them. Inside, all is bytes and seconds."""
+"""Sizes, durations and times as people write them. Inside, all is bytes and seconds."""
 
 import re
+from datetime import datetime
 
 _SIZE = re.compile(r"(\d{1,18})\s*([KMGTP]?)(i?B)?\Z", re.IGNORECASE)
 _DURATION = re.compile(r"(\d{1,9})\s*(s|m|h|d)?\Z")
@@ -59,6 +60,11 @@ def format_duration(seconds: float) -> str:
     minutes, second = divmod(int(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def format_local_time(moment: datetime) -> str:
+    """Write an instant as people of this host do, to the second: `2026-11-20 15:00:00`."""
+    return moment.astimezone().isoformat(" ", "seconds")[:19]
 
 
 def format_age(seconds: float) -> str:

@@ -15,15 +15,12 @@ import msgspec
 from msgspec.structs import replace
 
 from qbackup.errors import DiskError
-from qbackup.model.backup import MAX_DISK_BYTES, SourceFile, SourceImage
+from qbackup.model.backup import EMPTY, MAX_DISK_BYTES, READ_ONLY, SourceFile, SourceImage
 from qbackup.model.names import ANY_OWNER, is_safe_name
 from qbackup.model.secrets import redacted
 from qbackup.qmp import commands
 from qbackup.qmp.graph import BlockGraph, NodeFacts, NodeFile, chain_files, query_graph
 from qbackup.qmp.monitor import Looker
-
-EMPTY, READ_ONLY = "empty", "read-only"
-"""Why a drive is no disk that can be backed up."""
 
 _AUTOMATIC_NODE_PREFIX = "#block"
 _JOB_FILTERS = frozenset({"copy-before-write", "mirror_top", "commit_top", "backup-top"})
