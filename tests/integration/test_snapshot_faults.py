@@ -114,7 +114,7 @@ class Sweep:
             await self.write(1)
         result = await self.steps.run(it.qbackup, "--json", self.command, VM, on_step=strike)
         where = f"{self.work}: {victim} killed before {target}"
-        committed = await self._settle(result, instants)
+        committed = await self._settle(victim, result, instants)
         self.lives += reached
         self.committed += committed
         if reached:
@@ -158,7 +158,7 @@ class Sweep:
         self.it.roll_back(instants)
         instants.update({name: model.checkpoint() for name, model in self.it.models.items()})
 
-    async def _settle(self, result: Result, instants: dict[str, Instant]) -> bool:
+    async def _settle(self, victim: Victim, result: Result, instants: dict[str, Instant]) -> bool:
         """Tell the models what became of a backup; return whether it exists."""
         it = self.it
         new = [name for name in it.backup_ids() if name not in {p.id for p in it.points}]
@@ -167,6 +167,8 @@ class Sweep:
             return False
         (backup_id,) = new
         shown: dict[str, Any] = (await it.qbackup.ok("--json", "show", VM, backup_id)).document
+        if victim == "qemu" and not instants:
+            self._take(instants)  # it was gone before it was asked: its images were backed up
         it.remember(shown, instants)
         return True
 
@@ -184,12 +186,15 @@ class Sweep:
         await self.it.qemu.qmp("nbd-server-stop")
 
     def _files(self) -> set[str]:
-        """Return what there is beside the backups themselves."""
+        """Return what there is beside backups, and bitmaps of a VM that was found off."""
+        state = self.it.folder / "state" / VM
+        kept = {state / name for name in (".off", "verdicts.json", *self.it.models)}
         return {
             str(path.relative_to(self.it.folder))
             for top in SCRATCH_NAMES
             for path in (self.it.folder / top).rglob("*")
             if (self.it.repository / VM) not in path.parents or path.suffix == ".partial"
+            if path not in kept and not (path.suffix == ".qbm" and path.parent in kept)
         }
 
 
@@ -236,7 +241,12 @@ def decisive(recorded: Sequence[Recorded], work: str) -> list[tuple[Victim, Step
     copied = next(n for n, step in enumerate(steps) if step.what == "say copied")
     renamed = next(n for n, step in enumerate(steps) if step.what.startswith("rename"))
     if work == "full":
-        return [("qbackup", steps[renamed + 1]), ("qemu", steps[instant + 1])]
+        told = next(n for n, step in enumerate(steps) if step.what == "tell copy")
+        return [
+            ("qbackup", steps[renamed + 1]),
+            ("qemu", steps[instant + 1]),
+            ("qemu", steps[told]),
+        ]
     if work == "nothing":
         return [("qbackup", steps[instant + 1]), ("writer", steps[renamed + 1])]
     return [

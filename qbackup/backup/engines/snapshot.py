@@ -34,7 +34,7 @@ from qbackup.backup.instant import (
     take_unchanged_instant,
 )
 from qbackup.backup.judge import Verdict
-from qbackup.errors import SnapshotError
+from qbackup.errors import JobFailedError, SnapshotError
 from qbackup.host.tasks import in_thread, task_group
 from qbackup.model.bitmap import Bits
 from qbackup.model.names import Owner, short_mark
@@ -244,17 +244,22 @@ class SnapshotSession(WriterSession):
         self, disks: Sequence[_Disk], server: NbdServer, events: Events
     ) -> list[CopyResult]:
         """Have the writer copy every disk, and watch over the snapshot meanwhile."""
-        async with task_group() as group:
-            copies = {}
-            for disk in disks:
-                bits = await self._bits(disk)
-                request = replace(
-                    self._request(disk.verdict, bits, running=len(disks)),
-                    connection=await server.connect(node=disk.scratch.node, export=disk.export),
-                    export=disk.export,
-                )
-                copies[disk.name] = group.create_task(self._copy(disk.verdict, request))
-            await self._follow(copies, lambda: self._require_kept(disks, events))
+        try:
+            async with task_group() as group:
+                copies = {}
+                for disk in disks:
+                    bits = await self._bits(disk)
+                    request = replace(
+                        self._request(disk.verdict, bits, running=len(disks)),
+                        connection=await server.connect(node=disk.scratch.node, export=disk.export),
+                        export=disk.export,
+                    )
+                    copies[disk.name] = group.create_task(self._copy(disk.verdict, request))
+                await self._follow(copies, lambda: self._require_kept(disks, events))
+        except JobFailedError:
+            # Why the export cannot be read: QEMU is gone, or the snapshot is lost.
+            await self._require_kept(disks, events)
+            raise
         return [copy.result() for copy in copies.values()]
 
     async def _bits(self, disk: _Disk) -> Bits | None:
