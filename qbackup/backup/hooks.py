@@ -64,6 +64,15 @@ class Hooks:
             self._reporter.warning(f"{self._vm.name}: {why}")
             self.degraded += (why,)
 
+    def tell_of_after(self) -> None:
+        """Say to whoever interrupted us that the last hook is run all the same, if there is one."""
+        if command := self._vm.hooks.after:
+            most = format_duration(self._vm.hook_timeout_s)
+            self._reporter.notice(
+                f"{self._vm.name}: waiting for the hook after ({command[0]}), at most {most} "
+                "(hook_timeout)"
+            )
+
     async def _run(
         self, when: _When, command: Sequence[str], facts: Mapping[str, str]
     ) -> str | None:
@@ -107,12 +116,15 @@ async def hooks_around(vm: Vm, command: Kind, reporter: Reporter) -> AsyncIterat
         await hooks.before()
         yield hooks
     except asyncio.CancelledError:
+        hooks.tell_of_after()
         await to_its_end(hooks.after(InterruptedByUserError.exit_code))
         raise
     except Exception as err:
-        await to_its_end(hooks.after(as_reported(err).exit_code))
+        exit_code = as_reported(err).exit_code
+        await to_its_end(hooks.after(exit_code), on_cancel=hooks.tell_of_after)
         raise
-    await to_its_end(hooks.after(EXIT_DEGRADED if hooks.degraded else 0))
+    exit_code = EXIT_DEGRADED if hooks.degraded else 0
+    await to_its_end(hooks.after(exit_code), on_cancel=hooks.tell_of_after)
 
 
 def _environment(facts: Mapping[str, str]) -> dict[str, str]:

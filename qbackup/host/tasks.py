@@ -23,8 +23,13 @@ async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
         raise failures.exceptions[0] from None
 
 
-async def to_its_end(step: Coroutine[Any, Any, T]) -> T:
-    """Run a step to its end; who cancels the caller meanwhile comes too late, and is ignored."""
+async def to_its_end(
+    step: Coroutine[Any, Any, T], *, on_cancel: Callable[[], None] | None = None
+) -> T:
+    """Run a step to its end; who cancels the caller meanwhile comes too late, and is ignored.
+
+    `on_cancel` is called then: somebody may be waiting, and wants to know for what.
+    """
     task = asyncio.create_task(step)
     while not task.done():
         try:
@@ -33,6 +38,8 @@ async def to_its_end(step: Coroutine[Any, Any, T]) -> T:
             caller = asyncio.current_task()
             if caller is not None and not task.cancelled():
                 caller.uncancel()
+                if on_cancel is not None:
+                    on_cancel()
     return task.result()
 
 

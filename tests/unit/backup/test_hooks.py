@@ -142,6 +142,32 @@ async def test_an_interruption_kills_the_hook_before_and_the_one_after_runs(
         with pytest.raises(asyncio.CancelledError):
             await task
     assert facts(tmp_path)["QBACKUP_RESULT"] == "interrupted"
+    assert any("waiting for the hook after" in notice for notice in reporter.notices)
+
+
+async def test_who_interrupts_the_hook_after_is_told_what_is_waited_for(
+    tmp_path: Path, reporter: RecordingReporter
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    commands = HookCommands(before=(), after=(*SHELL, f"cat {pipe}"))
+    vm = make_vm(hooks=commands, hook_timeout_s=60)
+
+    async def back_up() -> str:
+        async with hooks_around(vm, "full", reporter):
+            pass
+        return "done"
+
+    task = asyncio.create_task(back_up())
+    # Opening a FIFO waits for its other end: then the hook is at work. It ends with the closing.
+    fd = await asyncio.to_thread(os.open, pipe, os.O_WRONLY)
+    task.cancel()
+    os.close(fd)
+    async with asyncio.timeout(WAIT_S):
+        assert await task == "done"
+    assert reporter.notices == [
+        "vm1: waiting for the hook after (/bin/sh), at most 1:00 (hook_timeout)"
+    ]
 
 
 async def test_a_hook_after_that_fails_leaves_a_degraded_backup(
