@@ -95,12 +95,24 @@ async def prune(
             await finish(repository.vm_directory(vm), reporter)
         found = survey(repository, vm)
         pruned = _pruned(vm, options, found, now=now)
+        while marked := _protected_after_all(repository, pruned):
+            found = found.with_protected(marked)
+            pruned = _pruned(vm, options, found, now=now)
         tell_of_damage(pruned, reporter)
         wanted = await _wanted(repository, pruned, found)
         if options.dry_run:
             return _with_merges(pruned, wanted)
         await _remove(repository, vm, [verdict.id for verdict in pruned.removed], reporter)
         return await _consolidate(repository, pruned, wanted, reporter)
+
+
+def _protected_after_all(repository: Repository, pruned: Pruned) -> set[str]:
+    """Return what would be removed or merged, and has a mark that is not known yet.
+
+    Not every file system shows by a directory's times that a file has come into it.
+    """
+    going = (v.id for v in pruned.verdicts if v.reason in ("remove", "needed-by"))
+    return {backup_id for backup_id in going if repository.is_protected(pruned.vm, backup_id)}
 
 
 async def _wanted(repository: Repository, pruned: Pruned, found: Survey) -> list[Estimate]:

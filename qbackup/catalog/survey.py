@@ -10,11 +10,12 @@ mirror of a remote has only the manifests (`qbackup.actions.prune_remote`).
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
+from msgspec.structs import replace
 
 from qbackup.catalog.image_check import check_size
 from qbackup.formats.qcow2 import CLUSTER_BYTES, Qcow2Error, read_header
@@ -34,6 +35,15 @@ class Survey(msgspec.Struct, frozen=True, kw_only=True):
     candidates: list[Candidate]
     backups: Mapping[str, Backup]
     outlines: Mapping[str, Outline]
+
+    def with_protected(self, ids: Set[str]) -> "Survey":
+        """Return the same with these backups protected, too."""
+        return replace(
+            self,
+            candidates=[
+                replace(one, protected=True) if one.id in ids else one for one in self.candidates
+            ],
+        )
 
     def chains(self) -> list[list[Candidate]]:
         """Return the members of each chain, oldest first; what has no manifest is one by itself."""

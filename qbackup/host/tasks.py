@@ -28,7 +28,8 @@ async def to_its_end(
 ) -> T:
     """Run a step to its end; who cancels the caller meanwhile comes too late, and is ignored.
 
-    `on_cancel` is called then: somebody may be waiting, and wants to know for what.
+    `on_cancel` is called then: somebody may be waiting, and wants to know for what. It must not
+    raise anything.
     """
     task = asyncio.create_task(step)
     while not task.done():

@@ -2,12 +2,14 @@
 
     STATE/.manifests/<repository id>/<vm>
 
-One file for each VM, of what was read and what its files looked like. A manifest whose file and
-directory look otherwise (inode, length, times) is read again; so is one that was changed so short
-a time ago that its times might not tell. Only who looks at all backups of a VM (`list`, `prune`,
-`report`) believes this; who backs up, restores or verifies reads every manifest. `prune` writes it:
-who only looks changes nothing. The folder can be removed at any time, and where it cannot be
-written, nothing is remembered.
+One file for each VM, of what was read, whether it was protected, and what its files looked like. A
+backup whose manifest and directory look otherwise (inode, length, times) is read again; so is one
+that was changed so short a time ago that its times might not tell. What is to be removed is looked
+at for its mark once more (`actions/prune.py`).
+
+Only who looks at all backups of a VM (`list`, `prune`, `report`) believes this; who backs up,
+restores or verifies reads every manifest. `prune` writes it: who only looks changes nothing. The
+folder can be removed at any time, and where it cannot be written, nothing is remembered.
 """
 
 import os
@@ -32,8 +34,9 @@ from qbackup.repository.found import FoundBackup, Outline
 FOLDER = ".manifests"
 """Below the state directory; no VM can be called so."""
 
-_MAGIC = f"qbackup {__version__} manifests\n".encode()
-"""Another version may know of more in a manifest, or allow less."""
+_MAGIC = f"qbackup {__version__} manifests 2\n".encode()
+"""Another version may know of more in a manifest, or allow less. The last number is that of the
+outline, whose fields are told by their places."""
 
 _DIGEST_BYTES = 32
 _MAX_FILE_BYTES = 256 * 1024 * 1024
@@ -80,9 +83,11 @@ class RememberedManifests:
         found = read(backup_id)
         if look is None or found.backup.is_changing or max(look[:4]) > self._before_ns:
             return found
-        with suppress(ValueError, OverflowError):  # text that is no Unicode, for example
+        with suppress(ValueError, OverflowError):  # text that is no Unicode, sums of 64 bits
             packed = msgspec.Raw(_ENCODER.encode(found.backup))
-            self._next[backup_id] = _Entry(look, found.outline, packed)
+            entry = _Entry(look, found.outline, packed)
+            _ENCODER.encode(entry)
+            self._next[backup_id] = entry
             self._changed = True
         return found
 

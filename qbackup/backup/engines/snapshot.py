@@ -34,7 +34,7 @@ from qbackup.backup.instant import (
     take_unchanged_instant,
 )
 from qbackup.backup.judge import Verdict
-from qbackup.errors import JobFailedError, SnapshotError
+from qbackup.errors import JobFailedError, QbackupError, SnapshotError
 from qbackup.host.tasks import in_thread, task_group
 from qbackup.model.bitmap import Bits
 from qbackup.model.names import Owner, short_mark
@@ -256,9 +256,12 @@ class SnapshotSession(WriterSession):
                     )
                     copies[disk.name] = group.create_task(self._copy(disk.verdict, request))
                 await self._follow(copies, lambda: self._require_kept(disks, events))
-        except JobFailedError:
-            # Why the export cannot be read: QEMU is gone, or the snapshot is lost.
-            await self._require_kept(disks, events)
+        except JobFailedError as err:
+            try:
+                await self._require_kept(disks, events)
+            except QbackupError as why:  # QEMU is gone, or the snapshot is lost
+                why.add_note(err.message)
+                raise
             raise
         return [copy.result() for copy in copies.values()]
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pyrage
 import pytest
@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from support.sweeps import EVERYTHING
 
 from qbackup.errors import ConfigurationError, DecryptionError, NoKeyError
+from qbackup.host.tasks import in_thread
+from qbackup.remote import encryption
 from qbackup.remote.cipher import Cipher
 from qbackup.remote.encryption import (
     MAX_HEADER_BYTES,
@@ -52,18 +54,38 @@ async def decrypted(data: bytes, *, piece_bytes: int = 50_000, cipher: Cipher = 
     return await gathered(cipher.decrypt(stream(*pieces), name="data.qcow2.age"))
 
 
-def streams() -> list[threading.Thread]:
-    """Return the threads that still work; one that only has to return is waited for."""
-    found = [thread for thread in threading.enumerate() if thread.name == "_in_thread"]
-    for thread in found:
-        thread.join(0.5)
-    return [thread for thread in found if thread.is_alive()]
+class Streams:
+    """The threads of streams that were begun."""
+
+    def __init__(self) -> None:
+        self._ended: list[threading.Event] = []
+
+    async def begin(self, function: Callable[[], Exception | None]) -> Exception | None:
+        """Do what `in_thread` does, and note when the thread has ended."""
+        ended = threading.Event()
+        self._ended.append(ended)
+
+        def work() -> Exception | None:
+            try:
+                return function()
+            finally:
+                ended.set()
+
+        return await in_thread(work)
+
+    def assert_ended(self, *, begun: int | None = None) -> None:
+        """Assert that none works; one that only has to return is waited for."""
+        assert begun is None or len(self._ended) == begun
+        assert all(ended.wait(0.5) for ended in self._ended)
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left() -> object:
-    yield
-    assert streams() == []
+def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
+    """Watch over the threads of a test; none may be left."""
+    found = Streams()
+    monkeypatch.setattr(encryption, "in_thread", found.begin)
+    yield found
+    found.assert_ended()
 
 
 @settings(max_examples=40, deadline=None)
@@ -284,7 +306,7 @@ async def test_who_is_slow_holds_up_the_source(way: str) -> None:
 @pytest.mark.parametrize("pieces_taken", [0, 1, 3])
 @pytest.mark.parametrize("way", ["encrypt", "decrypt"])
 async def test_who_stops_early_leaves_no_thread_and_no_open_source(
-    way: str, pieces_taken: int
+    way: str, pieces_taken: int, streams: Streams
 ) -> None:
     stored = encrypted(bytes(12 * PIECE_BYTES))
     source = Source(lambda number: stored[(number - 1) * CHUNK : number * CHUNK])
@@ -292,12 +314,14 @@ async def test_who_stops_early_leaves_no_thread_and_no_open_source(
     async with contextlib.aclosing(made) as pieces:
         for _ in range(pieces_taken):
             await anext(pieces)
-    assert streams() == []
+    streams.assert_ended(begun=1 if pieces_taken else 0)
     assert source.closed.is_set() or source.taken == 0
 
 
 @pytest.mark.parametrize("way", ["encrypt", "decrypt"])
-async def test_who_is_cancelled_while_the_source_hangs_leaves_no_thread(way: str) -> None:
+async def test_who_is_cancelled_while_the_source_hangs_leaves_no_thread(
+    way: str, streams: Streams
+) -> None:
     hangs = asyncio.Event()
 
     async def source() -> AsyncIterator[bytes]:
@@ -312,7 +336,7 @@ async def test_who_is_cancelled_while_the_source_hangs_leaves_no_thread(way: str
     with pytest.raises(asyncio.CancelledError):
         await reading
     await made.aclose()  # type: ignore[attr-defined]
-    assert streams() == []
+    streams.assert_ended(begun=1)
 
 
 async def test_a_source_that_is_cancelled_by_itself_ends_the_stream() -> None:

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from qbackup.actions.prune import PruneOptions, prune
 from qbackup.catalog.survey import survey
 from qbackup.formats.manifest import MANIFEST_FILE
 from qbackup.model.backup import Backup
@@ -18,6 +19,7 @@ from qbackup.repository import remembered
 from qbackup.repository import repository as module
 from qbackup.repository.repository import DamagedBackup, Repository
 
+from ..conftest import RecordingReporter
 from ..values import ID1, ID2, ID3, VM, make_backup
 
 Publish = Callable[[Backup], Awaitable[None]]
@@ -178,6 +180,36 @@ async def test_what_cannot_be_written_down_is_read_again(case: Case, publish: Pu
     first = case.look()
     assert first[0] == strange and len(first) == 3
     assert case.look() == first and case.reads == 4
+
+
+async def test_what_is_too_large_to_be_written_down_is_read_again(
+    case: Case, publish: Publish
+) -> None:
+    """Each number may be of 63 bits; their sum is of more than 64."""
+    disk = make_backup(ID3).disks[0]
+    disks = [
+        replace(disk, name=name, stored_bytes=2**63 - 1, file=f"{VM}/{ID3}/{name}.qcow2")
+        for name in ("a", "b", "c")
+    ]
+    await publish(make_backup(ID3, disks=disks))
+    first = case.look()
+    assert isinstance(first[0], Backup) and first[0].stored_bytes > 2**64
+    assert case.look() == first and case.reads == 4
+
+
+async def test_prune_sees_a_mark_that_the_times_of_the_directory_do_not_show(
+    case: Case, monkeypatch: pytest.MonkeyPatch, reporter: RecordingReporter
+) -> None:
+    """As where a directory is a union of several, or its facts are kept for a while."""
+    look, seen = remembered._look, {}
+    monkeypatch.setattr(remembered, "_look", lambda path: seen.setdefault(path, look(path)))
+    case.look()
+    await case.made.set_protected(VM, ID1, protected=True)
+    assert not survey(case.opened(remembers=True), VM).candidates[0].protected
+    options = PruneOptions(rules=Rules(last=1))
+    pruned = await prune(case.opened(remembers=True), VM, options, reporter, now=datetime.now(UTC))
+    assert {v.id: v.reason for v in pruned.verdicts} == {ID2: "keep-last", ID1: "protected"}
+    assert case.manifest(ID1).exists()
 
 
 def test_a_look_that_ends_early_forgets_nothing(case: Case) -> None:
