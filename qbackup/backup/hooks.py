@@ -11,7 +11,7 @@ They are told what is done by their environment, which holds nothing that QEMU s
 import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Literal
 
 from qbackup.errors import (
@@ -68,11 +68,10 @@ class Hooks:
         """Say to whoever interrupted us that the last hook is run all the same, if there is one."""
         if command := self._vm.hooks.after:
             most = format_duration(self._vm.hook_timeout_s)
-            with suppress(OSError):  # the terminal may be gone, and the hook runs all the same
-                self._reporter.notice(
-                    f"{self._vm.name}: waiting for the hook after ({command[0]}), at most {most} "
-                    "(hook_timeout)"
-                )
+            self._reporter.notice(
+                f"{self._vm.name}: waiting for the hook after ({command[0]}), at most {most} "
+                "(hook_timeout)"
+            )
 
     async def _run(
         self, when: _When, command: Sequence[str], facts: Mapping[str, str]

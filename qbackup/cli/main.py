@@ -111,8 +111,7 @@ def _run_interruptible(command: Coroutine[Any, Any, int]) -> int:
             if not interrupted:
                 interrupted = True
                 task.cancel()
-                with contextlib.suppress(OSError):  # the terminal may be gone
-                    print_line("qbackup: interrupted; cleaning up")
+                print_line("qbackup: interrupted; cleaning up")
 
         loop = asyncio.get_running_loop()
         loop.set_default_executor(unwaited_executor())

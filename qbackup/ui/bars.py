@@ -1,5 +1,6 @@
 """Progress bars on a terminal: one for each disk, with rate and time left."""
 
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -49,15 +50,17 @@ class BarReporter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        with suppress(OSError):
+            self._progress.stop()
 
     def progress(self, *, vm: str, disk: str, done_bytes: int, total_bytes: int) -> None:
         """Move a disk's bar. A disk with nothing to copy is done at once."""
         label = escape(printable(f"{vm} {disk}"))
-        if (vm, disk) not in self._tasks:
-            self._tasks[vm, disk] = self._progress.add_task(label, total=max(1, total_bytes))
         done = done_bytes if total_bytes else 1
-        self._progress.update(self._tasks[vm, disk], completed=done, total=max(1, total_bytes))
+        with suppress(OSError):  # the terminal may be gone; see `print_line`
+            if (vm, disk) not in self._tasks:
+                self._tasks[vm, disk] = self._progress.add_task(label, total=max(1, total_bytes))
+            self._progress.update(self._tasks[vm, disk], completed=done, total=max(1, total_bytes))
 
     def ended(self, vm: str) -> None:
         """Take a VM's bars away; there may be more VMs than a screen has lines."""
@@ -66,8 +69,12 @@ class BarReporter:
 
     def notice(self, message: str) -> None:
         """Print a line above the bars."""
-        self._console.print(printable(message), markup=False)
+        self._print(printable(message))
 
     def warning(self, message: str) -> None:
         """Print a line above the bars, so that it is seen."""
-        self._console.print(f"warning: {printable(message)}", style="yellow", markup=False)
+        self._print(f"warning: {printable(message)}", style="yellow")
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        with suppress(OSError):
+            self._console.print(text, style=style, markup=False)

@@ -7,6 +7,7 @@ line at every step. Notices and warnings go to stderr, data to stdout.
 import json
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -131,8 +132,13 @@ class JsonReporter(_Plain):
 
 
 def print_line(text: str) -> None:
-    """Write one line for people to stderr; whatever is in it, it stays one line."""
-    print(printable(text), file=sys.stderr, flush=True)
+    """Write one line for people to stderr; whatever is in it, it stays one line.
+
+    Where nobody can be told any more (the terminal was closed, `tee` has ended, the log's file
+    system is full), nothing else changes: what is being cleaned up is cleaned up all the same.
+    """
+    with suppress(OSError):
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def print_warning(text: str) -> None:

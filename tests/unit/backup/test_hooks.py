@@ -1,7 +1,6 @@
 """Hooks before and after a backup: what they are told, and what becomes of those that go wrong."""
 
 import asyncio
-import errno
 import json
 import os
 import sys
@@ -169,19 +168,6 @@ async def test_who_interrupts_the_hook_after_is_told_what_is_waited_for(
     assert reporter.notices == [
         "vm1: waiting for the hook after (/bin/sh), at most 1:00 (hook_timeout)"
     ]
-
-
-async def test_where_nobody_can_be_told_any_more_the_hook_after_runs_all_the_same(
-    tmp_path: Path, reporter: RecordingReporter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def gone(_: str) -> None:
-        raise OSError(errno.EIO, "the terminal is gone")
-
-    monkeypatch.setattr(reporter, "notice", gone)
-    with pytest.raises(asyncio.CancelledError):
-        async with hooks_around(vm_with(tmp_path, after=True), "full", reporter):
-            raise asyncio.CancelledError
-    assert facts(tmp_path)["QBACKUP_RESULT"] == "interrupted"
 
 
 async def test_a_hook_after_that_fails_leaves_a_degraded_backup(

@@ -244,6 +244,25 @@ async def test_a_reader_that_goes_away_ends_the_command_quietly(
     assert "Traceback" not in done.stderr and "BrokenPipeError" not in done.stderr
 
 
+async def test_a_warning_that_nobody_reads_keeps_no_command_from_its_work(
+    qbackup: Qbackup, repository: Repository, publish: Publish
+) -> None:
+    for backup_id in (ID1, ID2):
+        await publish(make_backup(backup_id))
+    (repository.path / VM / ID1 / "manifest.json").write_bytes(b"")
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(  # noqa: ASYNC221 - nothing else is to run meanwhile
+        [sys.executable, "-m", "qbackup", "-c", str(qbackup.configuration), "list"],
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=writing,
+        text=True,
+    )
+    os.close(writing)
+    assert done.returncode == 0 and ID2 in done.stdout
+
+
 @pytest.mark.parametrize("behind", ["--json", "-v", "--verbose", "-q", "-c"])
 async def test_what_stands_behind_two_dashes_is_qemus(qbackup: Qbackup, behind: str) -> None:
     result = await qbackup.run("run", "nope", "--", "qemu-system-x86_64", behind, "--json", "-v")

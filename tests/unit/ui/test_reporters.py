@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -215,3 +216,22 @@ def test_no_color_is_honoured(
         reporter.warning("careful")
     assert bool(re.search(r"\x1b\[(?:\d+;)*3[0-9]", stream.getvalue())) is coloured
     assert "careful" in stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["lines", "bars"])
+def test_where_nobody_can_be_told_any_more_the_work_goes_on(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The reader of a log has ended (EPIPE), or a terminal was closed (EIO)."""
+    reading, writing = os.pipe() if kind == "lines" else os.openpty()
+    stderr = open(writing, "w")  # noqa: PTH123, SIM115 - a descriptor, and closing it fails
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with LineReporter(quiet=False) if kind == "lines" else BarReporter() as reporter:
+        step(reporter, 1)
+        os.close(reading)
+        reporter.notice("removed something")
+        reporter.warning("something is wrong")
+        step(reporter, 1, disk="data")
+        step(reporter, 100)
+    with pytest.raises(OSError):
+        stderr.close()
