@@ -1,7 +1,8 @@
 """What a backup is: its disks, their files, and why each was taken as it was.
 
 These values are the manifest and, without its inner facts, the `--json` summary. They know
-nothing of where they are stored or how they were made.
+nothing of where they are stored or how they were made. None of them can be part of a cycle
+(`gc=False`): nobody has to look for one in those of ten thousand backups.
 """
 
 from datetime import datetime
@@ -110,7 +111,7 @@ UNTRUSTED_REASONS: frozenset[Reason] = frozenset(REASON_TEXT) - {
 """Reasons that are about the disk's bitmap."""
 
 
-class Refusal(msgspec.Struct, frozen=True, kw_only=True):
+class Refusal(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Why a bitmap was not saved, or not loaded. `detail` is a sentence for people."""
 
     reason: Reason
@@ -130,7 +131,7 @@ ByteCount = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 """A size or an amount in bytes. Decoding refuses what no disk can have."""
 
 
-class SourceFile(msgspec.Struct, frozen=True, kw_only=True):
+class SourceFile(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A file that held a part of a disk: QEMU's name for it, and what it was.
 
     `driver` is QEMU's, empty if it is not known. `device` is the file system's of a regular file
@@ -162,7 +163,7 @@ class SourceFile(msgspec.Struct, frozen=True, kw_only=True):
         return self.device == other.device or named_alike
 
 
-class SourceImage(msgspec.Struct, frozen=True, kw_only=True):
+class SourceImage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What QEMU said of a disk when it was backed up.
 
     `format` is that of the image, below any filters. `files` is every file that held the disk, None
@@ -195,7 +196,7 @@ class SourceImage(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class Merged(msgspec.Struct, frozen=True, kw_only=True):
+class Merged(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a disk's image has taken in of older backups, and how it was when it was taken.
 
     `kind` and `parent` are those of the backup as it was taken. `count` is how many backups' images
@@ -208,7 +209,7 @@ class Merged(msgspec.Struct, frozen=True, kw_only=True):
     oldest: str
 
 
-class Former(msgspec.Struct, frozen=True, kw_only=True):
+class Former(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The facts of an image that another one is about to replace; see `DiskBackup.replaces`."""
 
     kind: Kind
@@ -219,7 +220,7 @@ class Former(msgspec.Struct, frozen=True, kw_only=True):
     merged: Merged | None = None
 
 
-class Digests(msgspec.Struct, frozen=True, kw_only=True):
+class Digests(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The file of digests beside an image: where (relative to the repository), how long, its hash.
 
     `root` binds what is read of it piece by piece (`formats/digests.py`). Both are hexadecimal.
@@ -231,7 +232,7 @@ class Digests(msgspec.Struct, frozen=True, kw_only=True):
     root: str
 
 
-class DiskBackup(msgspec.Struct, frozen=True, kw_only=True):
+class DiskBackup(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One disk of one backup.
 
     `file` is relative to the repository; `parent` is the backup whose file of the same disk
@@ -330,7 +331,7 @@ class DiskBackup(msgspec.Struct, frozen=True, kw_only=True):
         return "compare" if self.made_by == "compare" else self.kind
 
 
-class VmFile(msgspec.Struct, frozen=True, kw_only=True):
+class VmFile(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A small file of the VM's that is no disk, as it was on the host: its path and its content.
 
     `blake3` is the hash of the content in hexadecimal.
@@ -341,7 +342,7 @@ class VmFile(msgspec.Struct, frozen=True, kw_only=True):
     blake3: str
 
 
-class VmConfiguration(msgspec.Struct, frozen=True, kw_only=True):
+class VmConfiguration(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Enough of a VM to start it again: QEMU's command line where it can be had, else facts."""
 
     name: str | None
@@ -352,7 +353,7 @@ class VmConfiguration(msgspec.Struct, frozen=True, kw_only=True):
     command_line: list[str] | None
 
 
-class Host(msgspec.Struct, frozen=True, kw_only=True):
+class Host(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The machine on which a backup was made: its name, and what tells it from others of that name.
 
     `id` is made from the machine's own id and does not give it away; None if it has none.
@@ -362,14 +363,14 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     id: str | None = None
 
 
-class Origin(msgspec.Struct, frozen=True, kw_only=True):
+class Origin(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Where a backup was before it came into this repository: another one, of this host."""
 
     repository: str
     host: Host | None = None
 
 
-class RemoteObject(msgspec.Struct, frozen=True, kw_only=True):
+class RemoteObject(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A file of a backup as it is in a remote: which, under which name there, and what is in it.
 
     Size and hash (BLAKE3, in hexadecimal) are of the file, also where the object is encrypted.
@@ -381,7 +382,7 @@ class RemoteObject(msgspec.Struct, frozen=True, kw_only=True):
     blake3: str
 
 
-class Backup(msgspec.Struct, frozen=True, kw_only=True):
+class Backup(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One complete backup of one VM: every disk at the same instant.
 
     `time` is what the clock said at that instant, in ISO 8601 (UTC), right or wrong; the id

@@ -65,7 +65,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
 NO_RULES = Rules()
 
 
-class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A backup, as far as its retention goes.
 
     `time` is what the clock said; `parents` says of each disk whose file its own is based on;
@@ -79,7 +79,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     problem: str | None = None
 
 
-class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+class Verdict(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What becomes of a backup. `subject` is the period, the backup, the disks that are why."""
 
     id: str

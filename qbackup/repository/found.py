@@ -8,7 +8,7 @@ import msgspec
 from qbackup.model.backup import Backup, Kind
 
 
-class Image(msgspec.Struct, frozen=True, array_like=True):
+class Image(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The image of a disk, as far as it can be looked at from outside."""
 
     disk: str
@@ -19,7 +19,7 @@ class Image(msgspec.Struct, frozen=True, array_like=True):
     file_size_bytes: int
 
 
-class Outline(msgspec.Struct, frozen=True, array_like=True):
+class Outline(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What is looked at of every backup: what lists show of it, and what retention goes by."""
 
     vm: str

@@ -48,7 +48,7 @@ _Look: TypeAlias = tuple[int, int, int, int, int, int, int]
 of both, the manifest's length."""
 
 
-class _Entry(msgspec.Struct, frozen=True, array_like=True):
+class _Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     look: _Look
     outline: Outline
     packed: msgspec.Raw
