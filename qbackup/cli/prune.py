@@ -76,12 +76,13 @@ def pruned_done(
 ) -> Done:
     """Return what is told of a prune, with another document and text where there is more."""
     removed, count = len(pruned.removed), len(pruned.verdicts)
+    freed_bytes = pruned.freed_bytes
     return Done(
         document=document or (lambda: pruned_document(pruned)),
         text=text or (lambda: pruned_text(pruned)),
         line=_headline(pruned),
-        columns=(str(count), str(removed), _size(pruned.freed_bytes)),
-        facts={"backups": count, "removed": removed, "freed_bytes": pruned.freed_bytes},
+        columns=(str(count), str(removed), _size(freed_bytes)),
+        facts={"backups": count, "removed": removed, "freed_bytes": freed_bytes},
         # What would go, and why the rest stays, is what was asked for.
         detailed=pruned.options.dry_run,
         exit_code=EXIT_DEGRADED if pruned.failures else 0,

@@ -107,14 +107,19 @@ def size_of_regular(path: Path | str) -> int:
         OSError: it is not there.
     """
     facts = os.lstat(path)
-    _require_regular(path, facts)
+    if not stat.S_ISREG(facts.st_mode):
+        raise _not_regular(path, facts)
     return facts.st_size
 
 
 def _require_regular(path: Path | str, facts: os.stat_result) -> None:
     if not stat.S_ISREG(facts.st_mode):
-        what = _KINDS.get(stat.S_IFMT(facts.st_mode), "something else")
-        raise NotRegularError(errno.EINVAL, f"this is {what}, not a regular file", str(path))
+        raise _not_regular(path, facts)
+
+
+def _not_regular(path: Path | str, facts: os.stat_result) -> NotRegularError:
+    what = _KINDS.get(stat.S_IFMT(facts.st_mode), "something else")
+    return NotRegularError(errno.EINVAL, f"this is {what}, not a regular file", str(path))
 
 
 def _too_large(path: Path | str, limit_bytes: int) -> TooLargeError:

@@ -205,9 +205,9 @@ def _newest_of_disks(newest_first: Iterable[Candidate]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     seen: set[str] = set()
     for one in newest_first:
-        if one.problem is None and (new := sorted(one.parents.keys() - seen)):
-            found[one.id] = new
-            seen |= set(new)
+        if one.problem is None and not one.parents.keys() <= seen:
+            found[one.id] = sorted(one.parents.keys() - seen)
+            seen |= one.parents.keys()
     return found
 
 
