@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from support.cli import Qbackup, Result
@@ -225,21 +225,30 @@ async def test_control_characters_in_an_error_are_made_printable(
     assert "\x1b" not in result.stderr and "\x07" not in result.stderr
 
 
+def run_unread(
+    qbackup: Qbackup, stream: Literal["stdout", "stderr"], *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command one of whose streams nobody reads any more."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writing}
+    try:
+        return subprocess.run(
+            [sys.executable, "-m", "qbackup", "-c", str(qbackup.configuration), *arguments],
+            check=False,
+            text=True,
+            **streams,
+        )
+    finally:
+        os.close(writing)
+
+
 @pytest.mark.parametrize("argv", [["--json", "list"], ["list"], ["--json", "show", VM, "x"]])
 async def test_a_reader_that_goes_away_ends_the_command_quietly(
     qbackup: Qbackup, publish: Publish, argv: list[str]
 ) -> None:
     await publish(make_backup())
-    reading, writing = os.pipe()
-    os.close(reading)
-    done = subprocess.run(  # noqa: ASYNC221 - nothing else is to run meanwhile
-        [sys.executable, "-m", "qbackup", "-c", str(qbackup.configuration), *argv],
-        check=False,
-        stdout=writing,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    os.close(writing)
+    done = run_unread(qbackup, "stdout", *argv)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and "BrokenPipeError" not in done.stderr
 
@@ -250,16 +259,7 @@ async def test_a_warning_that_nobody_reads_keeps_no_command_from_its_work(
     for backup_id in (ID1, ID2):
         await publish(make_backup(backup_id))
     (repository.path / VM / ID1 / "manifest.json").write_bytes(b"")
-    reading, writing = os.pipe()
-    os.close(reading)
-    done = subprocess.run(  # noqa: ASYNC221 - nothing else is to run meanwhile
-        [sys.executable, "-m", "qbackup", "-c", str(qbackup.configuration), "list"],
-        check=False,
-        stdout=subprocess.PIPE,
-        stderr=writing,
-        text=True,
-    )
-    os.close(writing)
+    done = run_unread(qbackup, "stderr", "list")
     assert done.returncode == 0 and ID2 in done.stdout
 
 
